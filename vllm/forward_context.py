@@ -1,0 +1,43 @@
+"""What attention layers need to know about the step that is running.
+
+The model runner sets it around ``model.forward``; layers read it. It maps a layer's name to its
+attention metadata, and holds every layer that owns a cache (``no_compile_layers``, vLLM's name).
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+__all__ = ["ForwardContext", "get_forward_context", "set_forward_context"]
+
+
+@dataclass(slots=True)
+class ForwardContext:
+    """``attn_metadata`` is None in a profiling run: attention then writes zeros and no cache."""
+
+    attn_metadata: dict[str, Any] | None
+    no_compile_layers: dict[str, Any] = field(default_factory=dict)
+    slot_mapping: dict[str, Any] = field(default_factory=dict)
+    additional_kwargs: dict[str, Any] = field(default_factory=dict)
+
+
+_forward_context: ForwardContext | None = None
+
+
+def get_forward_context() -> ForwardContext:
+    assert _forward_context is not None, "no forward context: the model runner sets it"
+    return _forward_context
+
+
+@contextlib.contextmanager
+def set_forward_context(context: ForwardContext) -> Iterator[None]:
+    global _forward_context
+    previous = _forward_context
+    _forward_context = context
+    try:
+        yield
+    finally:
+        _forward_context = previous

@@ -1,0 +1,67 @@
+"""What the model runner returns to the engine core after one step."""
+
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import numpy as np
+
+__all__ = ["EMPTY_MODEL_RUNNER_OUTPUT", "KVConnectorOutput", "LogprobsLists", "ModelRunnerOutput"]
+
+
+class LogprobsLists(NamedTuple):
+    """Log-probabilities of several positions, on the host.
+
+    ``logprob_token_ids`` int32 and ``logprobs`` float32 have shape ``(positions, k + 1)``,
+    column 0 being the sampled (or prompt) token and the rest the top k, best first;
+    ``sampled_token_ranks`` int32 ``(positions,)`` counts from 1.
+    """
+
+    logprob_token_ids: np.ndarray
+    logprobs: np.ndarray
+    sampled_token_ranks: np.ndarray
+
+
+@dataclass(slots=True)
+class KVConnectorOutput:
+    """What the connector's worker half reports after a step."""
+
+    finished_sending: set[str] | None = None
+    finished_recving: set[str] | None = None
+    kv_connector_stats: Any = None
+    kv_cache_events: Any = None
+    invalid_block_ids: set[int] = field(default_factory=set)
+    failed_recving: set[str] = field(default_factory=set)
+    kv_connector_worker_meta: Any = None
+
+    def is_empty(self) -> bool:
+        return not (
+            self.finished_sending
+            or self.finished_recving
+            or self.kv_connector_stats
+            or self.kv_cache_events
+            or self.invalid_block_ids
+            or self.failed_recving
+            or self.kv_connector_worker_meta
+        )
+
+
+@dataclass(slots=True)
+class ModelRunnerOutput:
+    """``sampled_token_ids[i]`` belongs to ``req_ids[i]``; empty for a prompt not yet finished.
+
+    ``logprobs`` holds one entry per request that asked for them and sampled in this step;
+    ``prompt_logprobs_dict`` those of prompts whose last position was computed in this step.
+    """
+
+    req_ids: list[str]
+    req_id_to_index: dict[str, int]
+    sampled_token_ids: list[list[int]]
+    logprobs: dict[str, LogprobsLists] = field(default_factory=dict)
+    prompt_logprobs_dict: dict[str, LogprobsLists] = field(default_factory=dict)
+    kv_connector_output: KVConnectorOutput | None = None
+    num_nans_in_logits: dict[str, int] | None = None
+
+
+EMPTY_MODEL_RUNNER_OUTPUT = ModelRunnerOutput(
+    req_ids=[], req_id_to_index={}, sampled_token_ids=[]
+)
