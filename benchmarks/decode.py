@@ -1,0 +1,78 @@
+"""Decode speed of one request through ``LLM``, as a fraction of the streaming-read rate.
+
+    python benchmarks/decode.py [--model smollm2] [--dtype bfloat16]
+
+The rate is counted on the weight bytes that one token reads; the cache's are left out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+import machine
+
+from vllm import LLM, SamplingParams
+
+
+def weight_bytes(llm: LLM) -> int:
+    """Bytes of the parameters that a decode step reads: all, a tied embedding once."""
+    config = llm.llm_engine.vllm_config.model_config
+    c = config.hf_text_config
+    head = config.get_head_size()
+    attention = c.hidden_size * head * 2 * (c.num_attention_heads + config.get_total_num_kv_heads())
+    per_layer = attention + 3 * c.hidden_size * c.intermediate_size + 2 * c.hidden_size
+    count = c.num_hidden_layers * per_layer + c.vocab_size * c.hidden_size + c.hidden_size
+    return count * {"float32": 4}.get(config.dtype_name, 2)
+
+
+def seconds(llm: LLM, prompt: list[int], tokens: int) -> float:
+    params = SamplingParams(temperature=0.0, max_tokens=tokens, ignore_eos=True)
+    start = time.perf_counter()
+    llm.generate([{"prompt_token_ids": prompt}], params, use_tqdm=False)
+    return time.perf_counter() - start
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", default="smollm2")
+    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--prompt", type=int, default=32, help="prompt tokens")
+    parser.add_argument("--output", type=int, default=200, help="tokens timed")
+    args = parser.parse_args()
+
+    before = machine.describe()
+    llm = LLM(
+        args.model, dtype=args.dtype, max_model_len=1024, kv_cache_memory_bytes=1 << 28,
+        enable_prefix_caching=False,
+    )  # fmt: skip
+    prompt = [1000 + i for i in range(args.prompt)]
+    seconds(llm, prompt, 8)
+    best = min(
+        seconds(llm, prompt, args.output + 8) - seconds(llm, prompt, 8) for _ in range(5)
+    )
+    bytes_per_token = weight_bytes(llm)
+    llm.shutdown()
+    stream = max(float(str(before["stream_read_gb_s"])), machine.stream_read_gb_s())
+    rate = bytes_per_token * args.output / best / 1e9
+    result = before | {
+        "model": args.model,
+        "dtype": args.dtype,
+        "ms_per_token": round(best / args.output * 1e3, 3),
+        "tokens_per_s": round(args.output / best, 1),
+        "weight_mb": round(bytes_per_token / 1e6, 1),
+        "weight_gb_s": round(rate, 2),
+        "stream_read_gb_s": round(stream, 2),
+        "fraction_of_stream": round(rate / stream, 3),
+    }
+    machine.save("cpu_decode", "python benchmarks/decode.py", result)
+    print(json.dumps(result, indent=2))
+
+
+if __name__ == "__main__":
+    main()
