@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import ssl
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -53,8 +52,7 @@ class FrontendArgs:
         _GROUP,
         Kind.LIST,
         "Keys, one of which a request must carry as 'Authorization: Bearer KEY'. /health, /ping, "
-        "/version, /load and /metrics stay open.",
-        env="VLLM_API_KEY",
+        "/version, /load and /metrics stay open. Unset: VLLM_API_KEY.",
     )
     root_path: str | None = arg(
         None, _GROUP, Kind.STR, "Path prefix that a proxy in front of the server strips."
@@ -99,11 +97,12 @@ class FrontendArgs:
     ssl_certfile: str | None = arg(None, _GROUP, Kind.STR, "Certificate file; turns TLS on.")
     ssl_ca_certs: str | None = arg(None, _GROUP, Kind.STR, "CA certificates to check clients with.")
     ssl_cert_reqs: int = arg(
-        int(ssl.CERT_NONE),
+        0,
         _GROUP,
         Kind.INT,
         "Whether clients must show a certificate: 0 no, 1 may, 2 must.",
-        choices=(0, 1, 2),
+        minimum=0,
+        maximum=2,
     )
     ssl_ciphers: str | None = arg(None, _GROUP, Kind.STR, "OpenSSL's list of allowed ciphers.")
     h11_max_incomplete_event_size: int | None = arg(
