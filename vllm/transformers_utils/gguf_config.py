@@ -1,0 +1,115 @@
+"""A Hugging Face configuration out of GGUF metadata. Knows no tensors' contents and no torch."""
+
+from __future__ import annotations
+
+import mmap
+import struct
+from typing import Any
+
+from vllm.errors import UnsupportedError
+from vllm.transformers_utils.gguf_file import GGUFFile
+
+__all__ = ["GGUF_ARCHITECTURES", "gguf_config_values", "gguf_generation_config"]
+
+GGUF_ARCHITECTURES = {
+    "llama": ("LlamaForCausalLM", "llama"),
+    "qwen2": ("Qwen2ForCausalLM", "qwen2"),
+    "qwen3": ("Qwen3ForCausalLM", "qwen3"),
+}
+"""``general.architecture`` -> (class, model_type); Mistral's files say llama."""
+
+_F32_FILE, _F16_FILE = 0, 1
+_ROPE_FACTORS = "rope_freqs.weight"
+
+
+def gguf_config_values(gguf: GGUFFile) -> dict[str, Any]:
+    """What ``config.json`` would hold.
+
+    Raises:
+        UnsupportedError: the file's architecture or rotary scaling is not served.
+    """
+    if gguf.architecture not in GGUF_ARCHITECTURES:
+        raise UnsupportedError(
+            f"--model {gguf.path}: GGUF architecture {gguf.architecture!r} is not supported; "
+            f"these are: {', '.join(sorted(GGUF_ARCHITECTURES))}",
+            parameter="model",
+        )
+    architecture, model_type = GGUF_ARCHITECTURES[gguf.architecture]
+    heads = gguf.get("attention.head_count")
+    hidden = gguf.get("embedding_length")
+    file_type = gguf.metadata.get("general.file_type")
+    values: dict[str, Any] = {
+        "architectures": [architecture],
+        "model_type": model_type,
+        "hidden_size": hidden,
+        "intermediate_size": gguf.get("feed_forward_length"),
+        "num_attention_heads": heads,
+        "num_key_value_heads": gguf.get("attention.head_count_kv", heads),
+        "num_hidden_layers": gguf.get("block_count"),
+        "max_position_embeddings": gguf.get("context_length"),
+        "head_dim": gguf.get("attention.key_length") or hidden // heads,
+        "attention_bias": "blk.0.attn_q.bias" in gguf.tensors,
+        "mlp_bias": "blk.0.ffn_up.bias" in gguf.tensors,
+        # The file holds a float32: 9.99999974e-06 is 1e-05.
+        "rms_norm_eps": float(f"{gguf.get('attention.layer_norm_rms_epsilon', 1e-6):.6g}"),
+        "rope_theta": gguf.get("rope.freq_base", 10000.0),
+        "rope_parameters": _rope_parameters(gguf),
+        "tie_word_embeddings": "output.weight" not in gguf.tensors,
+        "vocab_size": gguf.tensors["token_embd.weight"].shape[0]
+        if "token_embd.weight" in gguf.tensors
+        else gguf.get("vocab_size"),
+        "torch_dtype": {_F32_FILE: "float32", _F16_FILE: "float16"}.get(file_type, "bfloat16"),
+        **_special_token_ids(gguf),
+    }
+    if gguf.get("attention.sliding_window"):
+        values["sliding_window"] = gguf.get("attention.sliding_window")
+    return values
+
+
+def gguf_generation_config(gguf: GGUFFile) -> dict[str, Any]:
+    return {"_from_model_config": True, **_special_token_ids(gguf)}
+
+
+def _special_token_ids(gguf: GGUFFile) -> dict[str, Any]:
+    return {
+        f"{role}_token_id": gguf.metadata.get(f"tokenizer.ggml.{key}_token_id")
+        for role, key in (("bos", "bos"), ("eos", "eos"), ("pad", "padding"))
+    }
+
+
+def _rope_parameters(gguf: GGUFFile) -> dict[str, Any]:
+    rope: dict[str, Any] = {"rope_theta": gguf.get("rope.freq_base", 10000.0)}
+    head_dim = gguf.get("attention.key_length") or (
+        gguf.get("embedding_length") // gguf.get("attention.head_count")
+    )
+    rotary_dim = gguf.get("rope.dimension_count", head_dim)
+    if rotary_dim != head_dim:
+        rope["partial_rotary_factor"] = rotary_dim / head_dim
+    kind = gguf.get("rope.scaling.type", "none")
+    if _ROPE_FACTORS in gguf.tensors:
+        rope |= {"rope_type": "frequency_factors", "factors": _read_rope_factors(gguf)}
+    elif kind == "linear":
+        rope |= {"rope_type": "linear", "factor": gguf.get("rope.scaling.factor")}
+    elif kind == "yarn":
+        rope |= {
+            "rope_type": "yarn",
+            "factor": gguf.get("rope.scaling.factor"),
+            "original_max_position_embeddings": gguf.get("rope.scaling.original_context_length"),
+        }
+    elif kind == "none":
+        rope["rope_type"] = "default"
+    else:
+        raise UnsupportedError(
+            f"--model {gguf.path}: rope scaling {kind!r} in GGUF is not supported; these are: "
+            "none, linear, yarn and frequency factors (Llama 3.1)",
+            parameter="model",
+        )
+    return rope
+
+
+def _read_rope_factors(gguf: GGUFFile) -> list[float]:
+    """Divisors of each rotary frequency: how GGUF writes Llama 3.1's scaling."""
+    tensor = gguf.tensors[_ROPE_FACTORS]
+    (count,) = tensor.shape
+    with gguf.path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        return list(struct.unpack_from(f"<{count}f", data, tensor.offset))
