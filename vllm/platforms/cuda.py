@@ -1,0 +1,97 @@
+"""NVIDIA GPUs as a device: what torch tells about them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from vllm.platforms.interface import DeviceCapability, Platform, PlatformEnum
+
+if TYPE_CHECKING:
+    import torch
+
+
+class CudaPlatform(Platform):
+    _enum = PlatformEnum.CUDA
+    device_name = "cuda"
+    device_type = "cuda"
+    dispatch_key = "CUDA"
+    ray_device_key = "GPU"
+    device_control_env_var = "CUDA_VISIBLE_DEVICES"
+    dist_backend = "nccl"
+    worker_cls = "vllm.v1.worker.gpu_worker.Worker"
+    default_block_size = 16
+    attention_backend_priority = ("TORCH_REF",)
+
+    @classmethod
+    def set_device(cls, local_rank: int) -> torch.device:
+        import torch
+
+        device = torch.device("cuda", local_rank)
+        torch.cuda.set_device(device)
+        return device
+
+    @classmethod
+    def get_device_name(cls, device_id: int = 0) -> str:
+        import torch
+
+        return torch.cuda.get_device_name(device_id)
+
+    @classmethod
+    def get_device_count(cls) -> int:
+        import torch
+
+        return torch.cuda.device_count()
+
+    @classmethod
+    def get_device_capability(cls, device_id: int = 0) -> DeviceCapability | None:
+        import torch
+
+        return DeviceCapability(*torch.cuda.get_device_capability(device_id))
+
+    @classmethod
+    def supported_dtypes(cls) -> list[torch.dtype]:
+        import torch
+
+        if cls.has_device_capability((8, 0)):
+            return [torch.bfloat16, torch.float16, torch.float32]
+        return [torch.float16, torch.float32]
+
+    @classmethod
+    def get_device_total_memory(cls, device_id: int = 0) -> int:
+        import torch
+
+        return torch.cuda.get_device_properties(device_id).total_memory
+
+    @classmethod
+    def get_device_available_memory(cls, device_id: int = 0) -> int:
+        import torch
+
+        return torch.cuda.mem_get_info(device_id)[0]
+
+    @classmethod
+    def is_pin_memory_available(cls) -> bool:
+        return True
+
+    @classmethod
+    def synchronize(cls) -> None:
+        import torch
+
+        torch.cuda.synchronize()
+
+    @classmethod
+    def seed_everything(cls, seed: int) -> None:
+        super().seed_everything(seed)
+        import torch
+
+        torch.cuda.manual_seed_all(seed)
+
+    @classmethod
+    def describe(cls) -> dict[str, Any]:
+        import torch
+
+        return {
+            "device_type": "cuda",
+            "device_name": cls.get_device_name(),
+            "devices": torch.cuda.device_count(),
+            "cuda": torch.version.cuda,
+        }

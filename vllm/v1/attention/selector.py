@@ -1,0 +1,71 @@
+"""Which attention backend a layer gets: a pure choice among classes that declare what they can.
+
+A candidate that cannot serve a layer gives its reasons; where none can, all reasons are shown.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from vllm.errors import ConfigError
+from vllm.platforms import current_platform
+from vllm.v1.attention.backends.registry import AttentionBackendEnum, resolve_backend
+
+if TYPE_CHECKING:
+    import torch
+
+    from vllm.v1.attention.backend import AttentionBackend
+
+__all__ = ["get_attn_backend"]
+
+
+def get_attn_backend(
+    head_size: int,
+    dtype: torch.dtype,
+    kv_cache_dtype: str | None,
+    block_size: int | None = None,
+    use_mla: bool = False,
+    has_sink: bool = False,
+    attn_type: str = "decoder",
+    backend: str | None = None,
+) -> type[AttentionBackend]:
+    """The first backend of the platform's order that can serve such a layer, or ``backend``.
+
+    Args:
+        head_size: D of the layer.
+        dtype: dtype of its activations.
+        kv_cache_dtype: --kv-cache-dtype; None means "auto".
+        block_size: tokens per manager block, None if the planner is still free to choose.
+        use_mla, has_sink, attn_type: what the layer needs.
+        backend: the name given by --attention-backend; no other is tried then.
+
+    Raises:
+        ConfigError: the named backend is unknown or cannot; or no candidate can.
+    """
+    path = current_platform.get_attn_backend_cls(
+        backend, head_size, dtype, kv_cache_dtype, block_size, use_mla, has_sink, attn_type
+    )
+    if path is not None:
+        return resolve_backend(path)
+    names = (backend,) if backend else current_platform.attention_backend_priority
+    declined: list[str] = []
+    for name in names:
+        candidate = resolve_backend(AttentionBackendEnum.from_name(name))
+        reasons = candidate.validate_configuration(
+            head_size=head_size,
+            dtype=dtype,
+            kv_cache_dtype=kv_cache_dtype or "auto",
+            block_size=block_size,
+            use_mla=use_mla,
+            has_sink=has_sink,
+            attn_type=attn_type,
+        )
+        if not reasons:
+            return candidate
+        declined.append(f"{candidate.get_name()}: {', '.join(reasons)}")
+    raise ConfigError(
+        f"no attention backend can serve head size {head_size}, {dtype}, --kv-cache-dtype "
+        f"{kv_cache_dtype or 'auto'}, --block-size {block_size}: {'; '.join(declined)}",
+        parameter="attention_backend",
+        value=backend,
+    )
