@@ -4,11 +4,12 @@
 VLLM_ variable that vLLM knows and this engine does not have is refused by ``validate_environ``.
 """
 
+import difflib
 import os
 from collections.abc import Callable
 from typing import Any
 
-from vllm.errors import ConfigError
+from vllm.errors import ConfigError, UnsupportedError
 
 
 def _int(name: str, default: int, minimum: int = 0) -> Callable[[], int]:
@@ -84,11 +85,14 @@ def _cache_root() -> str:
     return os.path.expanduser(os.environ.get("VLLM_CACHE_ROOT", os.path.join(base, "vllm")))
 
 
+DEFAULT_CPU_KVCACHE_SPACE = 4.0
+
 _LAYOUTS = ("NHD", "HND", "LBHNC", "LBNHC", "LHBNC", "BLHNC", "BLNHC", "BHLNC")
 
 variables: dict[str, Callable[[], Any]] = {
-    # GiB of KV cache on the CPU where --kv-cache-memory-bytes is not given.
-    "VLLM_CPU_KVCACHE_SPACE": _float("VLLM_CPU_KVCACHE_SPACE", 4.0),
+    # GiB of KV cache on the CPU where --kv-cache-memory-bytes is not given. Unset or 0:
+    # DEFAULT_CPU_KVCACHE_SPACE, or half of the free memory where that is less.
+    "VLLM_CPU_KVCACHE_SPACE": _float("VLLM_CPU_KVCACHE_SPACE", 0.0),
     # "auto", or a list of cores such as 0-3,5 for the OpenMP threads.
     "VLLM_CPU_OMP_THREADS_BIND": _str("VLLM_CPU_OMP_THREADS_BIND", "auto"),
     "VLLM_KV_CACHE_LAYOUT": _choice("VLLM_KV_CACHE_LAYOUT", None, _LAYOUTS),
@@ -107,6 +111,97 @@ variables: dict[str, Callable[[], Any]] = {
     "VLLM_ENGINE_READY_TIMEOUT_S": _int("VLLM_ENGINE_READY_TIMEOUT_S", 600, minimum=1),
     "VLLM_LOG_STATS_INTERVAL": _float("VLLM_LOG_STATS_INTERVAL", 10.0),
 }
+
+
+_ACCEPTED_VALUES: dict[str, tuple[str, ...]] = {
+    # There are no usage statistics here.
+    "VLLM_DO_NOT_TRACK": ("1", "true"),
+    "VLLM_NO_USAGE_STATS": ("1", "true"),
+    # What this engine does anyway.
+    "VLLM_USE_V1": ("1", "true"),
+    "VLLM_WORKER_MULTIPROC_METHOD": ("spawn",),
+}
+"""Variables that change nothing here, and the values that ask for just that."""
+
+_NOT_YET = frozenset(
+    [
+        "VLLM_ALLOW_LONG_MAX_MODEL_LEN",
+        "VLLM_ALLOW_RUNTIME_LORA_UPDATING",
+        "VLLM_ATTENTION_BACKEND",
+        "VLLM_CONFIGURE_LOGGING",
+        "VLLM_CPU_NUM_OF_RESERVED_CPU",
+        "VLLM_CPU_SGL_KERNEL",
+        "VLLM_DISABLE_COMPILE_CACHE",
+        "VLLM_DP_MASTER_IP",
+        "VLLM_DP_MASTER_PORT",
+        "VLLM_DP_RANK",
+        "VLLM_DP_SIZE",
+        "VLLM_EC_SIDE_CHANNEL_HOST",
+        "VLLM_ENABLE_MOE_DP_CHUNK",
+        "VLLM_FLASH_ATTN_VERSION",
+        "VLLM_KV_EVENTS_USE_INT_BLOCK_HASHES",
+        "VLLM_LOGGING_CONFIG_PATH",
+        "VLLM_LOGGING_PREFIX",
+        "VLLM_MOONCAKE_ABORT_REQUEST_TIMEOUT",
+        "VLLM_MOONCAKE_BOOTSTRAP_PORT",
+        "VLLM_MOONCAKE_CONNECTOR_TIMEOUT",
+        "VLLM_MOONCAKE_DISK_STAGING_USABLE_RATIO",
+        "VLLM_MOONCAKE_LOAD_RECV_THREADS",
+        "VLLM_MOONCAKE_STORE_TIER_LOG",
+        "VLLM_NIXL_ABORT_REQUEST_TIMEOUT",
+        "VLLM_NIXL_SIDE_CHANNEL_HOST",
+        "VLLM_NIXL_SIDE_CHANNEL_PORT",
+        "VLLM_P2P_SIDE_CHANNEL_HOST",
+        "VLLM_PORT",
+        "VLLM_PP_LAYER_PARTITION",
+        "VLLM_ROCM_SHUFFLE_KV_CACHE_LAYOUT",
+        "VLLM_RPC_TIMEOUT",
+        "VLLM_SERVER_DEV_MODE",
+        "VLLM_TARGET_DEVICE",
+        "VLLM_TEST_FORCE_FP8_MARLIN",
+        "VLLM_TORCH_PROFILER_DIR",
+        "VLLM_TRACE_FUNCTION",
+        "VLLM_USE_DEEP_GEMM",
+        "VLLM_USE_FLASHINFER_SAMPLER",
+        "VLLM_USE_MODELSCOPE",
+        "VLLM_USE_PRECOMPILED",
+        "VLLM_USE_TRITON_FLASH_ATTN",
+    ]
+)
+"""Variables of vLLM that this engine does not have yet."""
+
+
+def _refusal(name: str, value: str) -> str | None:
+    """Why ``name`` cannot be set, None where it can."""
+    if name in variables or value.lower() in _ACCEPTED_VALUES.get(name, ()):
+        return None
+    if name in _ACCEPTED_VALUES:
+        accepted = ", ".join(_ACCEPTED_VALUES[name])
+        return f"{name}={value}: vLLM has this; this engine does not yet (accepted: {accepted})"
+    if name in _NOT_YET:
+        return f"{name}: vLLM has this; this engine does not yet; unset it"
+    close = difflib.get_close_matches(name, variables, n=1, cutoff=0.8)
+    hint = f"did you mean {close[0]}?" if close else "unset it"
+    return f"{name}: unknown environment variable; {hint}"
+
+
+def validate_environ() -> None:
+    """Check every VLLM_ variable that is set: none is ignored.
+
+    Raises:
+        UnsupportedError: variables that vLLM has and this engine does not, or unknown ones; one
+            line each.
+        ConfigError: the value of a known variable cannot work.
+    """
+    refusals = [
+        refusal
+        for name, value in sorted(os.environ.items())
+        if name.startswith("VLLM_") and (refusal := _refusal(name, value)) is not None
+    ]
+    if refusals:
+        raise UnsupportedError("\n".join(refusals), parameter=refusals[0].split(":")[0])
+    for read in variables.values():
+        read()
 
 
 def __getattr__(name: str) -> Any:

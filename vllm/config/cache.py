@@ -7,6 +7,8 @@ from dataclasses import dataclass
 class CacheConfig:
     block_size: int | None = None
     """Tokens per manager block; None lets the platform and backend choose."""
+    user_specified_block_size: bool = False
+    """Whether --block-size was given: then it is kept or refused, never changed."""
     gpu_memory_utilization: float = 0.92
     kv_cache_memory_bytes: int | None = None
     """Bytes of the pool; on the CPU None means VLLM_CPU_KVCACHE_SPACE GiB."""

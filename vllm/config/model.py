@@ -91,7 +91,9 @@ class ModelConfig:
     def get_diff_sampling_param(self) -> dict[str, Any]:
         """Sampling parameters whose default this model changes."""
         known = ("repetition_penalty", "temperature", "top_k", "top_p", "min_p", "max_new_tokens")
-        diff = {k: self.generation_config[k] for k in known if self.generation_config.get(k) is not None}
+        diff = {
+            k: self.generation_config[k] for k in known if self.generation_config.get(k) is not None
+        }
         if "max_new_tokens" in diff:
             diff["max_tokens"] = diff.pop("max_new_tokens")
         return diff

@@ -1,0 +1,712 @@
+"""``EngineArgs``: every engine option once, with type, default, group and help.
+
+The fields are the flags of ``vllm serve`` and the keyword arguments of ``LLM``;
+``create_engine_config`` turns them into a checked ``VllmConfig``. Importing this loads neither
+torch nor transformers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Self
+
+import vllm.envs as envs
+from vllm.engine import resolve
+from vllm.engine.not_yet import NOT_YET
+from vllm.errors import ConfigError, UnsupportedError
+from vllm.utils.flags import Flag, Kind, arg, dash, flags_of, nearest
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+    from vllm.config.model import ModelConfig
+    from vllm.transformers_utils.config import ResolvedModel
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+__all__ = ["AsyncEngineArgs", "EngineArgs"]
+
+
+@dataclass(kw_only=True)
+class EngineArgs:
+    """Engine options as the user gave them; names and defaults are vLLM's."""
+
+    # ModelConfig
+    model: str = arg(
+        "Qwen/Qwen3-0.6B",
+        "ModelConfig",
+        Kind.STR,
+        "Model: a Hugging Face directory, a .gguf file, a short name (smollm2) or a hub id.",
+    )
+    tokenizer: str | None = arg(
+        None,
+        "ModelConfig",
+        Kind.STR,
+        "Tokenizer: a directory, a .gguf file or a hub id; by default the model's own.",
+    )
+    tokenizer_mode: str = arg(
+        "auto",
+        "ModelConfig",
+        Kind.STR,
+        "How the tokenizer is loaded.",
+        choices=("auto", "hf"),
+        later=("slow", "mistral", "custom", "deepseek_v32"),
+    )
+    skip_tokenizer_init: bool = arg(
+        False,
+        "ModelConfig",
+        Kind.SWITCH,
+        "Load no tokenizer: prompts are token ids, and outputs carry no text.",
+    )
+    trust_remote_code: bool = arg(
+        False,
+        "ModelConfig",
+        Kind.SWITCH,
+        "Run Python code that comes with a model.",
+    )
+    revision: str | None = arg(
+        None,
+        "ModelConfig",
+        Kind.STR,
+        "Branch, tag or commit of a hub model.",
+    )
+    tokenizer_revision: str | None = arg(
+        None,
+        "ModelConfig",
+        Kind.STR,
+        "Branch, tag or commit of a hub tokenizer.",
+    )
+    dtype: str = arg(
+        "auto",
+        "ModelConfig",
+        Kind.STR,
+        "Data type of weights and activations. auto: the checkpoint's; float32 checkpoints run in "
+        "bfloat16 where the device multiplies it.",
+        choices=("auto", "half", "float16", "bfloat16", "float", "float32"),
+    )
+    max_model_len: int | None = arg(
+        None,
+        "ModelConfig",
+        Kind.SIZE,
+        "Tokens of one request, prompt and output together, at most; by default the model's "
+        "limit. 8k is 8000, 8K is 8192; auto or -1: the longest that fits in the KV cache.",
+        minimum=1,
+        words=(("auto", -1), ("-1", -1)),
+    )
+    quantization: str | None = arg(
+        None,
+        "ModelConfig",
+        Kind.STR,
+        "Storage format of the weights.",
+        short="-q",
+        choices=("gguf",),
+        later=(
+            "awq",
+            "awq_marlin",
+            "gptq",
+            "gptq_marlin",
+            "fp8",
+            "bitsandbytes",
+            "compressed-tensors",
+            "modelopt",
+            "mxfp4",
+            "torchao",
+            "quark",
+        ),
+    )
+    seed: int = arg(
+        0, "ModelConfig", Kind.INT, "Seed of the random numbers.", minimum=0, maximum=2**63 - 1
+    )
+    hf_overrides: dict[str, Any] = arg(
+        {},
+        "ModelConfig",
+        Kind.JSON,
+        "Values that replace those of the model's config.json.",
+    )
+    generation_config: str = arg(
+        "auto",
+        "ModelConfig",
+        Kind.STR,
+        "Where default sampling parameters come from: auto (the model), vllm (none), or a "
+        "directory with generation_config.json.",
+    )
+    override_generation_config: dict[str, Any] = arg(
+        {},
+        "ModelConfig",
+        Kind.JSON,
+        "Default sampling parameters that replace the model's.",
+    )
+    enforce_eager: bool = arg(
+        False,
+        "ModelConfig",
+        Kind.SWITCH,
+        "Never capture or compile graphs.",
+    )
+    max_logprobs: int = arg(
+        20,
+        "ModelConfig",
+        Kind.INT,
+        "Largest logprobs of a request; -1: no limit.",
+        minimum=-1,
+    )
+    logprobs_mode: str = arg(
+        "raw_logprobs",
+        "ModelConfig",
+        Kind.STR,
+        "What logprobs are: before (raw) or after (processed) the sampling parameters applied.",
+        choices=("raw_logprobs", "raw_logits", "processed_logprobs", "processed_logits"),
+    )
+    runner: str = arg(
+        "auto",
+        "ModelConfig",
+        Kind.STR,
+        "What the model is run for.",
+        choices=("auto", "generate"),
+        later=("pooling", "draft"),
+    )
+    served_model_name: list[str] | str | None = arg(
+        None,
+        "ModelConfig",
+        Kind.LIST,
+        "Names that requests may use; the first is shown in answers. By default --model.",
+    )
+    disable_sliding_window: bool = arg(
+        False,
+        "ModelConfig",
+        Kind.SWITCH,
+        "Cap the context at the model's sliding window, so that no layer needs one.",
+    )
+    logits_processors: list[str] | None = arg(
+        None,
+        "ModelConfig",
+        Kind.LIST,
+        "Custom logits processors, each as module:Class.",
+    )
+
+    # LoadConfig
+    load_format: str = arg(
+        "auto",
+        "LoadConfig",
+        Kind.STR,
+        "Format of the weights: auto, safetensors, gguf, dummy (random), or one a plug-in added.",
+    )
+    download_dir: str | None = arg(
+        None,
+        "LoadConfig",
+        Kind.STR,
+        "Where hub downloads are kept.",
+    )
+    use_tqdm_on_load: bool = arg(
+        True,
+        "LoadConfig",
+        Kind.SWITCH,
+        "Show a progress bar while weights load.",
+    )
+    model_loader_extra_config: dict[str, Any] = arg(
+        {},
+        "LoadConfig",
+        Kind.JSON,
+        "Settings of the loader of --load-format.",
+    )
+
+    # AttentionConfig
+    attention_backend: str | None = arg(
+        None,
+        "AttentionConfig",
+        Kind.STR,
+        "Attention backend; by default the platform chooses.",
+    )
+
+    # StructuredOutputsConfig
+    reasoning_parser: str = arg(
+        "",
+        "StructuredOutputsConfig",
+        Kind.STR,
+        "Parser that separates a model's reasoning from its answer.",
+    )
+
+    # ParallelConfig
+    distributed_executor_backend: str | None = arg(
+        None,
+        "ParallelConfig",
+        Kind.STR,
+        "How workers run: uni (in the engine's process).",
+        choices=("uni",),
+        later=("mp", "ray", "external_launcher"),
+    )
+    worker_cls: str = arg(
+        "auto",
+        "ParallelConfig",
+        Kind.STR,
+        "Dotted path of the worker class.",
+    )
+
+    # CacheConfig
+    block_size: int | None = arg(
+        None,
+        "CacheConfig",
+        Kind.INT,
+        "Tokens of one KV-cache block; by default the platform's.",
+        minimum=1,
+    )
+    gpu_memory_utilization: float = arg(
+        0.92,
+        "CacheConfig",
+        Kind.FLOAT,
+        "Share of a GPU's memory that the engine may use.",
+        minimum=0.01,
+        maximum=1.0,
+    )
+    kv_cache_memory_bytes: int | None = arg(
+        None,
+        "CacheConfig",
+        Kind.SIZE,
+        "Bytes of KV cache (4G is decimal, 4Gi binary); on the CPU the default is "
+        "VLLM_CPU_KVCACHE_SPACE GiB.",
+        minimum=1,
+    )
+    kv_cache_dtype: str = arg(
+        "auto",
+        "CacheConfig",
+        Kind.STR,
+        "Data type of the KV cache; auto: the model's.",
+        choices=("auto", "bfloat16", "float16", "float32"),
+        later=(
+            "fp8",
+            "fp8_e4m3",
+            "fp8_e5m2",
+            "fp8_inc",
+            "fp8_ds_mla",
+            "nvfp4",
+            "int8_per_token_head",
+            "fp8_per_token_head",
+            "turboquant_k8v4",
+            "turboquant_4bit_nc",
+            "turboquant_k3v4_nc",
+            "turboquant_3bit_nc",
+        ),
+    )
+    enable_prefix_caching: bool | None = arg(
+        None,
+        "CacheConfig",
+        Kind.SWITCH,
+        "Reuse the cache of prompts that begin alike (default).",
+    )
+    prefix_caching_hash_algo: str = arg(
+        "sha256",
+        "CacheConfig",
+        Kind.STR,
+        "Hash that names cached blocks.",
+        choices=("sha256", "sha256_cbor", "xxhash", "xxhash_cbor"),
+    )
+    num_gpu_blocks_override: int | None = arg(
+        None,
+        "CacheConfig",
+        Kind.INT,
+        "Blocks of the KV cache, whatever the memory allows.",
+        minimum=1,
+    )
+
+    # ObservabilityConfig and logs
+    disable_log_stats: bool = arg(
+        False,
+        "top level",
+        Kind.SWITCH,
+        "Log no throughput statistics.",
+    )
+
+    # SchedulerConfig
+    max_num_seqs: int | None = arg(
+        None,
+        "SchedulerConfig",
+        Kind.INT,
+        f"Requests in one step, at most; default {resolve.DEFAULT_MAX_NUM_SEQS}.",
+        minimum=1,
+    )
+    max_num_batched_tokens: int | None = arg(
+        None,
+        "SchedulerConfig",
+        Kind.SIZE,
+        f"Tokens of one step, at most; default {resolve.DEFAULT_MAX_NUM_BATCHED_TOKENS}.",
+        minimum=1,
+    )
+    enable_chunked_prefill: bool | None = arg(
+        None,
+        "SchedulerConfig",
+        Kind.SWITCH,
+        "Compute long prompts over several steps (default).",
+    )
+    scheduling_policy: str = arg(
+        "fcfs",
+        "SchedulerConfig",
+        Kind.STR,
+        "Order of waiting requests: fcfs (arrival) or priority (smaller first, then arrival).",
+        choices=("fcfs", "priority"),
+    )
+    stream_interval: int = arg(
+        1,
+        "SchedulerConfig",
+        Kind.INT,
+        "Tokens between two parts of a stream.",
+        minimum=1,
+    )
+    max_num_queued_reqs: int | None = arg(
+        None,
+        "SchedulerConfig",
+        Kind.INT,
+        "Requests that may wait; one more is answered 503. Default: no limit.",
+        minimum=0,
+    )
+    long_prefill_token_threshold: int = arg(
+        0,
+        "SchedulerConfig",
+        Kind.SIZE,
+        "Largest chunk of one prompt in a step; 0: no limit.",
+        minimum=0,
+    )
+    scheduler_cls: str | None = arg(
+        None,
+        "SchedulerConfig",
+        Kind.STR,
+        "Dotted path of the scheduler class.",
+    )
+    disable_hybrid_kv_cache_manager: bool = arg(
+        False,
+        "SchedulerConfig",
+        Kind.SWITCH,
+        "Treat layers of every kind as full attention when KV-cache blocks are managed.",
+    )
+    watermark: float = arg(
+        0.0,
+        "SchedulerConfig",
+        Kind.FLOAT,
+        "Share of blocks that stays free when a request is admitted.",
+        minimum=0.0,
+        maximum=1.0,
+    )
+
+    # VllmConfig
+    attention_config: dict[str, Any] = arg(
+        {},
+        "VllmConfig",
+        Kind.JSON,
+        'Attention settings: {"backend": NAME}.',
+    )
+    structured_outputs_config: dict[str, Any] = arg(
+        {},
+        "VllmConfig",
+        Kind.JSON,
+        'Structured outputs: {"backend": "auto" | "xgrammar", "disable_any_whitespace": BOOL, '
+        '"reasoning_parser": NAME}.',
+    )
+    additional_config: dict[str, Any] = arg(
+        {},
+        "VllmConfig",
+        Kind.JSON,
+        "Settings handed to plug-ins as they are.",
+    )
+
+    def __post_init__(self) -> None:
+        if isinstance(self.served_model_name, str):
+            self.served_model_name = [self.served_model_name]
+        self.hf_overrides = {} if self.hf_overrides is None else self.hf_overrides
+        for name, flag in self.flags().items():
+            setattr(self, name, flag.check(getattr(self, name)))
+
+    @classmethod
+    def flags(cls) -> dict[str, Flag]:
+        """The options of this class, by field name."""
+        cached = cls.__dict__.get("_flags")
+        if cached is None:
+            cached = flags_of(cls)
+            cls._flags = cached
+        return cached
+
+    @classmethod
+    def from_kwargs(cls, **kwargs: Any) -> Self:
+        """From the keyword arguments of ``LLM``.
+
+        Raises:
+            UnsupportedError: an argument that vLLM has and this engine does not yet.
+            ConfigError: an unknown argument, or a value that cannot work.
+        """
+        known = cls.flags()
+        own = {}
+        for name, value in kwargs.items():
+            if name in known:
+                own[name] = value
+            elif name in NOT_YET:
+                if not NOT_YET[name].is_off(value):
+                    raise NOT_YET[name].refusal(name)
+            else:
+                guess = nearest(name, [*known, *NOT_YET])
+                hint = f"; did you mean {guess}?" if guess else ""
+                raise ConfigError(f"unknown argument {name}{hint}", parameter=name, value=value)
+        return cls(**own)
+
+    @classmethod
+    def add_cli_args(cls, parser: FlexibleArgumentParser) -> FlexibleArgumentParser:
+        """Give ``parser`` these options, and those that are to be refused by name."""
+        for flag in cls.flags().values():
+            parser.add_flag(flag)
+        parser.refuse(NOT_YET.values())
+        return parser
+
+    @classmethod
+    def from_cli_args(cls, args: argparse.Namespace) -> Self:
+        """From parsed options; others in ``args`` are not looked at."""
+        names = cls.flags()
+        return cls(**{name: getattr(args, name) for name in names if hasattr(args, name)})
+
+    def create_engine_config(self, usage_context: object = None) -> VllmConfig:
+        """Resolve the model and every open option, and check them against each other.
+
+        Args:
+            usage_context: accepted for vLLM's callers; defaults do not depend on it.
+
+        Raises:
+            ConfigError, UnsupportedError: naming the option and what would work.
+            CapacityError: more memory asked for than there is.
+        """
+        from vllm.config import (
+            AttentionConfig,
+            DeviceConfig,
+            LoadConfig,
+            ObservabilityConfig,
+            ParallelConfig,
+            SchedulerConfig,
+            VllmConfig,
+        )
+        from vllm.platforms import current_platform
+
+        envs.validate_environ()
+        model_config = self._create_model_config()
+        cache_config = self._create_cache_config(model_config)
+        model_config = self._fit_max_model_len(model_config, cache_config.kv_cache_memory_bytes)
+        max_num_seqs = self.max_num_seqs or resolve.DEFAULT_MAX_NUM_SEQS
+        if self.max_num_seqs is None and self.max_num_batched_tokens is not None:
+            max_num_seqs = min(max_num_seqs, self.max_num_batched_tokens)
+        chunked_prefill = self.enable_chunked_prefill is not False
+        config = VllmConfig(
+            model_config=model_config,
+            cache_config=cache_config,
+            scheduler_config=SchedulerConfig(
+                max_num_batched_tokens=resolve.resolve_max_num_batched_tokens(
+                    self.max_num_batched_tokens,
+                    max_model_len=model_config.max_model_len,
+                    max_num_seqs=max_num_seqs,
+                    chunked_prefill=chunked_prefill,
+                ),
+                max_num_seqs=max_num_seqs,
+                max_model_len=model_config.max_model_len,
+                max_num_queued_reqs=self.max_num_queued_reqs,
+                enable_chunked_prefill=chunked_prefill,
+                policy=self.scheduling_policy,
+                long_prefill_token_threshold=self.long_prefill_token_threshold,
+                stream_interval=self.stream_interval,
+                scheduler_cls=self.scheduler_cls,
+                disable_hybrid_kv_cache_manager=self.disable_hybrid_kv_cache_manager,
+                watermark=self.watermark,
+            ),
+            parallel_config=ParallelConfig(
+                distributed_executor_backend=self.distributed_executor_backend or "uni",
+                worker_cls=self.worker_cls,
+            ),
+            load_config=LoadConfig(
+                load_format=self.load_format,
+                download_dir=self.download_dir,
+                use_tqdm_on_load=self.use_tqdm_on_load,
+                model_loader_extra_config=dict(self.model_loader_extra_config),
+            ),
+            device_config=DeviceConfig(device_type=current_platform.device_type),
+            attention_config=AttentionConfig(backend=self._attention_backend()),
+            structured_outputs_config=self._structured_outputs(),
+            observability_config=ObservabilityConfig(disable_log_stats=self.disable_log_stats),
+            additional_config=dict(self.additional_config),
+        )
+        current_platform.check_config(config)
+        return config
+
+    def _create_model_config(self) -> ModelConfig:
+        from vllm.config import ModelConfig
+        from vllm.platforms import current_platform
+        from vllm.transformers_utils.config import derive_max_model_len, resolve_model
+        from vllm.utils.system import cpu_flags
+
+        resolved = resolve_model(
+            self.model,
+            revision=self.revision,
+            download_dir=self.download_dir,
+            trust_remote_code=self.trust_remote_code,
+            hf_overrides=self.hf_overrides,
+            weights=self.load_format != "dummy",
+        )
+        self._check_formats(resolved)
+        hf_config = resolved.hf_config
+        text_config = hf_config.get_text_config()
+        checkpoint = getattr(text_config, "dtype", None) or getattr(hf_config, "dtype", None)
+        limit = derive_max_model_len(text_config)
+        window = getattr(text_config, "sliding_window", None)
+        if self.disable_sliding_window and window:
+            limit = window if limit is None else min(limit, window)
+        requested = None if self.max_model_len == resolve.AUTO else self.max_model_len
+        return ModelConfig(
+            model=self.model,
+            model_path=str(resolved.model_path),
+            tokenizer=self._tokenizer(resolved),
+            tokenizer_mode=self.tokenizer_mode,
+            tokenizer_revision=self.tokenizer_revision,
+            trust_remote_code=self.trust_remote_code,
+            hf_config=hf_config,
+            hf_text_config=text_config,
+            architecture=resolved.architecture,
+            dtype_name=resolve.resolve_dtype(
+                self.dtype,
+                str(checkpoint).removeprefix("torch.") if checkpoint else None,
+                device_type=current_platform.device_type,
+                supported=current_platform.supported_dtype_names,
+                cpu_flags=cpu_flags(),
+            ),
+            max_model_len=resolve.resolve_max_model_len(requested, limit),
+            seed=self.seed,
+            revision=self.revision,
+            quantization=self.quantization,
+            enforce_eager=self.enforce_eager,
+            max_logprobs=self.max_logprobs,
+            logprobs_mode=self.logprobs_mode,
+            served_model_name=tuple(self.served_model_name or (self.model,)),
+            skip_tokenizer_init=self.skip_tokenizer_init,
+            disable_sliding_window=self.disable_sliding_window,
+            generation_config=resolve.generation_defaults(
+                self.generation_config,
+                resolved.generation_config,
+                self.override_generation_config,
+            ),
+            logits_processors=tuple(self.logits_processors or ()),
+        )
+
+    def _check_formats(self, resolved: ResolvedModel) -> None:
+        if self.quantization == "gguf" and not resolved.is_gguf:
+            raise ConfigError(
+                f"--quantization gguf needs a .gguf file, and --model {self.model} is none",
+                parameter="quantization",
+                value=self.quantization,
+            )
+        resolve.refuse_quantized(self.model, resolved.hf_config)
+
+    def _tokenizer(self, resolved: ResolvedModel) -> str:
+        if self.tokenizer is None or self.tokenizer == self.model:
+            return str(resolved.tokenizer)
+        from vllm.transformers_utils.model_path import resolve_model_path
+
+        return str(
+            resolve_model_path(
+                self.tokenizer,
+                revision=self.tokenizer_revision,
+                download_dir=self.download_dir,
+                weights=False,
+                option="--tokenizer",
+            )
+        )
+
+    def _create_cache_config(self, model_config: ModelConfig) -> Any:
+        from vllm.config import CacheConfig
+        from vllm.platforms import current_platform
+
+        pool = self.kv_cache_memory_bytes
+        if current_platform.is_cpu():
+            pool = resolve.kv_pool_bytes(
+                pool,
+                envs.VLLM_CPU_KVCACHE_SPACE,
+                envs.DEFAULT_CPU_KVCACHE_SPACE,
+                current_platform.get_device_available_memory(),
+            )
+        window = getattr(model_config.hf_text_config, "sliding_window", None)
+        return CacheConfig(
+            block_size=self.block_size or current_platform.default_block_size,
+            user_specified_block_size=self.block_size is not None,
+            gpu_memory_utilization=self.gpu_memory_utilization,
+            kv_cache_memory_bytes=pool,
+            cache_dtype=self.kv_cache_dtype,
+            num_gpu_blocks_override=self.num_gpu_blocks_override,
+            enable_prefix_caching=self.enable_prefix_caching is not False,
+            prefix_caching_hash_algo=self.prefix_caching_hash_algo,
+            kv_cache_layout=envs.VLLM_KV_CACHE_LAYOUT,
+            sliding_window=None if self.disable_sliding_window else window,
+        )
+
+    def _fit_max_model_len(self, model_config: ModelConfig, pool: int | None) -> ModelConfig:
+        """``--max-model-len auto``: as long as the cache can hold, in whole blocks."""
+        if self.max_model_len != resolve.AUTO:
+            return model_config
+        from vllm.platforms import current_platform
+
+        block = self.block_size or current_platform.default_block_size
+        cache_dtype = self.kv_cache_dtype
+        dtype = model_config.dtype_name if cache_dtype == "auto" else cache_dtype
+        per_token = resolve.kv_bytes_per_token(
+            num_layers=model_config.get_num_layers(),
+            num_kv_heads=model_config.get_total_num_kv_heads(),
+            head_size=model_config.get_head_size(),
+            element_size=4 if dtype == "float32" else 2,
+        )
+        # One block stays with the pool: it is the null block.
+        tokens = None if pool is None else max(1, pool // (per_token * block) - 1) * block
+        length = resolve.resolve_max_model_len(
+            resolve.AUTO, model_config.max_model_len, fitting_tokens=tokens
+        )
+        return dataclasses.replace(model_config, max_model_len=length)
+
+    def _attention_backend(self) -> str | None:
+        _only_keys("attention_config", self.attention_config, ("backend",))
+        other = self.attention_config.get("backend")
+        if other and self.attention_backend and other != self.attention_backend:
+            raise ConfigError(
+                f"--attention-backend {self.attention_backend} and --attention-config.backend "
+                f"{other} differ; give one of them",
+                parameter="attention_backend",
+                value=self.attention_backend,
+            )
+        return self.attention_backend or other
+
+    def _structured_outputs(self) -> Any:
+        from vllm.config import StructuredOutputsConfig
+
+        given = self.structured_outputs_config
+        known = ("backend", "disable_any_whitespace", "reasoning_parser")
+        _only_keys("structured_outputs_config", given, known)
+        backend = given.get("backend", "auto")
+        if backend not in ("auto", "xgrammar"):
+            raise UnsupportedError(
+                f"--structured-outputs-config.backend {backend}: vLLM has this; this engine does "
+                "not yet (accepted: auto, xgrammar)",
+                parameter="structured_outputs_config",
+                value=backend,
+            )
+        return StructuredOutputsConfig(
+            backend="xgrammar",
+            reasoning_parser=self.reasoning_parser or given.get("reasoning_parser", ""),
+            disable_any_whitespace=bool(given.get("disable_any_whitespace", False)),
+        )
+
+
+def _only_keys(name: str, given: dict[str, Any], known: tuple[str, ...]) -> None:
+    for key in given:
+        if key not in known:
+            raise ConfigError(
+                f"{dash(name)} has no key {key!r}; known: {', '.join(known)}",
+                parameter=name,
+                value=key,
+            )
+
+
+@dataclass(kw_only=True)
+class AsyncEngineArgs(EngineArgs):
+    """``EngineArgs`` of a server."""
+
+    enable_log_requests: bool = arg(
+        False,
+        "top level",
+        Kind.SWITCH,
+        "Log every request as it arrives.",
+    )
