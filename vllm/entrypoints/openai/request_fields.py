@@ -1,0 +1,120 @@
+"""Request fields that other servers know and this one does not have yet.
+
+Owns the refusal of a field by name: nothing that a client asks for is ignored. A value that asks
+for nothing (the default, or what switches the feature off) passes. When a feature arrives, its
+line here goes and a field in ``protocol.py`` comes.
+"""
+
+import difflib
+from collections.abc import Collection
+from typing import Any
+
+from vllm.errors import UnsupportedError, VLLMValidationError
+
+__all__ = ["drop_neutral_fields"]
+
+_STRUCTURED = 'use structured_outputs, such as {{"structured_outputs": {{"{}": ...}}}}'
+
+# Field -> values that ask for nothing, besides null.
+_NOT_YET_COMMON: dict[str, tuple[Any, ...]] = {
+    "use_beam_search": (False,),
+    "length_penalty": (1, 1.0),
+    "watermarking": (False,),
+    "logprob_token_ids": ([],),
+    "session_id": (),
+    "routed_experts_prompt_start": (),
+    "return_token_offsets": (False,),
+    "mm_payload": (),
+    "return_mm_kwargs": (False,),
+    "ec_transfer_params": (),
+    "repetition_detection": (),
+    "thinking_token_budget": (),
+}
+_NOT_YET_COMPLETION: dict[str, tuple[Any, ...]] = {
+    **_NOT_YET_COMMON,
+    "suffix": ("",),
+    "prompt_embeds": ([],),
+}
+_NOT_YET_CHAT: dict[str, tuple[Any, ...]] = {
+    **_NOT_YET_COMMON,
+    "include_reasoning": (True,),
+    "media_io_kwargs": ({},),
+    "mm_processor_kwargs": ({},),
+}
+_NOT_YET_TOKENIZE: dict[str, tuple[Any, ...]] = {
+    "media_io_kwargs": ({},),
+    "mm_processor_kwargs": ({},),
+}
+NOT_YET: dict[str, dict[str, tuple[Any, ...]]] = {
+    "completion": _NOT_YET_COMPLETION,
+    "chat": _NOT_YET_CHAT,
+    "tokenize": _NOT_YET_TOKENIZE,
+    "detokenize": {},
+}
+
+# Fields of older vLLM and of OpenAI's own service: (values that ask for nothing, what to do).
+_ELSEWHERE: dict[str, tuple[tuple[Any, ...], str]] = {
+    "guided_json": ((), _STRUCTURED.format("json")),
+    "guided_regex": ((), _STRUCTURED.format("regex")),
+    "guided_choice": ((), _STRUCTURED.format("choice")),
+    "guided_grammar": ((), _STRUCTURED.format("grammar")),
+    "structural_tag": ((), _STRUCTURED.format("structural_tag")),
+    "guided_decoding_backend": ((), "choose the backend with --structured-outputs-config"),
+    "guided_whitespace_pattern": ((), _STRUCTURED.format("whitespace_pattern")),
+    "best_of": ((1,), "use n"),
+    "logits_processors": (([],), "name processors with --logits-processors"),
+    "functions": (([],), "use tools"),
+    "function_call": (("none", "auto"), "use tool_choice"),
+    "audio": ((), "only text is generated"),
+    "modalities": ((["text"],), "only text is generated"),
+    "prediction": ((), "leave it out"),
+    "service_tier": (("auto", "default"), "leave it out"),
+    "store": ((False,), "answers are not stored"),
+    "metadata": (({},), "leave it out; request_id names a request"),
+    "web_search_options": ((), "leave it out"),
+    "verbosity": (("medium",), "leave it out"),
+    "safety_identifier": ((), "use user"),
+    "prompt_cache_key": ((), "prompts with the same beginning share their cache as they are"),
+    "prompt_cache_retention": ((), "leave it out"),
+}
+
+
+def _same(value: Any, neutral: Any) -> bool:
+    # True == 1 in Python, but not in JSON.
+    return value == neutral and isinstance(value, bool) == isinstance(neutral, bool)
+
+
+def drop_neutral_fields(body: dict[str, Any], kind: str, known: Collection[str]) -> dict[str, Any]:
+    """``body`` with only the fields of ``known``.
+
+    Args:
+        kind: "completion", "chat", "tokenize" or "detokenize".
+        known: names of the fields that the request model has.
+
+    Raises:
+        UnsupportedError: a field that vLLM or OpenAI has is set to something that asks for it.
+        VLLMValidationError: nobody knows the field.
+    """
+    if body.keys() <= known:
+        return body
+    kept = {}
+    for name, value in body.items():
+        if name in known:
+            kept[name] = value
+            continue
+        neutral, advice = NOT_YET[kind].get(name), "leave it out"
+        owner = "vLLM has this field; this server does not yet"
+        if neutral is None and kind in ("completion", "chat") and name in _ELSEWHERE:
+            neutral, advice = _ELSEWHERE[name]
+            owner = "this server does not have this field"
+        if neutral is None:
+            raise _unknown(name, {*known, *NOT_YET[kind]})
+        if value is not None and not any(_same(value, item) for item in neutral):
+            raise UnsupportedError(f"{name}: {owner}; {advice}", parameter=name)
+    return kept
+
+
+def _unknown(name: str, known: Collection[str]) -> VLLMValidationError:
+    close = difflib.get_close_matches(name, list(known), n=1)
+    hint = f"; did you mean {close[0]}?" if close else ""
+    return VLLMValidationError(f"unknown field {name[:80]!r}{hint}", parameter=name[:80])
