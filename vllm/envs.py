@@ -98,6 +98,8 @@ variables: dict[str, Callable[[], Any]] = {
     "VLLM_KV_CACHE_LAYOUT": _choice("VLLM_KV_CACHE_LAYOUT", None, _LAYOUTS),
     # Canaries, owner map and pool checks after every step.
     "VLLM_KV_CACHE_DEBUG": _bool("VLLM_KV_CACHE_DEBUG", False),
+    # Python's own; where set, it seeds the block hashes too, so that engines agree on them.
+    "PYTHONHASHSEED": _str("PYTHONHASHSEED", None),
     "VLLM_SSM_CONV_STATE_LAYOUT": _choice("VLLM_SSM_CONV_STATE_LAYOUT", None, ("SD", "DS")),
     "VLLM_CACHE_ROOT": _cache_root,
     "VLLM_LOGGING_LEVEL": _choice(
@@ -124,7 +126,7 @@ _ACCEPTED_VALUES: dict[str, tuple[str, ...]] = {
 """Variables that change nothing here, and the values that ask for just that."""
 
 _NOT_YET = frozenset(
-    [
+    {
         "VLLM_ALLOW_LONG_MAX_MODEL_LEN",
         "VLLM_ALLOW_RUNTIME_LORA_UPDATING",
         "VLLM_ATTENTION_BACKEND",
@@ -166,7 +168,7 @@ _NOT_YET = frozenset(
         "VLLM_USE_MODELSCOPE",
         "VLLM_USE_PRECOMPILED",
         "VLLM_USE_TRITON_FLASH_ATTN",
-    ]
+    }
 )
 """Variables of vLLM that this engine does not have yet."""
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Self
 
@@ -414,13 +415,9 @@ class EngineArgs:
             setattr(self, name, flag.check(getattr(self, name)))
 
     @classmethod
-    def flags(cls) -> dict[str, Flag]:
+    def flags(cls) -> Mapping[str, Flag]:
         """The options of this class, by field name."""
-        cached = cls.__dict__.get("_flags")
-        if cached is None:
-            cached = flags_of(cls)
-            cls._flags = cached
-        return cached
+        return flags_of(cls)
 
     @classmethod
     def from_kwargs(cls, **kwargs: Any) -> Self:

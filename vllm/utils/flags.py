@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import json
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from enum import Enum
+from types import MappingProxyType
 from typing import Any
 
 from vllm.errors import ConfigError, UnsupportedError
@@ -149,6 +151,8 @@ class Flag:
             return value
         if any(value == special and type(value) is type(special) for _, special in self.words):
             return value
+        if self.kind is Kind.SIZE and isinstance(value, str):
+            return self.parse(value)
         if not self._has_type(value):
             raise ConfigError(
                 f"{self.option} takes {self._expected()}, not {value!r}",
@@ -246,7 +250,8 @@ def arg(
     return dataclasses.field(default=default, metadata={_METADATA_KEY: details})
 
 
-def flags_of(cls: type) -> dict[str, Flag]:
+@functools.cache
+def flags_of(cls: type) -> Mapping[str, Flag]:
     """The flags that the fields of the dataclass ``cls`` define, by field name."""
     flags = {}
     for field in dataclasses.fields(cls):
@@ -258,7 +263,7 @@ def flags_of(cls: type) -> dict[str, Flag]:
             else field.default_factory()
         )
         flags[field.name] = Flag(name=field.name, default=default, **field.metadata[_METADATA_KEY])
-    return flags
+    return MappingProxyType(flags)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -14,6 +14,7 @@ name                  what is digested
 ====================  ==============================================================
 """
 
+import importlib.util
 import struct
 import sys
 from array import array
@@ -111,6 +112,26 @@ def canonical_cbor(value: Any) -> bytes:
     raise TypeError(f"cannot hash a {type(value).__name__}")
 
 
+def _sha256_chain(parent: bytes, packed: bytes, step: int) -> list[bytes]:
+    hashes = []
+    add, constructor = hashes.append, _sha256
+    for start in range(0, len(packed), step):
+        parent = constructor(parent + packed[start : start + step]).digest()
+        add(parent)
+    return hashes
+
+
+def _xxh3_128_chain(parent: bytes, packed: bytes, step: int) -> list[bytes]:
+    from xxhash import xxh3_128_digest
+
+    hashes = []
+    add = hashes.append
+    for start in range(0, len(packed), step):
+        parent = xxh3_128_digest(parent + packed[start : start + step])
+        add(parent)
+    return hashes
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HashAlgorithm:
     """A digest and the encoding it is taken over; ``digest_size`` is in bytes."""
@@ -120,6 +141,8 @@ class HashAlgorithm:
     digest_size: int
     is_cbor: bool
     is_collision_resistant: bool
+    chain: Callable[[bytes, bytes, int], list[bytes]]
+    """(parent, packed token ids, bytes of a block) to the digest of each block, without CBOR."""
 
     def hash_block(
         self, parent: bytes, token_ids: Sequence[int], extra_keys: tuple[Any, ...] | None = None
@@ -132,17 +155,22 @@ class HashAlgorithm:
             data += canonical_cbor(extra_keys)
         return self.digest(data)
 
+    def hash_blocks(
+        self, parent: bytes, token_ids: Sequence[int], block_size: int
+    ) -> list[bytes]:
+        """The digests of consecutive blocks without extra keys.
 
-def _xxhash_digest() -> Callable[[bytes], bytes]:
-    try:
-        from xxhash import xxh3_128_digest
-    except ImportError:
-        raise ConfigError(
-            "--prefix-caching-hash-algo=xxhash needs the package xxhash (pip install xxhash); "
-            "sha256 works without it",
-            parameter="prefix_caching_hash_algo",
-        ) from None
-    return xxh3_128_digest
+        ``len(token_ids)`` is a multiple of ``block_size``. The tokens are packed once; hashing
+        itself then costs one slice, one concatenation and one digest a block.
+        """
+        assert len(token_ids) % block_size == 0
+        if not self.is_cbor:
+            return self.chain(parent, pack_token_ids(token_ids), 4 * block_size)
+        hashes = []
+        for start in range(0, len(token_ids), block_size):
+            parent = self.hash_block(parent, token_ids[start : start + block_size])
+            hashes.append(parent)
+        return hashes
 
 
 HASH_ALGORITHMS = ("sha256", "sha256_cbor", "xxhash", "xxhash_cbor")
@@ -161,10 +189,18 @@ def get_hash_algorithm(name: str) -> HashAlgorithm:
             value=name,
         )
     is_sha = name.startswith("sha256")
+    if not is_sha and importlib.util.find_spec("xxhash") is None:
+        raise ConfigError(
+            f"--prefix-caching-hash-algo={name} needs the package xxhash (pip install xxhash); "
+            "sha256 works without it",
+            parameter="prefix_caching_hash_algo",
+            value=name,
+        )
     return HashAlgorithm(
         name=name,
-        digest=sha256 if is_sha else _xxhash_digest(),
+        digest=sha256 if is_sha else xxh3_128,
         digest_size=32 if is_sha else 16,
         is_cbor=name.endswith("_cbor"),
         is_collision_resistant=is_sha,
+        chain=_sha256_chain if is_sha else _xxh3_128_chain,
     )
