@@ -18,7 +18,7 @@ __all__ = ["LOGICAL_AXES", "KVCacheLayout"]
 LOGICAL_AXES = "LBHNC"
 
 
-class KVCacheLayout(str, enum.Enum):
+class KVCacheLayout(enum.StrEnum):
     """Physical order of the axes, outermost first; the value is the name.
 
     ========  =============  ===============  =============  ================
@@ -94,6 +94,3 @@ class KVCacheLayout(str, enum.Enum):
     def head_layout_name(self) -> str:
         """ "HND" or "NHD": the name that outside kernels give the order inside a block."""
         return "NHD" if self.value.index("N") < self.value.index("H") else "HND"
-
-    def __str__(self) -> str:
-        return self.value

@@ -46,7 +46,7 @@ __all__ = [
 ]
 
 
-class AttentionType(str, enum.Enum):
+class AttentionType(enum.StrEnum):
     """What a layer's queries attend to. Compares equal to its string."""
 
     DECODER = "decoder"

@@ -1,0 +1,639 @@
+"""Specs of attention caches: bytes per block of everything that stores K and V, or a latent.
+
+Every cache is logically ``(B, H, N, C)``: blocks, head slots, states per block, content. A
+spec answers ``num_heads`` (H), ``num_states`` (N) and ``state_content_size_bytes`` (C), and
+
+    page = H * N * C bytes per block and layer, then rounded up to an alignment or padded.
+
+Pure arithmetic: no torch, no backend, no model. A dtype may be given as a ``torch.dtype`` or by
+name; specs compare by name. Plug-ins may subclass specs, so they are frozen but have no slots.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from fractions import Fraction
+from typing import TYPE_CHECKING, Any
+
+from vllm.errors import ConfigError
+from vllm.v1.kv_cache.content import (
+    NVFP4_GROUP,
+    SCALE_BYTES,
+    ContentFormat,
+    KVCacheSpecKind,
+    KVQuantMode,
+    cdiv,
+    dtype_itemsize,
+    dtype_name,
+    round_up,
+    to_torch_dtype,
+)
+
+if TYPE_CHECKING:
+    import torch
+
+    from vllm.config import VllmConfig
+
+# Bytes of one token's latent in the formats that pack data, scales and RoPE parts together:
+# 512 fp8 + 16 scale + 128 RoPE; 448 fp8 + 128 RoPE + 8 scale; nvfp4.
+_MLA_STATE_BYTES = {"fp8_ds_mla": 656, "fp8_ds_mla/deepseek_v4": 584, "nvfp4_ds_mla": 352}
+
+
+@dataclass(frozen=True, kw_only=True)
+class KVCacheSpec:
+    """What one layer keeps per block of ``block_size`` tokens."""
+
+    block_size: int
+    """Tokens that one manager block stands for."""
+    block_stride_alignment: int = 1
+    """Bytes that the distance between two blocks must be a multiple of."""
+    is_draft: bool = field(default=False, compare=False)
+    """The layer belongs to a draft model."""
+    layer_name: str = field(default="", compare=False, repr=False)
+    """Only used in messages."""
+
+    def __post_init__(self) -> None:
+        if self.block_size <= 0:
+            raise ConfigError(
+                f"{self._where}block size must be positive, not {self.block_size}",
+                parameter="block_size",
+            )
+        if self.block_stride_alignment <= 0:
+            raise ConfigError(f"{self._where}block_stride_alignment must be positive")
+
+    @property
+    def _where(self) -> str:
+        return f"layer {self.layer_name}: " if self.layer_name else ""
+
+    kind = KVCacheSpecKind.FULL
+
+    @property
+    def num_heads(self) -> int:
+        """H: head slots of one block."""
+        raise TypeError(f"{type(self).__name__} has no logical shape of its own")
+
+    @property
+    def tokens_per_state(self) -> int | Fraction:
+        """Tokens that one state stands for; -1 where a state does not count tokens."""
+        return 1
+
+    @property
+    def num_states(self) -> int:
+        """N: states of one manager block."""
+        return self.get_num_kernel_states(self.block_size)
+
+    def get_num_kernel_states(self, kernel_block_size: int) -> int:
+        """States of a kernel block of ``kernel_block_size`` tokens."""
+        states = Fraction(kernel_block_size) / Fraction(self.tokens_per_state)
+        if states.denominator != 1 or states < 1:
+            raise ConfigError(
+                f"{self._where}a block of {kernel_block_size} tokens does not hold a whole number "
+                f"of states of {self.tokens_per_state} tokens: choose a --block-size that is a "
+                f"multiple of {Fraction(self.tokens_per_state).numerator}",
+                parameter="block_size",
+                value=kernel_block_size,
+            )
+        return int(states)
+
+    @property
+    def state_content_size_bytes(self) -> int:
+        """C in bytes: content of one (head slot, state)."""
+        raise TypeError(f"{type(self).__name__} has no logical shape of its own")
+
+    @property
+    def storage_block_size(self) -> int:
+        """N by its older name."""
+        return self.num_states
+
+    @property
+    def unpadded_page_size_bytes(self) -> int:
+        """H * N * C: bytes that carry content; the span of a page."""
+        return self.num_heads * self.num_states * self.state_content_size_bytes
+
+    @property
+    def page_size_bytes(self) -> int:
+        """Room of one block and layer, in bytes: the span, aligned and padded."""
+        return self.unpadded_page_size_bytes
+
+    @property
+    def content_format(self) -> ContentFormat:
+        return ContentFormat.KV_PER_TOKEN
+
+    @property
+    def storage_dtype(self) -> str:
+        """Name of the dtype that the layer's view has."""
+        return "int8"
+
+    @property
+    def view_alignment(self) -> int:
+        """Bytes that offset and strides of the page must be a multiple of, for every view."""
+        return dtype_itemsize(self.storage_dtype)
+
+    @property
+    def head_axis_is_sliceable(self) -> bool:
+        """A range of head slots is a set of whole byte ranges with a meaning of its own."""
+        return self.num_heads > 1
+
+    @property
+    def needs_block_contiguous(self) -> bool:
+        """The page only has its meaning in the order H, N, C, in one run."""
+        return False
+
+    @property
+    def needs_zeroing(self) -> bool:
+        """A block taken from the pool is read before it is written."""
+        return False
+
+    @property
+    def uses_slot_mapping(self) -> bool:
+        return True
+
+    @property
+    def prefix_cacheable(self) -> bool:
+        """A full block can be found again by the hash of its tokens."""
+        return True
+
+    @property
+    def group_key(self) -> tuple[Any, ...]:
+        """Layers with equal keys need the same blocks at the same time: one block table."""
+        return (self.kind.value, self.block_size)
+
+    @property
+    def manager_spec(self) -> KVCacheSpec:
+        """The spec by which the scheduler chooses a manager; a member's for a uniform group."""
+        return self
+
+    def max_resident_blocks(self, vllm_config: VllmConfig) -> int:
+        """Blocks that one request of the longest length holds at one time, at most."""
+        return cdiv(_max_local_len(vllm_config), self.block_size)
+
+    def max_num_blocks_per_req(self, vllm_config: VllmConfig, max_len: int) -> int:
+        """Entries of one request's row of the block table."""
+        return cdiv(max_len, self.block_size)
+
+    def max_memory_usage_bytes(self, vllm_config: VllmConfig) -> int:
+        """Bytes of one request of the longest length, for one layer."""
+        return self.max_resident_blocks(vllm_config) * self.page_size_bytes
+
+    def copy_with_new_block_size(self, block_size: int) -> KVCacheSpec:
+        """The same layer with blocks of another size; a padding that no longer fits is dropped."""
+        return replace(self, block_size=block_size)
+
+    def with_layer_name(self, layer_name: str) -> KVCacheSpec:
+        return replace(self, layer_name=layer_name)
+
+    @classmethod
+    def merge(cls, specs: Sequence[KVCacheSpec]) -> KVCacheSpec:
+        """One spec for layers of one group.
+
+        Raises:
+            ConfigError: the specs differ.
+        """
+        first = specs[0]
+        for spec in specs[1:]:
+            if spec != first:
+                raise ConfigError(f"layers of one cache group differ: {first} and {spec}")
+        return copy.copy(first)
+
+    def is_uniform_with_collection(self, specs: Mapping[str, KVCacheSpec]) -> bool:
+        """All of ``specs`` can share one block table with this one."""
+        return all(spec.group_key == self.group_key for spec in specs.values())
+
+
+def _max_local_len(vllm_config: VllmConfig) -> int:
+    dcp = vllm_config.parallel_config.decode_context_parallel_size
+    return cdiv(vllm_config.model_config.max_model_len, dcp)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionSpec(KVCacheSpec):
+    """K and V of ``num_kv_heads`` heads for every token.
+
+    ================================  ==============  ====================================
+    kind                              H               C, bytes
+    ================================  ==============  ====================================
+    plain                             heads           (D + Dv) * itemsize
+    int8, fp8 per token and head      heads           (D + Dv) + 2 * 4
+    int4 per token and head           heads           (D + Dv) / 2 + 2 * 4
+    nvfp4                             2 * heads       D / 2 + D / 16
+    set by a backend                  num_head_slots  state_content_bytes
+    ================================  ==============  ====================================
+
+    page = H * (block_size / tokens_per_state) * C, or ``page_size_padded``.
+    """
+
+    num_kv_heads: int
+    head_size: int
+    dtype: Any = field(compare=False)
+    """torch.dtype or name of the stored elements (uint8 for fp8 kept as bytes)."""
+    head_size_v: int | None = None
+    """Width of V; None means that of K, 0 that there is no V of its own."""
+    kv_quant_mode: KVQuantMode = KVQuantMode.NONE
+    page_size_padded: int | None = None
+    num_head_slots: int | None = None
+    """Set by ``AttentionBackend.customize_spec`` where a kernel wants another packing."""
+    state_content_bytes: int | None = None
+    tokens_per_state: int | Fraction = 1
+    indexes_kv_by_block_stride: bool = field(default=True, compare=False)
+    """The kernels read the block stride from the tensor, as all of ours do."""
+    dtype_name: str = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        object.__setattr__(self, "dtype_name", dtype_name(self.dtype))
+        if self.head_size_v is None:
+            object.__setattr__(self, "head_size_v", self.head_size)
+        if self.num_kv_heads <= 0 or self.head_size <= 0 or self.head_size_v < 0:
+            raise ConfigError(
+                f"{self._where}num_kv_heads and head_size must be positive, not "
+                f"{self.num_kv_heads} and {self.head_size}/{self.head_size_v}"
+            )
+        self._check_quantisation()
+        item = dtype_itemsize(self.dtype_name)
+        if self.state_content_size_bytes % item:
+            raise ConfigError(
+                f"{self._where}content of {self.state_content_size_bytes} bytes is not a whole "
+                f"number of {self.dtype_name} elements"
+            )
+        self._check_page(item)
+
+    def _check_quantisation(self) -> None:
+        mode = self.kv_quant_mode
+        if mode is not KVQuantMode.NONE and dtype_itemsize(self.dtype_name) != 1:
+            raise ConfigError(
+                f"{self._where}{mode.name.lower()} stores single bytes, not {self.dtype_name}: "
+                "give the spec dtype uint8, int8 or a float8",
+                parameter="kv_cache_dtype",
+            )
+        widths = (self.head_size, self.head_size_v or 0)
+        if mode is KVQuantMode.INT4_PER_TOKEN_HEAD and any(w % 2 for w in widths):
+            raise ConfigError(f"{self._where}int4 needs even head sizes, not {widths}")
+        if mode.is_nvfp4 and (self.head_size_v != self.head_size or self.head_size % NVFP4_GROUP):
+            raise ConfigError(
+                f"{self._where}nvfp4 needs K and V of one width that is a multiple of "
+                f"{NVFP4_GROUP}, not {widths}",
+                parameter="kv_cache_dtype",
+            )
+
+    def _check_page(self, item: int) -> None:
+        padded = self.page_size_padded
+        if padded is None:
+            return
+        if padded < self.unpadded_page_size_bytes:
+            raise ConfigError(
+                f"{self._where}page padded to {padded} bytes is smaller than its content of "
+                f"{self.unpadded_page_size_bytes}"
+            )
+        if padded % item:
+            raise ConfigError(
+                f"{self._where}page padded to {padded} bytes is not a multiple of the "
+                f"{item}-byte {self.dtype_name}"
+            )
+
+    def _side_bytes(self, width: int) -> int:
+        if width == 0:
+            return 0
+        if self.kv_quant_mode is KVQuantMode.INT4_PER_TOKEN_HEAD:
+            return width // 2 + SCALE_BYTES
+        if self.kv_quant_mode.is_per_token_head:
+            return width + SCALE_BYTES
+        return width * dtype_itemsize(self.dtype_name)
+
+    @property
+    def num_heads(self) -> int:
+        if self.num_head_slots is not None:
+            return self.num_head_slots
+        return 2 * self.num_kv_heads if self.kv_quant_mode.is_nvfp4 else self.num_kv_heads
+
+    @property
+    def state_content_size_bytes(self) -> int:
+        if self.state_content_bytes is not None:
+            return self.state_content_bytes
+        if self.kv_quant_mode.is_nvfp4:
+            return self.head_size // 2 + self.head_size // NVFP4_GROUP
+        return self._side_bytes(self.head_size) + self._side_bytes(self.head_size_v or 0)
+
+    @property
+    def page_size_bytes(self) -> int:
+        return self.page_size_padded or self.unpadded_page_size_bytes
+
+    @property
+    def real_page_size_bytes(self) -> int:
+        return self.unpadded_page_size_bytes
+
+    @property
+    def storage_dtype(self) -> str:
+        return self.dtype_name
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        return to_torch_dtype(self.dtype_name)
+
+    @property
+    def content_format(self) -> ContentFormat:
+        if self.kv_quant_mode.is_nvfp4:
+            return ContentFormat.KV_HEAD_GROUPS_NVFP4
+        if self.kv_quant_mode.is_turboquant:
+            return ContentFormat.PACKED_SLOT
+        if self.kv_quant_mode.is_per_token_head:
+            return ContentFormat.KV_PER_TOKEN_SCALED
+        if self.num_head_slots == 2 * self.num_kv_heads:
+            return ContentFormat.KV_HEAD_GROUPS
+        if self.num_head_slots == 2 and self.num_kv_heads > 2:
+            return ContentFormat.KV_SIDES
+        return ContentFormat.KV_PER_TOKEN
+
+    @property
+    def head_axis_is_sliceable(self) -> bool:
+        unsliceable = (ContentFormat.KV_HEAD_GROUPS_NVFP4, ContentFormat.KV_SIDES)
+        return self.content_format not in unsliceable
+
+    @property
+    def needs_block_contiguous(self) -> bool:
+        return self.content_format is ContentFormat.KV_HEAD_GROUPS_NVFP4
+
+    def copy_with_new_block_size(self, block_size: int) -> KVCacheSpec:
+        return replace(self, block_size=block_size, page_size_padded=None)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FullAttentionSpec(AttentionSpec):
+    """Every token of a request is kept: page = H * N * (D + Dv) * itemsize.
+
+    ``sliding_window`` and ``attention_chunk_size`` record what the layer computes with where it
+    was promoted to full attention; they change no bytes.
+    """
+
+    sliding_window: int | None = None
+    attention_chunk_size: int | None = None
+    non_causal: bool = False
+
+    kind = KVCacheSpecKind.FULL
+
+    @property
+    def group_key(self) -> tuple[Any, ...]:
+        return (KVCacheSpecKind.FULL.value, self.block_size)
+
+    @classmethod
+    def merge(cls, specs: Sequence[KVCacheSpec]) -> KVCacheSpec:
+        """One spec for the group; windows of promoted layers may be given on some only."""
+        windows = {s.sliding_window for s in specs if isinstance(s, FullAttentionSpec)} - {None}
+        chunks = {s.attention_chunk_size for s in specs if isinstance(s, FullAttentionSpec)} - {
+            None
+        }
+        if len(windows) > 1 or len(chunks) > 1:
+            raise ConfigError(
+                f"layers of one cache group differ in window: {sorted(map(str, windows | chunks))}"
+            )
+        window = next(iter(windows), None)
+        chunk = next(iter(chunks), None)
+        alike = [replace(s, sliding_window=window, attention_chunk_size=chunk) for s in specs]
+        return KVCacheSpec.merge(alike)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SinkFullAttentionSpec(FullAttentionSpec):
+    """Full attention whose first ``sink_len`` tokens are kept apart and never evicted."""
+
+    sink_len: int | None = None
+
+    kind = KVCacheSpecKind.SINK_FULL
+
+    @property
+    def group_key(self) -> tuple[Any, ...]:
+        return (self.kind.value, self.block_size, self.sink_len)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TQFullAttentionSpec(FullAttentionSpec):
+    """Full attention in TurboQuant slots: page = H * N * tq_slot_size."""
+
+    tq_slot_size: int = 0
+    """Bytes of one (head, token) slot: K and V quantised, aligned."""
+    kv_quant_mode: KVQuantMode = KVQuantMode.TURBOQUANT
+
+    kind = KVCacheSpecKind.TQ_FULL
+
+    def __post_init__(self) -> None:
+        if self.tq_slot_size <= 0:
+            raise ConfigError(f"{self._where}tq_slot_size must be positive")
+        super().__post_init__()
+
+    @property
+    def state_content_size_bytes(self) -> int:
+        return self.tq_slot_size
+
+
+@dataclass(frozen=True, kw_only=True)
+class MLAAttentionSpec(FullAttentionSpec):
+    """One latent per ``compress_ratio`` tokens, no V of its own.
+
+    page = round_up((block_size / compress_ratio) * C, alignment); C = head_size * itemsize, or
+    656 (fp8_ds_mla), 584 (fp8_ds_mla of deepseek_v4), 352 (nvfp4_ds_mla).
+    """
+
+    head_size_v: int | None = 0
+    cache_dtype_str: str | None = None
+    alignment: int | None = None
+    compress_ratio: int = 1
+    model_version: str | None = None
+    non_causal_multi_token_decode: bool = False
+
+    kind = KVCacheSpecKind.MLA
+
+    def __post_init__(self) -> None:
+        _init_latent(self)
+        super().__post_init__()
+        _check_alignment(self)
+
+    @property
+    def state_content_size_bytes(self) -> int:
+        return _latent_bytes(self)
+
+    @property
+    def page_size_bytes(self) -> int:
+        return _latent_page(self)
+
+    @property
+    def content_format(self) -> ContentFormat:
+        return ContentFormat.LATENT
+
+    @property
+    def head_axis_is_sliceable(self) -> bool:
+        return False
+
+
+@dataclass(frozen=True, kw_only=True)
+class SlidingWindowSpec(AttentionSpec):
+    """Only the last ``sliding_window`` tokens are kept; the page is that of full attention."""
+
+    sliding_window: int
+
+    kind = KVCacheSpecKind.SLIDING_WINDOW
+
+    def __post_init__(self) -> None:
+        if self.sliding_window <= 0:
+            raise ConfigError(
+                f"{self._where}sliding_window must be positive, not {self.sliding_window}"
+            )
+        super().__post_init__()
+
+    @property
+    def group_key(self) -> tuple[Any, ...]:
+        return (KVCacheSpecKind.SLIDING_WINDOW.value, self.block_size, self.sliding_window)
+
+    def max_resident_blocks(self, vllm_config: VllmConfig) -> int:
+        """cdiv(min(window - 1 + tokens of a step, longest), block_size) + 1.
+
+        The + 1: the window need not start at a block's start.
+        """
+        in_flight = vllm_config.scheduler_config.max_num_batched_tokens
+        kept = min(self.sliding_window - 1 + in_flight, vllm_config.model_config.max_model_len)
+        return cdiv(kept, self.block_size) + 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class SlidingWindowMLASpec(SlidingWindowSpec):
+    """A latent per state within a window; page as ``MLAAttentionSpec``'s."""
+
+    head_size_v: int | None = 0
+    cache_dtype_str: str | None = None
+    alignment: int | None = None
+    compress_ratio: int = 1
+    model_version: str | None = None
+
+    kind = KVCacheSpecKind.SLIDING_WINDOW_MLA
+
+    def __post_init__(self) -> None:
+        _init_latent(self)
+        super().__post_init__()
+        _check_alignment(self)
+
+    @property
+    def state_content_size_bytes(self) -> int:
+        return _latent_bytes(self)
+
+    @property
+    def page_size_bytes(self) -> int:
+        return _latent_page(self)
+
+    @property
+    def content_format(self) -> ContentFormat:
+        return ContentFormat.LATENT
+
+    @property
+    def head_axis_is_sliceable(self) -> bool:
+        return False
+
+
+LatentSpec = MLAAttentionSpec | SlidingWindowMLASpec
+
+
+def _init_latent(spec: LatentSpec) -> None:
+    if spec.num_kv_heads != 1:
+        raise ConfigError(f"{spec._where}a latent cache has one head slot, not {spec.num_kv_heads}")
+    ratio = spec.compress_ratio
+    if ratio < 1:
+        raise ConfigError(f"{spec._where}compress_ratio must be positive, not {ratio}")
+    if ratio != 1:
+        if spec.tokens_per_state not in (1, ratio):
+            raise ConfigError(
+                f"{spec._where}compress_ratio {ratio} and tokens_per_state "
+                f"{spec.tokens_per_state} contradict each other"
+            )
+        object.__setattr__(spec, "tokens_per_state", ratio)
+
+
+def _check_alignment(spec: LatentSpec) -> None:
+    if spec.alignment is not None and spec.alignment <= 0:
+        raise ConfigError(f"{spec._where}alignment must be positive, not {spec.alignment}")
+    item = dtype_itemsize(spec.dtype_name)
+    if spec.page_size_bytes % item:
+        raise ConfigError(
+            f"{spec._where}page aligned to {spec.page_size_bytes} bytes is not a multiple of the "
+            f"{item}-byte {spec.dtype_name}"
+        )
+
+
+def _latent_bytes(spec: LatentSpec) -> int:
+    if spec.state_content_bytes is not None:
+        return spec.state_content_bytes
+    name = spec.cache_dtype_str or ""
+    if f"{name}/{spec.model_version}" in _MLA_STATE_BYTES:
+        return _MLA_STATE_BYTES[f"{name}/{spec.model_version}"]
+    if name in _MLA_STATE_BYTES:
+        return _MLA_STATE_BYTES[name]
+    return spec.head_size * dtype_itemsize(spec.dtype_name)
+
+
+def _latent_page(spec: LatentSpec) -> int:
+    if spec.page_size_padded is not None:
+        return spec.page_size_padded
+    return round_up(spec.unpadded_page_size_bytes, spec.alignment or 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChunkedLocalAttentionSpec(AttentionSpec):
+    """Only the running chunk of ``attention_chunk_size`` tokens is kept."""
+
+    attention_chunk_size: int
+
+    kind = KVCacheSpecKind.CHUNKED_LOCAL
+
+    def __post_init__(self) -> None:
+        if self.attention_chunk_size <= 0:
+            raise ConfigError(f"{self._where}attention_chunk_size must be positive")
+        super().__post_init__()
+
+    @property
+    def group_key(self) -> tuple[Any, ...]:
+        return (self.kind.value, self.block_size, self.attention_chunk_size)
+
+    def max_resident_blocks(self, vllm_config: VllmConfig) -> int:
+        """cdiv(min(chunk + tokens of a step, longest), block_size)."""
+        in_flight = vllm_config.scheduler_config.max_num_batched_tokens
+        kept = min(self.attention_chunk_size + in_flight, vllm_config.model_config.max_model_len)
+        return cdiv(kept, self.block_size)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CrossAttentionSpec(AttentionSpec):
+    """K and V of an encoder's output: sized by the encoder's length, not by the tokens."""
+
+    kind = KVCacheSpecKind.CROSS
+
+    @property
+    def prefix_cacheable(self) -> bool:
+        return False
+
+    def max_resident_blocks(self, vllm_config: VllmConfig) -> int:
+        config = vllm_config.model_config
+        encoder_len = getattr(config.hf_config, "max_source_positions", None)
+        return cdiv(encoder_len or config.max_model_len, self.block_size)
+
+    def max_num_blocks_per_req(self, vllm_config: VllmConfig, max_len: int) -> int:
+        return self.max_resident_blocks(vllm_config)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncoderOnlyAttentionSpec(AttentionSpec):
+    """Attention within one forward: nothing is kept, the page is 0 bytes."""
+
+    kind = KVCacheSpecKind.ENCODER_ONLY
+
+    @property
+    def unpadded_page_size_bytes(self) -> int:
+        return 0
+
+    @property
+    def page_size_bytes(self) -> int:
+        return 0
+
+    @property
+    def prefix_cacheable(self) -> bool:
+        return False
+
+    def max_resident_blocks(self, vllm_config: VllmConfig) -> int:
+        return 0
