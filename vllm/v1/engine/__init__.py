@@ -16,6 +16,7 @@ __all__ = [
     "EngineCoreOutputs",
     "EngineCoreRequest",
     "EngineCoreRequestType",
+    "EngineFacts",
     "FinishReason",
     "LogprobsRow",
     "SchedulerStats",
@@ -148,3 +149,17 @@ class EngineCoreRequestType(bytes, enum.Enum):
     ABORT = b"\x01"
     UTILITY = b"\x02"
     SHUTDOWN = b"\x03"
+    HELLO = b"\x04"
+
+
+class EngineFacts(msgspec.Struct, kw_only=True):
+    """What the engine found out while it started; sizes in bytes and tokens, times in seconds."""
+
+    num_gpu_blocks: int
+    block_size: int
+    kv_cache_layout: str
+    kv_cache_memory_bytes: int
+    kv_cache_size_tokens: int
+    kv_cache_max_concurrency: float
+    num_kv_cache_groups: int = 1
+    startup_seconds: dict[str, float] = {}

@@ -1,0 +1,233 @@
+"""The engine core: scheduler and executor, and one step of their work at a time.
+
+Knows nothing of text, tokenizers, sockets or threads; ``core_proc`` gives it a process,
+``core_client`` calls it in place.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import vllm.envs as envs
+from vllm.config import VllmConfig
+from vllm.errors import VLLMError, VLLMValidationError
+from vllm.logger import init_logger
+from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.engine import (
+    EngineCoreOutput,
+    EngineCoreOutputs,
+    EngineCoreRequest,
+    EngineFacts,
+    FinishReason,
+    UtilityOutput,
+)
+from vllm.v1.engine.phases import StartupPhases
+from vllm.v1.engine.tokenizer import tokenizer_from_config
+from vllm.v1.executor.abstract import Executor
+from vllm.v1.request import Request, RequestStatus
+from vllm.v1.structured_output import StructuredOutputManager
+
+__all__ = ["EngineCore"]
+
+logger = init_logger(__name__)
+
+
+class EngineCore:
+    """Runs requests. Not thread-safe, but for ``preprocess``.
+
+    Raises:
+        VLLMValidationError, VLLMError: what the options, the model or the memory do not allow.
+    """
+
+    UTILITIES = frozenset(
+        {
+            "abort_all",
+            "check_health",
+            "check_integrity",
+            "collective_rpc",
+            "is_paused",
+            "pause",
+            "reset_prefix_cache",
+            "resume",
+        }
+    )
+    """Methods that a front end may call by name."""
+
+    def __init__(
+        self,
+        vllm_config: VllmConfig,
+        executor_class: type[Executor],
+        *,
+        log_stats: bool = True,
+        phases: StartupPhases | None = None,
+    ) -> None:
+        from vllm.plugins import load_general_plugins
+
+        phases = phases or StartupPhases(logger)
+        load_general_plugins()
+        self.vllm_config = vllm_config
+        self._paused = False
+        self._rejected: dict[int, list[EngineCoreOutput]] = {}
+        with phases.phase("preparing the device"):
+            self.executor = executor_class(vllm_config)
+            self.executor.init_device()
+        with phases.phase("loading the model"):
+            self.executor.load_model()
+        with phases.phase("planning and allocating the KV cache"):
+            kv_cache_config = self._initialize_kv_cache()
+        with phases.phase("warming up"):
+            self.executor.compile_or_warm_up_model()
+        self.structured_output_manager = StructuredOutputManager(
+            vllm_config, lambda: tokenizer_from_config(vllm_config.model_config)
+        )
+        self.scheduler = Scheduler(
+            vllm_config,
+            kv_cache_config,
+            self.structured_output_manager,
+            block_size=self._block_size(kv_cache_config),
+            log_stats=log_stats,
+        )
+        self._block_hasher = self.scheduler.block_hasher
+        self.facts = self._facts(kv_cache_config, phases)
+
+    def _initialize_kv_cache(self) -> Any:
+        from vllm.v1.kv_cache.planner import get_kv_cache_configs
+
+        specs = self.executor.get_kv_cache_specs()
+        memory = self.executor.determine_available_memory()
+        constraints = self.executor.get_kv_cache_constraints()
+        configs = get_kv_cache_configs(self.vllm_config, specs, memory, constraints)
+        self.executor.initialize_from_config(configs)
+        return configs[0]
+
+    # Requests
+
+    def preprocess(self, request: EngineCoreRequest) -> Request:
+        """The scheduler's form of ``request``, its blocks hashed; any thread may call this."""
+        return Request.from_engine_core_request(request, self._block_hasher)
+
+    def add_request(self, request: Request) -> None:
+        """Queue a request; one that is refused is answered by the next step with an error."""
+        try:
+            self.scheduler.add_request(request)
+        except (VLLMError, VLLMValidationError) as error:
+            self._rejected.setdefault(request.client_index, []).append(
+                EngineCoreOutput(
+                    request.request_id,
+                    [],
+                    finish_reason=FinishReason.ERROR,
+                    error=str(error),
+                    error_type=type(error).__name__,
+                )
+            )
+
+    def abort_requests(self, request_ids: list[str]) -> None:
+        """Drop requests without an answer; unknown ids are left out."""
+        self.scheduler.finish_requests(request_ids, RequestStatus.FINISHED_ABORTED)
+
+    # Steps
+
+    def has_work(self) -> bool:
+        """Whether a step would do anything."""
+        return bool(self._rejected) or (not self._paused and self.scheduler.has_requests())
+
+    def step(self) -> tuple[dict[int, EngineCoreOutputs], bool]:
+        """One step; returns outputs by client, and whether the model ran."""
+        outputs: dict[int, EngineCoreOutputs] = {}
+        ran_model = False
+        if not self._paused and self.scheduler.has_requests():
+            scheduler_output = self.scheduler.schedule()
+            model_output = self.executor.execute_model(scheduler_output)
+            if model_output is None:
+                grammar_output = self.scheduler.get_grammar_bitmask(scheduler_output)
+                model_output = self.executor.sample_tokens(grammar_output)
+            outputs = self.scheduler.update_from_output(scheduler_output, model_output)
+            ran_model = scheduler_output.total_num_scheduled_tokens > 0
+        if self._rejected:
+            for client_index, rejected in self._rejected.items():
+                outputs.setdefault(client_index, EngineCoreOutputs()).outputs.extend(rejected)
+            self._rejected = {}
+        return outputs, ran_model
+
+    def on_idle(self) -> None:
+        """Called when nothing is left to do: in debug mode the pool must add up."""
+        if envs.VLLM_KV_CACHE_DEBUG:
+            self.scheduler.check_integrity()
+
+    # Utilities
+
+    def call_utility(self, call_id: int, method: str, args: list[Any]) -> UtilityOutput:
+        """Call one of ``UTILITIES``; what a user can correct comes back as a message."""
+        if method not in self.UTILITIES:
+            return UtilityOutput(call_id, f"the engine has no utility {method!r}")
+        call: Callable[..., Any] = getattr(self, method)
+        try:
+            return UtilityOutput(call_id, None, call(*args))
+        except (VLLMError, VLLMValidationError, TypeError, AttributeError) as error:
+            return UtilityOutput(call_id, f"{type(error).__name__}: {error}")
+
+    def reset_prefix_cache(self) -> bool:
+        """Forget all cached prefixes; False where running requests still hold blocks."""
+        return self.scheduler.reset_prefix_cache()
+
+    def abort_all(self) -> list[str]:
+        """Drop every request; returns their ids."""
+        request_ids = list(self.scheduler.requests)
+        self.abort_requests(request_ids)
+        return request_ids
+
+    def pause(self) -> None:
+        """Take requests in but run no step until ``resume``."""
+        self._paused = True
+
+    def resume(self) -> None:
+        self._paused = False
+
+    def is_paused(self) -> bool:
+        return self._paused
+
+    def check_health(self) -> None:
+        self.executor.check_health()
+
+    def check_integrity(self) -> None:
+        self.scheduler.check_integrity()
+
+    def collective_rpc(self, method: str, args: list[Any] | None = None) -> list[Any]:
+        """Call a public method of every worker by name."""
+        if method.startswith("_"):
+            raise VLLMValidationError(f"{method} is not a public method of the worker")
+        return self.executor.collective_rpc(method, tuple(args or ()))
+
+    def shutdown(self) -> None:
+        self.structured_output_manager.shutdown()
+        self.scheduler.shutdown()
+        self.executor.shutdown()
+
+    # Facts
+
+    def _block_size(self, kv_cache_config: Any) -> int:
+        return kv_cache_config.kv_cache_groups[0].kv_cache_spec.block_size
+
+    def _facts(self, kv_cache_config: Any, phases: StartupPhases) -> EngineFacts:
+        block_size = self._block_size(kv_cache_config)
+        num_tokens = kv_cache_config.num_blocks * block_size
+        max_model_len = self.vllm_config.model_config.max_model_len
+        facts = EngineFacts(
+            num_gpu_blocks=kv_cache_config.num_blocks,
+            block_size=block_size,
+            kv_cache_layout=str(kv_cache_config.kv_cache_layout.name),
+            kv_cache_memory_bytes=sum(t.size for t in kv_cache_config.kv_cache_tensors),
+            kv_cache_size_tokens=num_tokens,
+            kv_cache_max_concurrency=num_tokens / max_model_len,
+            num_kv_cache_groups=len(kv_cache_config.kv_cache_groups),
+            startup_seconds=dict(phases.seconds),
+        )
+        logger.info(
+            "KV cache: %s tokens in %s blocks of %d, layout %s; %.1f requests of %s tokens fit",
+            f"{num_tokens:,}",
+            f"{facts.num_gpu_blocks:,}",
+            block_size,
+            facts.kv_cache_layout,
+            facts.kv_cache_max_concurrency,
+            f"{max_model_len:,}",
+        )
+        return facts

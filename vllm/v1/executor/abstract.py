@@ -1,0 +1,91 @@
+"""The engine core's view of its workers, wherever they run.
+
+An executor starts workers, hands them each step's work and answers for their health. It knows
+nothing of requests, sockets or front ends.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Any
+
+from vllm.config import VllmConfig
+from vllm.errors import ConfigError
+from vllm.v1.core.sched.output import GrammarOutput, SchedulerOutput
+from vllm.v1.outputs import ModelRunnerOutput
+
+__all__ = ["Executor"]
+
+
+class Executor(ABC):
+    """Runs every call on all workers; lists in answers are in the order of ranks."""
+
+    def __init__(self, vllm_config: VllmConfig) -> None:
+        self.vllm_config = vllm_config
+
+    @staticmethod
+    def get_class(vllm_config: VllmConfig) -> type["Executor"]:
+        """The executor that ``--distributed-executor-backend`` names.
+
+        Raises:
+            ConfigError: no executor of that name.
+        """
+        backend = vllm_config.parallel_config.distributed_executor_backend
+        if backend == "uni":
+            from vllm.v1.executor.uniproc_executor import UniProcExecutor
+
+            return UniProcExecutor
+        raise ConfigError(
+            f"--distributed-executor-backend {backend} is not available; use uni",
+            parameter="distributed_executor_backend",
+            value=backend,
+        )
+
+    @abstractmethod
+    def collective_rpc(
+        self,
+        method: str | Callable[..., Any],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> list[Any]:
+        """Call a worker's method by name, or ``method(worker, ...)``, on every worker."""
+
+    def init_device(self) -> None:
+        self.collective_rpc("init_device")
+
+    def load_model(self) -> None:
+        self.collective_rpc("load_model")
+
+    def get_kv_cache_specs(self) -> list[dict[str, Any]]:
+        """Per worker: layer name to ``KVCacheSpec``."""
+        return self.collective_rpc("get_kv_cache_spec")
+
+    def get_kv_cache_constraints(self) -> list[Any]:
+        """Per worker: what its attention backends demand of the cache."""
+        return self.collective_rpc("get_kv_cache_constraints")
+
+    def determine_available_memory(self) -> list[int]:
+        """Per worker: bytes that the KV cache may take."""
+        return self.collective_rpc("determine_available_memory")
+
+    @abstractmethod
+    def initialize_from_config(self, kv_cache_configs: list[Any]) -> None:
+        """Allocate and bind the caches; one ``KVCacheConfig`` per worker."""
+
+    def compile_or_warm_up_model(self) -> None:
+        self.collective_rpc("compile_or_warm_up_model")
+
+    @abstractmethod
+    def execute_model(self, scheduler_output: SchedulerOutput) -> ModelRunnerOutput | None:
+        """Run a step's forward pass; None where sampling waits for ``sample_tokens``."""
+
+    @abstractmethod
+    def sample_tokens(self, grammar_output: GrammarOutput | None) -> ModelRunnerOutput:
+        """Finish the step that ``execute_model`` left open."""
+
+    @abstractmethod
+    def check_health(self) -> None:
+        """Raises where a worker can no longer work."""
+
+    @abstractmethod
+    def shutdown(self) -> None:
+        """Stop the workers and give back what they hold; may be called twice."""
