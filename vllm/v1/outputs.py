@@ -51,6 +51,8 @@ class ModelRunnerOutput:
 
     ``logprobs`` holds one entry per request that asked for them and sampled in this step;
     ``prompt_logprobs_dict`` those of prompts whose last position was computed in this step.
+    ``request_errors`` says why a request cannot go on (its logits leave no token to choose); the
+    others of the step are unaffected.
     """
 
     req_ids: list[str]
@@ -60,6 +62,7 @@ class ModelRunnerOutput:
     prompt_logprobs_dict: dict[str, LogprobsLists] = field(default_factory=dict)
     kv_connector_output: KVConnectorOutput | None = None
     num_nans_in_logits: dict[str, int] | None = None
+    request_errors: dict[str, str] = field(default_factory=dict)
 
 
 EMPTY_MODEL_RUNNER_OUTPUT = ModelRunnerOutput(

@@ -1,0 +1,1 @@
+"""The sampler's arithmetic, one module a step; each is a function of tensors."""

@@ -1,0 +1,70 @@
+"""Which layers share one attention metadata, and building it once a step for each such group."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from vllm.config import VllmConfig
+from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
+from vllm.v1.attention.backend import AttentionMetadataBuilder, CommonAttentionMetadata
+from vllm.v1.kv_cache_interface import KVCacheConfig
+
+__all__ = ["AttentionGroup", "AttentionGroups"]
+
+
+@dataclass(slots=True)
+class AttentionGroup:
+    """Layers of one cache group and one backend."""
+
+    builder: AttentionMetadataBuilder
+    layer_names: list[str]
+    kv_cache_group_id: int
+
+
+class AttentionGroups:
+    """All attention groups of a model.
+
+    Args:
+        layers: every layer that owns a cache, or reads another one's, by name.
+    """
+
+    def __init__(
+        self,
+        kv_cache_config: KVCacheConfig,
+        layers: Mapping[str, AttentionLayerBase],
+        vllm_config: VllmConfig,
+        device: torch.device,
+    ) -> None:
+        sharing = _sharing_layers(layers)
+        self.groups: list[AttentionGroup] = []
+        for group_id, group in enumerate(kv_cache_config.kv_cache_groups):
+            by_kind: dict[Any, list[str]] = {}
+            for name in group.layer_names:
+                kind = (layers[name].get_attn_backend(), group.spec_of(name))
+                by_kind.setdefault(kind, []).append(name)
+                by_kind[kind].extend(sharing.get(name, ()))
+            for (backend, spec), names in by_kind.items():
+                builder = backend.get_builder_cls()(spec, names, vllm_config, device)
+                self.groups.append(AttentionGroup(builder, names, group_id))
+
+    def build_metadata(self, common: list[CommonAttentionMetadata]) -> dict[str, Any]:
+        """Layer name to metadata. ``common``: one per KV-cache group."""
+        metadata: dict[str, Any] = {}
+        for group in self.groups:
+            built = group.builder.build(0, common[group.kv_cache_group_id])
+            metadata.update(dict.fromkeys(group.layer_names, built))
+        return metadata
+
+
+def _sharing_layers(layers: Mapping[str, AttentionLayerBase]) -> dict[str, list[str]]:
+    """Owner of a cache to the layers that read it without owning one."""
+    sharing: dict[str, list[str]] = {}
+    for name, layer in layers.items():
+        target = layer.kv_sharing_target_layer_name
+        if target is not None:
+            sharing.setdefault(target, []).append(name)
+    return sharing

@@ -1,0 +1,100 @@
+"""The worker of one CPU process: threads, memory, and the model runner on them."""
+
+from __future__ import annotations
+
+import gc
+from typing import TYPE_CHECKING, Any
+
+import vllm.envs as envs
+from vllm.errors import CapacityError
+from vllm.logger import init_logger
+from vllm.platforms import current_platform
+from vllm.v1.worker.device import CPUDeviceLayer
+from vllm.v1.worker.model_runner import ModelRunner
+from vllm.v1.worker.worker_base import WorkerBase
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from vllm.v1.core.sched.output import GrammarOutput, SchedulerOutput
+    from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheSpec
+    from vllm.v1.outputs import ModelRunnerOutput
+
+__all__ = ["CPUWorker"]
+
+logger = init_logger(__name__)
+
+_GIB = 1 << 30
+# Left to activations, logits and the allocator when the cache is checked against free memory.
+_HEADROOM_BYTES = 512 << 20
+_WARM_UP_TOKENS = 16
+
+
+class CPUWorker(WorkerBase):
+    def init_device(self) -> None:
+        from vllm.distributed.parallel_state import (
+            init_distributed_environment,
+            initialize_model_parallel,
+        )
+
+        self.num_threads = current_platform.init_threads()
+        parallel = self.parallel_config
+        init_distributed_environment(
+            world_size=parallel.world_size,
+            rank=self.rank,
+            distributed_init_method=self.distributed_init_method,
+            local_rank=self.local_rank,
+            backend=current_platform.dist_backend,
+        )
+        initialize_model_parallel(parallel.tensor_parallel_size, parallel.pipeline_parallel_size)
+        current_platform.seed_everything(self.model_config.seed)
+        self.model_runner = ModelRunner(self.vllm_config, CPUDeviceLayer())
+
+    def load_model(self) -> None:
+        self.model_runner.load_model()
+
+    def get_kv_cache_spec(self) -> dict[str, KVCacheSpec]:
+        return self.model_runner.get_kv_cache_spec()
+
+    def get_kv_cache_constraints(self) -> Any:
+        return self.model_runner.backends_in_use()
+
+    def determine_available_memory(self) -> int:
+        """``--kv-cache-memory-bytes``, else VLLM_CPU_KVCACHE_SPACE GiB, if the machine has it."""
+        asked = self.cache_config.kv_cache_memory_bytes
+        if asked is None:
+            option, wanted = "VLLM_CPU_KVCACHE_SPACE", int(envs.VLLM_CPU_KVCACHE_SPACE * _GIB)
+        else:
+            option, wanted = "--kv-cache-memory-bytes", asked
+        room = current_platform.get_device_available_memory() - _HEADROOM_BYTES
+        if wanted > room:
+            raise CapacityError(
+                f"{option} asks for {wanted / _GIB:.2f} GiB of KV cache, but only "
+                f"{max(0, room) / _GIB:.2f} GiB of memory are free once the model is loaded: "
+                f"set --kv-cache-memory-bytes to at most {max(0, room)}"
+            )
+        return wanted
+
+    def initialize_from_config(self, kv_cache_config: KVCacheConfig) -> None:
+        self.model_runner.initialize_kv_cache(kv_cache_config)
+
+    def compile_or_warm_up_model(self) -> None:
+        self.model_runner.warm_up(
+            min(_WARM_UP_TOKENS, self.scheduler_config.max_num_batched_tokens)
+        )
+        # What start-up left behind is not looked at again by every collection while serving.
+        gc.collect()
+        gc.freeze()
+
+    def execute_model(self, scheduler_output: SchedulerOutput) -> ModelRunnerOutput | None:
+        return self.model_runner.execute_model(scheduler_output)
+
+    def sample_tokens(self, grammar_output: GrammarOutput | None) -> ModelRunnerOutput:
+        return self.model_runner.sample_tokens(grammar_output)
+
+    def get_model(self) -> nn.Module:
+        return self.model_runner.get_model()
+
+    def shutdown(self) -> None:
+        if self.model_runner is not None:
+            self.model_runner.close()

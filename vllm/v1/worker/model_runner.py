@@ -1,0 +1,337 @@
+"""Runs the model on a step's work: prepare, forward, sample, publish.
+
+Owns the model, the binding of its caches, the persistent batch and what each request needs on
+this side. What only some requests or deployments use is an object that does nothing by default.
+Knows nothing of scheduling.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from vllm.config import VllmConfig
+from vllm.forward_context import ForwardContext, set_forward_context
+from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
+from vllm.v1.core.sched.output import CachedRequestData, GrammarOutput, SchedulerOutput
+from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheSpec
+from vllm.v1.outputs import EMPTY_MODEL_RUNNER_OUTPUT, LogprobsLists, ModelRunnerOutput
+from vllm.v1.sample.logits_processor import LogitsProcessors, load_logits_processors
+from vllm.v1.sample.sampler import LogprobsTensors, Sampler, SamplerOutput
+from vllm.v1.structured_output.bitmask import GrammarMask
+from vllm.v1.worker.attention_groups import AttentionGroups
+from vllm.v1.worker.block_table import BlockTable, MultiGroupBlockTable
+from vllm.v1.worker.device import DeviceLayer
+from vllm.v1.worker.input_batch import CachedRequestState, InputBatch
+from vllm.v1.worker.input_preparation import InputPreparer, StepInputs
+from vllm.v1.worker.prompt_logprobs import PromptLogprobs
+from vllm.v1.worker.utils import bind_kv_cache
+
+__all__ = ["ModelRunner"]
+
+
+@dataclass(slots=True)
+class _OpenStep:
+    """A step between its forward pass and sampling; ``logits`` is None where no row samples."""
+
+    inputs: StepInputs
+    logits: torch.Tensor | None
+    prompt_logprobs: dict[str, LogprobsLists]
+
+
+class ModelRunner:
+    """One worker's model.
+
+    Args:
+        device: copies and buffers of the device that the model runs on.
+    """
+
+    def __init__(self, vllm_config: VllmConfig, device: DeviceLayer) -> None:
+        self.vllm_config = vllm_config
+        self.device = device
+        model_config = vllm_config.model_config
+        self.vocab_size = model_config.get_vocab_size()
+        self.sampler = Sampler(model_config.logprobs_mode)
+        self.logits_processors = LogitsProcessors(
+            cls(vllm_config, device.device, device.pin_memory)
+            for cls in load_logits_processors(vllm_config)
+        )
+        self.requests: dict[str, CachedRequestState] = {}
+        # Requests without a seed of their own draw one here.
+        self._seeds = np.random.Generator(np.random.PCG64(model_config.seed))
+        self.kv_caches: list[torch.Tensor] = []
+        self._open: _OpenStep | None = None
+
+    # ---- start-up -----------------------------------------------------------------------------
+
+    def load_model(self) -> None:
+        from vllm.model_executor.model_loader import get_model
+
+        self.set_model(get_model(self.vllm_config))
+
+    def set_model(self, model: nn.Module) -> None:
+        """Use ``model``; its ``static_forward_context`` names the layers that own caches."""
+        self.model = model
+        self.layers: dict[str, AttentionLayerBase] = model.static_forward_context
+        self._compute_logits: Callable[[torch.Tensor], torch.Tensor] = model.compute_logits
+        self.prompt_logprobs = PromptLogprobs(
+            model.compute_logits,
+            self.vocab_size,
+            self.device,
+            self.vllm_config.model_config.logprobs_mode.endswith("logits"),
+        )
+
+    def get_kv_cache_spec(self) -> dict[str, KVCacheSpec]:
+        """What each layer keeps; layers without a cache of their own are left out."""
+        specs = {
+            name: layer.get_kv_cache_spec(self.vllm_config) for name, layer in self.layers.items()
+        }
+        return {name: spec for name, spec in specs.items() if spec is not None}
+
+    def initialize_kv_cache(self, kv_cache_config: KVCacheConfig) -> None:
+        """Allocate the caches, hand each layer its view, and make the batch for them."""
+        from vllm.v1.kv_cache import allocate_kv_cache
+
+        config = self.vllm_config
+        caches = allocate_kv_cache(kv_cache_config, self.device.device)
+        for name, layer in self.layers.items():
+            if layer.kv_sharing_target_layer_name is not None:
+                caches[name] = caches[layer.kv_sharing_target_layer_name]
+        bind_kv_cache(caches, self.layers, self.kv_caches)
+        self.attention_groups = AttentionGroups(
+            kv_cache_config, self.layers, config, self.device.device
+        )
+        scheduler_config, max_model_len = config.scheduler_config, config.model_config.max_model_len
+        tables = []
+        for index, group in enumerate(kv_cache_config.kv_cache_groups):
+            spec = group.kv_cache_spec
+            kernel_sizes = kv_cache_config.kernel_block_sizes
+            tables.append(
+                BlockTable(
+                    spec.block_size,
+                    kernel_sizes[index] if kernel_sizes else spec.block_size,
+                    scheduler_config.max_num_seqs,
+                    spec.max_num_blocks_per_req(config, max_model_len),
+                    self.device,
+                )
+            )
+        self.batch = InputBatch(
+            scheduler_config.max_num_seqs,
+            max_model_len,
+            self.vocab_size,
+            MultiGroupBlockTable(tables),
+            self.logits_processors.make_batch_update_builder(),
+        )
+        self._preparer = InputPreparer(
+            scheduler_config.max_num_batched_tokens,
+            scheduler_config.max_num_seqs,
+            len(tables),
+            self.device,
+        )
+
+    @torch.inference_mode()
+    def warm_up(self, num_tokens: int) -> None:
+        """Run the model once without a cache, so that the first request finds it ready."""
+        ids = torch.zeros(num_tokens, dtype=torch.int64, device=self.device.device)
+        with set_forward_context(ForwardContext(None, self.layers)):
+            hidden = self.model(ids, torch.arange(num_tokens, device=self.device.device))
+        self._compute_logits(hidden[-1:])
+        self.device.synchronize()
+
+    # ---- a step -------------------------------------------------------------------------------
+
+    @torch.inference_mode()
+    def execute_model(self, scheduler_output: SchedulerOutput) -> ModelRunnerOutput | None:
+        """Prepare and run the forward pass, and sample unless a grammar has a say.
+
+        Returns:
+            None where some request's output is structured: ``sample_tokens`` ends the step.
+        """
+        assert self._open is None, "the step before this one was not sampled"
+        self._update_requests(scheduler_output)
+        if scheduler_output.total_num_scheduled_tokens == 0:
+            return EMPTY_MODEL_RUNNER_OUTPUT
+        batch = self.batch
+        scheduled = scheduler_output.num_scheduled_tokens
+        step = self._preparer.prepare(
+            batch, np.array([scheduled[req_id] for req_id in batch.req_ids], dtype=np.int64)
+        )
+        hidden = self._forward(step)
+        prompt_logprobs = self.prompt_logprobs.collect(batch, step, hidden)
+        logits = None
+        if step.sample_rows.size:
+            if step.sample_rows.size != step.num_tokens:
+                hidden = hidden[self.device.to_device(step.logits_indices)]
+            logits = self._compute_logits(hidden)
+        self._open = _OpenStep(step, logits, prompt_logprobs)
+        if scheduler_output.has_structured_output_requests:
+            return None
+        return self.sample_tokens(None)
+
+    @torch.inference_mode()
+    def sample_tokens(self, grammar_output: GrammarOutput | None) -> ModelRunnerOutput:
+        """Sample from the logits of the step that ``execute_model`` left open."""
+        step = self._open
+        assert step is not None, "there is no step to sample"
+        self._open = None
+        if step.logits is None:
+            return self._publish(step, None)
+        return self._publish(step, self._sample(step.logits, step.inputs, grammar_output))
+
+    def _forward(self, step: StepInputs) -> torch.Tensor:
+        context = ForwardContext(self.attention_groups.build_metadata(step.attention), self.layers)
+        with set_forward_context(context):
+            return self.model(step.input_ids, step.positions)
+
+    def _sample(
+        self, logits: torch.Tensor, step: StepInputs, grammar_output: GrammarOutput | None
+    ) -> SamplerOutput:
+        metadata = self.batch.sampling_metadata(step.sample_rows)
+        mask = None
+        if grammar_output is not None and grammar_output.structured_output_request_ids:
+            row_of = {self.batch.req_ids[r]: i for i, r in enumerate(step.sample_rows.tolist())}
+            mask = GrammarMask(grammar_output, row_of)
+        if not self.logits_processors:
+            return self.sampler(logits, metadata, mask)
+        edits = self.logits_processors.edits_for(self.batch.num_reqs, step.sample_rows)
+        return self.sampler(logits, metadata, mask, *edits)
+
+    def _publish(self, step: _OpenStep, sampled: SamplerOutput | None) -> ModelRunnerOutput:
+        """Put the sampled tokens in the batch and in the answer."""
+        batch = self.batch
+        batch.num_computed[: step.inputs.num_reqs] += step.inputs.num_scheduled
+        output = ModelRunnerOutput(
+            req_ids=batch.req_ids.copy(),
+            req_id_to_index=batch.req_id_to_index.copy(),
+            sampled_token_ids=[[] for _ in range(batch.num_reqs)],
+            prompt_logprobs_dict=step.prompt_logprobs,
+        )
+        if sampled is None:
+            return output
+        rows = step.inputs.sample_rows
+        token_ids = self.device.to_host(sampled.sampled_token_ids)
+        if token_ids.min() < 0:
+            for row in rows[token_ids < 0].tolist():
+                output.request_errors[batch.req_ids[row]] = (
+                    "the model's logits leave no token to choose: they are NaN, or everything is "
+                    "forbidden by allowed_token_ids, bad_words or structured_outputs"
+                )
+            rows, token_ids = rows[token_ids >= 0], token_ids[token_ids >= 0]
+        batch.append_tokens(rows, token_ids)
+        for row, token in zip(rows.tolist(), token_ids.tolist(), strict=True):
+            output.sampled_token_ids[row].append(token)
+        if sampled.logprobs is not None:
+            self._publish_logprobs(step.inputs.sample_rows, sampled.logprobs, output)
+        return output
+
+    def _publish_logprobs(
+        self, sample_rows: np.ndarray, logprobs: LogprobsTensors, output: ModelRunnerOutput
+    ) -> None:
+        ids = self.device.to_host(logprobs.logprob_token_ids)
+        values = self.device.to_host(logprobs.logprobs)
+        ranks = self.device.to_host(logprobs.sampled_token_ranks)
+        batch = self.batch
+        for i, row in enumerate(sample_rows[logprobs.rows].tolist()):
+            if output.sampled_token_ids[row]:
+                width = 1 + min(int(batch.num_logprobs[row]), self.vocab_size)
+                output.logprobs[batch.req_ids[row]] = LogprobsLists(
+                    ids[i : i + 1, :width], values[i : i + 1, :width], ranks[i : i + 1]
+                )
+
+    # ---- requests come, go and go on ------------------------------------------------------------
+
+    def _update_requests(self, scheduler_output: SchedulerOutput) -> None:
+        """Bring requests and batch to what the scheduler says."""
+        batch, requests = self.batch, self.requests
+        empty_rows: list[int] = []
+        for req_id in scheduler_output.finished_req_ids:
+            if requests.pop(req_id, None) is not None:
+                self.prompt_logprobs.forget(req_id)
+                if req_id in batch.req_id_to_index:
+                    empty_rows.append(batch.remove(req_id))
+        unscheduled = batch.req_id_to_index.keys() - scheduler_output.num_scheduled_tokens.keys()
+        resumed = scheduler_output.scheduled_cached_reqs.resumed_req_ids
+        if resumed:
+            unscheduled |= resumed & batch.req_id_to_index.keys()
+        empty_rows.extend(batch.remove(req_id) for req_id in unscheduled)
+
+        entering: list[CachedRequestState] = []
+        for new in scheduler_output.scheduled_new_reqs:
+            params = new.sampling_params
+            seed = self._seeds.integers(1 << 64, dtype=np.uint64) if params.seed is None else 0
+            state = CachedRequestState(
+                req_id=new.req_id,
+                prompt_token_ids=new.prompt_token_ids,
+                sampling_params=params,
+                block_ids=tuple(list(ids) for ids in new.block_ids),
+                num_computed_tokens=new.num_computed_tokens,
+                seed=int(seed) if params.seed is None else params.seed % (1 << 64),
+            )
+            requests[new.req_id] = state
+            self.prompt_logprobs.track(state)
+            entering.append(state)
+        entering += self._update_cached(scheduler_output.scheduled_cached_reqs)
+
+        if entering or empty_rows:
+            for state in entering:
+                if empty_rows:
+                    batch.replace(empty_rows.pop(), state)
+                else:
+                    batch.add(state)
+            batch.condense(empty_rows)
+        self.logits_processors.update_state(batch.changes.take(batch.num_reqs))
+
+    def _update_cached(self, cached: CachedRequestData) -> list[CachedRequestState]:
+        """Note progress and new blocks; returns the requests that are not in the batch."""
+        batch = self.batch
+        row_of = batch.req_id_to_index
+        rows = [row_of.get(req_id, -1) for req_id in cached.req_ids]
+        outside: list[CachedRequestState] = []
+        if rows and min(rows) >= 0:
+            batch.num_computed[rows] = cached.num_computed_tokens
+        else:
+            for req_id, row, computed in zip(
+                cached.req_ids, rows, cached.num_computed_tokens, strict=True
+            ):
+                if row >= 0:
+                    batch.num_computed[row] = computed
+                else:
+                    state = self.requests[req_id]
+                    state.num_computed_tokens = computed
+                    outside.append(state)
+        for req_id, row, new_blocks in zip(cached.req_ids, rows, cached.new_block_ids, strict=True):
+            if new_blocks is None:
+                continue
+            state = self.requests[req_id]
+            if req_id in cached.resumed_req_ids:
+                state.block_ids = tuple(list(ids) for ids in new_blocks)
+                state.output_token_ids[:] = cached.all_token_ids[req_id][
+                    len(state.prompt_token_ids) :
+                ]
+                state.history = None
+                continue
+            for held, ids in zip(state.block_ids, new_blocks, strict=True):
+                held.extend(ids)
+            if row >= 0:
+                batch.block_table.append_row(row, new_blocks)
+        return outside
+
+    # ---- for others -----------------------------------------------------------------------------
+
+    def close(self) -> None:
+        """Let go of the caches; the runner cannot run any more."""
+        for layer in self.layers.values():
+            layer.kv_cache = torch.empty(0)
+        self.kv_caches.clear()
+
+    def get_model(self) -> nn.Module:
+        return self.model
+
+    def backends_in_use(self) -> list[Any]:
+        """The attention backends of the model's layers, each once."""
+        return list(dict.fromkeys(layer.get_attn_backend() for layer in self.layers.values()))

@@ -1,0 +1,93 @@
+"""What an executor asks of a worker: one process's share of the model on one device."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from vllm.config import VllmConfig
+    from vllm.v1.core.sched.output import GrammarOutput, SchedulerOutput
+    from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheSpec
+    from vllm.v1.outputs import ModelRunnerOutput
+
+__all__ = ["WorkerBase"]
+
+
+class WorkerBase(ABC):
+    """Start-up calls the methods in the order they stand here; steps follow.
+
+    Args:
+        local_rank: index of the device on this host.
+        rank: index of the worker among all of them.
+        distributed_init_method: URL where the workers find each other.
+    """
+
+    def __init__(
+        self,
+        vllm_config: VllmConfig,
+        local_rank: int,
+        rank: int,
+        distributed_init_method: str,
+        is_driver_worker: bool = True,
+    ) -> None:
+        self.vllm_config = vllm_config
+        self.model_config = vllm_config.model_config
+        self.cache_config = vllm_config.cache_config
+        self.parallel_config = vllm_config.parallel_config
+        self.scheduler_config = vllm_config.scheduler_config
+        self.local_rank = local_rank
+        self.rank = rank
+        self.distributed_init_method = distributed_init_method
+        self.is_driver_worker = is_driver_worker
+
+    @abstractmethod
+    def init_device(self) -> None:
+        """Take the device and join the process groups."""
+
+    @abstractmethod
+    def load_model(self) -> None:
+        """Build the model and read its weights."""
+
+    @abstractmethod
+    def get_kv_cache_spec(self) -> dict[str, KVCacheSpec]:
+        """Layer name to what that layer keeps per block."""
+
+    @abstractmethod
+    def get_kv_cache_constraints(self) -> Any:
+        """What the attention backends in use demand of layout and block size."""
+
+    @abstractmethod
+    def determine_available_memory(self) -> int:
+        """Bytes that the KV cache may take.
+
+        Raises:
+            CapacityError: less than was asked for; the message names the option and what fits.
+        """
+
+    @abstractmethod
+    def initialize_from_config(self, kv_cache_config: KVCacheConfig) -> None:
+        """Allocate the caches and bind them to the layers."""
+
+    @abstractmethod
+    def compile_or_warm_up_model(self) -> None:
+        """Do once what would make the first request slow."""
+
+    @abstractmethod
+    def execute_model(self, scheduler_output: SchedulerOutput) -> ModelRunnerOutput | None:
+        """Run a step; None where sampling waits for ``sample_tokens``."""
+
+    @abstractmethod
+    def sample_tokens(self, grammar_output: GrammarOutput | None) -> ModelRunnerOutput:
+        """Finish the step that ``execute_model`` left open."""
+
+    @abstractmethod
+    def get_model(self) -> nn.Module: ...
+
+    def check_health(self) -> None:
+        """Raises where the worker can no longer work."""
+
+    def shutdown(self) -> None:
+        """Give back what the worker holds; may be called twice."""
