@@ -66,9 +66,7 @@ def resolve_model(
     Raises:
         ConfigError: naming --model (or --hf-overrides) and what would work.
     """
-    path = resolve_model_path(
-        model, revision=revision, download_dir=download_dir, weights=weights
-    )
+    path = resolve_model_path(model, revision=revision, download_dir=download_dir, weights=weights)
     hf_config = load_hf_config(path, trust_remote_code, hf_overrides)
     try:
         architecture = ModelRegistry.choose_arch(getattr(hf_config, "architectures", None))
@@ -106,9 +104,7 @@ def load_hf_config(
     if "auto_map" in values and trust_remote_code:
         from transformers import AutoConfig
 
-        return AutoConfig.from_pretrained(
-            path, trust_remote_code=True, **dict(hf_overrides or {})
-        )
+        return AutoConfig.from_pretrained(path, trust_remote_code=True, **dict(hf_overrides or {}))
     try:
         return fill_in_config(values)
     except ConfigError as error:

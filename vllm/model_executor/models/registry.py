@@ -40,8 +40,7 @@ class _ModelRegistry:
         """
         if isinstance(model_cls, str) and len(model_cls.split(":")) != 2:
             raise ConfigError(
-                f"register_model({model_arch!r}): give a class or 'module:Class', "
-                f"not {model_cls!r}"
+                f"register_model({model_arch!r}): give a class or 'module:Class', not {model_cls!r}"
             )
         self._models[model_arch] = model_cls
 

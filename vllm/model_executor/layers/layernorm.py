@@ -1,0 +1,44 @@
+"""RMSNorm, alone or fused with the residual sum before it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from vllm import _custom_ops as ops
+from vllm.model_executor.layers.weight_loading import make_parameter
+
+__all__ = ["RMSNorm"]
+
+
+class RMSNorm(nn.Module):
+    """``x / sqrt(mean(x^2) + eps) * weight`` over the last dim, in fp32 inside."""
+
+    def __init__(
+        self, hidden_size: int, eps: float = 1e-6, dtype: torch.dtype | None = None
+    ) -> None:
+        super().__init__()
+        self.hidden_size = hidden_size
+        self.variance_epsilon = eps
+        self.weight = make_parameter(hidden_size, dtype=dtype)
+        nn.init.ones_(self.weight)
+        self.weight_data = self.weight.data
+
+    def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> Any:
+        """The norm of ``x`` (..., h); with ``residual`` (T, h): (norm of the sum, the sum).
+
+        The second form writes both results over its inputs.
+        """
+        if residual is None:
+            return ops.rms_norm(x, self.weight_data, self.variance_epsilon)
+        ops.fused_add_rms_norm(x, residual, self.weight_data, self.variance_epsilon)
+        return x, residual
+
+    def forward_in_place(self, x: torch.Tensor) -> None:
+        """Write the norm over ``x`` (..., h), which may be a strided view."""
+        ops.rms_norm(x, self.weight_data, self.variance_epsilon, out=x)
+
+    def extra_repr(self) -> str:
+        return f"hidden_size={self.hidden_size}, eps={self.variance_epsilon}"

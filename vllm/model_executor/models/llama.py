@@ -1,0 +1,264 @@
+"""Llama and Mistral: pre-norm decoder, rotary grouped-query attention, SiLU-gated MLP.
+
+Other models of this shape (Qwen) derive from it. A model knows layers; it must not know the
+engine, the scheduler or how a cache is laid out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from vllm.config import VllmConfig
+from vllm.errors import UnsupportedError
+from vllm.model_executor.layers.attention import Attention
+from vllm.model_executor.layers.layernorm import RMSNorm
+from vllm.model_executor.layers.linear import (
+    MergedColumnParallelLinear,
+    QKVParallelLinear,
+    RowParallelLinear,
+)
+from vllm.model_executor.layers.logits_processor import LogitsProcessor
+from vllm.model_executor.layers.rotary_embedding import get_rope
+from vllm.model_executor.layers.vocab_parallel_embedding import (
+    ParallelLMHead,
+    VocabParallelEmbedding,
+)
+from vllm.model_executor.layers.weight_loading import ShardId
+from vllm.model_executor.models.weights import load_checkpoint, maybe_prefix
+
+__all__ = [
+    "LlamaAttention",
+    "LlamaDecoderLayer",
+    "LlamaForCausalLM",
+    "LlamaMLP",
+    "LlamaModel",
+    "MistralForCausalLM",
+]
+
+
+class LlamaMLP(nn.Module):
+    """``down(silu(gate(x)) * up(x))``."""
+
+    def __init__(self, config: Any, prefix: str) -> None:
+        super().__init__()
+        if config.hidden_act != "silu":
+            raise UnsupportedError(
+                f"config.json: hidden_act {config.hidden_act!r} is not supported; 'silu' is"
+            )
+        bias = getattr(config, "mlp_bias", False)
+        hidden, inner = config.hidden_size, config.intermediate_size
+        self.gate_up_proj = MergedColumnParallelLinear(
+            hidden, [inner, inner], bias=bias, prefix=f"{prefix}.gate_up_proj"
+        )
+        self.down_proj = RowParallelLinear(
+            inner, hidden, bias=bias, prefix=f"{prefix}.down_proj", return_bias=False
+        )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down_proj(self.gate_up_proj.forward_silu_and_mul(x))
+
+
+class LlamaAttention(nn.Module):
+    """Self-attention of one layer; what subclasses change is said by three methods."""
+
+    def __init__(self, vllm_config: VllmConfig, config: Any, layer_index: int, prefix: str) -> None:
+        super().__init__()
+        self.head_dim = config.head_dim
+        self.qkv_proj = QKVParallelLinear(
+            config.hidden_size,
+            self.head_dim,
+            config.num_attention_heads,
+            config.num_key_value_heads,
+            bias=self.has_qkv_bias(config),
+            prefix=f"{prefix}.qkv_proj",
+            return_bias=False,
+        )
+        self.num_heads = self.qkv_proj.num_heads
+        self.num_kv_heads = self.qkv_proj.num_kv_heads
+        self.split_sizes = [
+            self.num_heads * self.head_dim,
+            self.num_kv_heads * self.head_dim,
+            self.num_kv_heads * self.head_dim,
+        ]
+        self.o_proj = RowParallelLinear(
+            config.num_attention_heads * self.head_dim,
+            config.hidden_size,
+            bias=self.has_output_bias(config),
+            prefix=f"{prefix}.o_proj",
+            return_bias=False,
+        )
+        model_config = vllm_config.model_config
+        self.rotary_emb = get_rope(
+            self.head_dim,
+            max_position=model_config.max_model_len,
+            rope_parameters=config.rope_parameters,
+            trained_max_position=config.max_position_embeddings,
+        )
+        window = self.sliding_window(config, layer_index)
+        self.attn = Attention(
+            self.num_heads,
+            self.head_dim,
+            self.head_dim**-0.5,
+            num_kv_heads=self.num_kv_heads,
+            # The window is each layer's own: a default for all would reach the full ones.
+            cache_config=replace(vllm_config.cache_config, sliding_window=None),
+            per_layer_sliding_window=None if model_config.disable_sliding_window else window,
+            prefix=f"{prefix}.attn",
+        )
+
+    @staticmethod
+    def has_qkv_bias(config: Any) -> bool:
+        return getattr(config, "attention_bias", False)
+
+    @staticmethod
+    def has_output_bias(config: Any) -> bool:
+        return getattr(config, "attention_bias", False)
+
+    @staticmethod
+    def sliding_window(config: Any, layer_index: int) -> int | None:
+        """Keys that a token of this layer sees, itself included; None for all."""
+        layer_types = getattr(config, "layer_types", None)
+        if layer_types is not None and layer_types[layer_index] != "sliding_attention":
+            return None
+        return getattr(config, "sliding_window", None)
+
+    def forward(self, positions: torch.Tensor, hidden_states: torch.Tensor) -> torch.Tensor:
+        qkv = self.qkv_proj(hidden_states)
+        query, key, value = qkv.split(self.split_sizes, dim=-1)
+        output = self.attn(query, key, value, positions=positions, rotary_emb=self.rotary_emb)
+        return self.o_proj(output)
+
+
+class LlamaDecoderLayer(nn.Module):
+    attention_cls: type[LlamaAttention] = LlamaAttention
+
+    def __init__(self, vllm_config: VllmConfig, config: Any, layer_index: int, prefix: str) -> None:
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.self_attn = self.attention_cls(
+            vllm_config, config, layer_index, prefix=f"{prefix}.self_attn"
+        )
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.mlp = LlamaMLP(config, prefix=f"{prefix}.mlp")
+
+    def forward(
+        self,
+        positions: torch.Tensor,
+        hidden_states: torch.Tensor,
+        residual: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The branch's output and the stream that it is still to be added to."""
+        if residual is None:
+            residual = hidden_states
+            hidden_states = self.input_layernorm(hidden_states)
+        else:
+            hidden_states, residual = self.input_layernorm(hidden_states, residual)
+        hidden_states = self.self_attn(positions, hidden_states)
+        hidden_states, residual = self.post_attention_layernorm(hidden_states, residual)
+        return self.mlp(hidden_states), residual
+
+
+class LlamaModel(nn.Module):
+    """Embedding, decoder layers and the last norm."""
+
+    def __init__(
+        self,
+        *,
+        vllm_config: VllmConfig,
+        prefix: str = "",
+        layer_cls: type[LlamaDecoderLayer] = LlamaDecoderLayer,
+    ) -> None:
+        super().__init__()
+        config = vllm_config.model_config.hf_text_config
+        self.embed_tokens = VocabParallelEmbedding(
+            config.vocab_size, config.hidden_size, prefix=maybe_prefix(prefix, "embed_tokens")
+        )
+        self.layers = nn.ModuleList(
+            layer_cls(vllm_config, config, index, prefix=maybe_prefix(prefix, f"layers.{index}"))
+            for index in range(config.num_hidden_layers)
+        )
+        self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None,
+        positions: torch.Tensor,
+        inputs_embeds: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        if inputs_embeds is None:
+            assert input_ids is not None, "a step has token ids or embeddings"
+            hidden_states = self.embed_tokens(input_ids)
+        else:
+            hidden_states = inputs_embeds.clone()  # the residual stream is added to in place
+        residual = None
+        for layer in self.layers:
+            hidden_states, residual = layer(positions, hidden_states, residual)
+        hidden_states, _ = self.norm(hidden_states, residual)
+        return hidden_states
+
+
+class LlamaForCausalLM(nn.Module):
+    """A ``LlamaModel`` with its output head."""
+
+    layer_cls: type[LlamaDecoderLayer] = LlamaDecoderLayer
+    packed_modules_mapping = {
+        "qkv_proj": ["q_proj", "k_proj", "v_proj"],
+        "gate_up_proj": ["gate_proj", "up_proj"],
+    }
+    checkpoint_names: dict[str, tuple[str, ShardId]] = {
+        "q_proj": ("qkv_proj", "q"),
+        "k_proj": ("qkv_proj", "k"),
+        "v_proj": ("qkv_proj", "v"),
+        "gate_proj": ("gate_up_proj", 0),
+        "up_proj": ("gate_up_proj", 1),
+    }
+    """Projections of a checkpoint -> the fused parameter here, and which part of it."""
+
+    lm_head: VocabParallelEmbedding
+
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
+        super().__init__()
+        config = vllm_config.model_config.hf_text_config
+        self.config = config
+        self.model = LlamaModel(
+            vllm_config=vllm_config,
+            prefix=maybe_prefix(prefix, "model"),
+            layer_cls=self.layer_cls,
+        )
+        if config.tie_word_embeddings:
+            self.lm_head = self.model.embed_tokens
+        else:
+            self.lm_head = ParallelLMHead(
+                config.vocab_size, config.hidden_size, prefix=maybe_prefix(prefix, "lm_head")
+            )
+        self.logits_processor = LogitsProcessor(config.vocab_size)
+
+    def embed_input_ids(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """Ids (T,) -> embeddings (T, hidden)."""
+        return self.model.embed_tokens(input_ids)
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None,
+        positions: torch.Tensor,
+        inputs_embeds: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        return self.model(input_ids, positions, inputs_embeds)
+
+    def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.logits_processor(self.lm_head, hidden_states)
+
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
+        """Take a checkpoint with Hugging Face's names; see ``load_checkpoint``."""
+        # A tied checkpoint may carry the head a second time.
+        ignored = ("lm_head.weight",) if self.config.tie_word_embeddings else ()
+        return load_checkpoint(self, weights, fused=self.checkpoint_names, ignored=ignored)
+
+
+class MistralForCausalLM(LlamaForCausalLM):
+    """Llama with a sliding window in every layer, where the configuration sets one."""

@@ -1,0 +1,37 @@
+"""Qwen3 (dense): Llama with an RMSNorm over each head of query and key."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from vllm.config import VllmConfig
+from vllm.model_executor.layers.layernorm import RMSNorm
+from vllm.model_executor.models.llama import LlamaAttention, LlamaDecoderLayer, LlamaForCausalLM
+
+__all__ = ["Qwen3Attention", "Qwen3DecoderLayer", "Qwen3ForCausalLM"]
+
+
+class Qwen3Attention(LlamaAttention):
+    def __init__(self, vllm_config: VllmConfig, config: Any, layer_index: int, prefix: str) -> None:
+        super().__init__(vllm_config, config, layer_index, prefix)
+        self.q_norm = RMSNorm(self.head_dim, eps=config.rms_norm_eps)
+        self.k_norm = RMSNorm(self.head_dim, eps=config.rms_norm_eps)
+
+    def forward(self, positions: torch.Tensor, hidden_states: torch.Tensor) -> torch.Tensor:
+        qkv = self.qkv_proj(hidden_states)
+        query, key, value = qkv.split(self.split_sizes, dim=-1)
+        # Views of qkv: the norms write into it.
+        self.q_norm.forward_in_place(query.unflatten(-1, (self.num_heads, self.head_dim)))
+        self.k_norm.forward_in_place(key.unflatten(-1, (self.num_kv_heads, self.head_dim)))
+        output = self.attn(query, key, value, positions=positions, rotary_emb=self.rotary_emb)
+        return self.o_proj(output)
+
+
+class Qwen3DecoderLayer(LlamaDecoderLayer):
+    attention_cls = Qwen3Attention
+
+
+class Qwen3ForCausalLM(LlamaForCausalLM):
+    layer_cls = Qwen3DecoderLayer
