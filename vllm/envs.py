@@ -206,6 +206,12 @@ def validate_environ() -> None:
         read()
 
 
+def export(name: str, value: str) -> None:
+    """Set a variable for this process and for those that it starts."""
+    assert name in variables, name
+    os.environ[name] = value
+
+
 def __getattr__(name: str) -> Any:
     if name in variables:
         return variables[name]()

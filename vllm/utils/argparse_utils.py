@@ -99,6 +99,7 @@ class FlexibleArgumentParser(argparse.ArgumentParser):
             for spelling in (entry.option, entry.short):
                 if spelling:
                     self._refused[spelling] = entry
+            self._group(entry.group)
 
     def _group(self, title: str) -> argparse._ArgumentGroup:
         if title not in self._groups:
@@ -227,9 +228,9 @@ class FlexibleArgumentParser(argparse.ArgumentParser):
         name = token.partition("=")[0]
         if not name.startswith("-"):
             return ConfigError(f"unexpected argument {name!r}", parameter=name)
-        known = [*self._option_string_actions, *self._refused]
-        guess = nearest(name.replace("_", "-"), known)
-        hint = f"; did you mean {guess}?" if guess else "; see --help"
+        known = {o.lstrip("-"): o for o in (*self._option_string_actions, *self._refused)}
+        guess = nearest(name.lstrip("-").replace("_", "-"), known)
+        hint = f"; did you mean {known[guess]}?" if guess else "; see --help"
         return ConfigError(f"unknown option {name}{hint}", parameter=name)
 
     # Config file
@@ -272,8 +273,8 @@ class FlexibleArgumentParser(argparse.ArgumentParser):
         if not self.grouped_help:
             self.print_help(sys.stdout)
             return
+        sys.stdout.write(f"usage: {self.usage or self.prog}\n\n")
         formatter = self._get_formatter()
-        formatter.add_usage(None, [], [], f"usage: {self.usage or self.prog + ' [options]'}")
         formatter.add_text(self.description)
         positionals = [a for a in self._actions if not a.option_strings]
         if positionals:
@@ -283,7 +284,9 @@ class FlexibleArgumentParser(argparse.ArgumentParser):
         sys.stdout.write(formatter.format_help())
         sys.stdout.write("\noption groups:\n")
         for title, group in self._groups.items():
-            sys.stdout.write(f"  {title} ({len(group._group_actions)} options)\n")
+            later = len(self._not_yet_names(title))
+            count = f"{len(group._group_actions)} options" + (f", {later} not yet" if later else "")
+            sys.stdout.write(f"  {title} ({count})\n")
         sys.stdout.write(
             f"\n{_JSON_NOTE}\n\nMore: --help=GroupName (one group), --help=flag-name (one option, "
             "or all that contain it), --help=all.\n"
@@ -325,8 +328,11 @@ class FlexibleArgumentParser(argparse.ArgumentParser):
         formatter.end_section()
         return formatter.format_help()
 
+    def _not_yet_names(self, group: str) -> list[str]:
+        return [e.option for s, e in self._refused.items() if e.group == group and s == e.option]
+
     def _not_yet(self, group: str) -> str:
-        names = [e.option for s, e in self._refused.items() if e.group == group and s == e.option]
+        names = self._not_yet_names(group)
         if not names:
             return ""
         return f"\nvLLM also has, and this engine does not yet: {', '.join(names)}\n"

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import functools
 import json
 import math
 import re
@@ -250,9 +249,13 @@ def arg(
     return dataclasses.field(default=default, metadata={_METADATA_KEY: details})
 
 
-@functools.cache
+_flags_by_class: dict[type, Mapping[str, Flag]] = {}
+
+
 def flags_of(cls: type) -> Mapping[str, Flag]:
     """The flags that the fields of the dataclass ``cls`` define, by field name."""
+    if cls in _flags_by_class:
+        return _flags_by_class[cls]
     flags = {}
     for field in dataclasses.fields(cls):
         if _METADATA_KEY not in field.metadata:
@@ -263,7 +266,8 @@ def flags_of(cls: type) -> Mapping[str, Flag]:
             else field.default_factory()
         )
         flags[field.name] = Flag(name=field.name, default=default, **field.metadata[_METADATA_KEY])
-    return MappingProxyType(flags)
+    _flags_by_class[cls] = MappingProxyType(flags)
+    return _flags_by_class[cls]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,0 +1,88 @@
+"""``vllm serve``: the options of engine and server together, and the start of the server."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass
+
+import vllm.envs as envs
+from vllm.engine.arg_utils import AsyncEngineArgs
+from vllm.entrypoints.openai.cli_args import FrontendArgs
+from vllm.errors import ConfigError
+from vllm.utils.argparse_utils import FlexibleArgumentParser
+from vllm.utils.flags import Kind, arg, flags_of
+
+__all__ = ["ServeArgs", "make_parser", "run"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServeArgs:
+    """Options of the command itself; engine and server never see them."""
+
+    config: str | None = arg(
+        None,
+        "top level",
+        Kind.STR,
+        "YAML file of options, such as 'max-model-len: 4096'; options given here win over it.",
+    )
+    log_level: str | None = arg(
+        None,
+        "LoggingConfig",
+        Kind.STR,
+        "Level of the log of every process; by default VLLM_LOGGING_LEVEL.",
+        choices=("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"),
+    )
+
+
+def make_parser() -> FlexibleArgumentParser:
+    """The parser of ``vllm serve``."""
+    parser = FlexibleArgumentParser(
+        prog="vllm serve",
+        usage="vllm serve [MODEL] [options]",
+        description="Serve a model over an OpenAI-compatible HTTP API.",
+        grouped_help=True,
+    )
+    parser.add_argument(
+        "model_tag",
+        nargs="?",
+        metavar="MODEL",
+        help="What to serve; the same as --model.",
+    )
+    for table in (ServeArgs, FrontendArgs):
+        for flag in flags_of(table).values():
+            parser.add_flag(flag)
+    AsyncEngineArgs.add_cli_args(parser)
+    return parser
+
+
+def _name_model(args: argparse.Namespace) -> None:
+    """Make the positional MODEL what ``--model`` is."""
+    if args.model_tag is None:
+        return
+    default = AsyncEngineArgs.flags()["model"].default
+    if args.model not in (default, args.model_tag):
+        raise ConfigError(
+            f"MODEL {args.model_tag!r} and --model {args.model!r} differ; give one of them",
+            parameter="model",
+            value=args.model,
+        )
+    args.model = args.model_tag
+
+
+def run(args: argparse.Namespace) -> int:
+    """Serve until a signal ends it.
+
+    Raises:
+        VLLMValidationError: an option or variable cannot work.
+        VLLMError: the engine could not start, or died.
+    """
+    _name_model(args)
+    if args.log_level is not None:
+        envs.export("VLLM_LOGGING_LEVEL", args.log_level)
+    envs.validate_environ()
+    from vllm.plugins import load_general_plugins
+
+    load_general_plugins()
+    from vllm.entrypoints.openai.api_server import run_server
+
+    return run_server(args) or 0
