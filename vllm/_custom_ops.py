@@ -15,7 +15,6 @@ import torch
 import torch.nn.functional as F
 
 from vllm import _torch_ops
-
 from vllm.logger import init_logger, log_once
 
 try:

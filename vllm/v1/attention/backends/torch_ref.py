@@ -6,6 +6,7 @@ kernel does. Owns no cache; takes every address from the cache tensor's strides.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -16,17 +17,24 @@ from vllm.errors import ConfigError
 from vllm.v1.attention.backend import (
     AttentionBackend,
     AttentionImpl,
+    AttentionMetadata,
     AttentionMetadataBuilder,
     AttentionType,
     CommonAttentionMetadata,
     MultipleOf,
 )
+from vllm.v1.kv_cache_interface import KVCacheSpec
 
-__all__ = ["PagedAttentionImpl", "PagedAttentionMetadata", "TorchRefBackend"]
+__all__ = [
+    "PagedAttentionImpl",
+    "PagedAttentionMetadata",
+    "PagedAttentionMetadataBuilder",
+    "TorchRefBackend",
+]
 
 
 @dataclass(slots=True)
-class PagedAttentionMetadata:
+class PagedAttentionMetadata(AttentionMetadata):
     """One step as the paged kernels take it. R requests, T tokens."""
 
     num_actual_tokens: int
@@ -43,9 +51,14 @@ class PagedAttentionMetadata:
     causal: bool
 
 
-class PagedAttentionMetadataBuilder(AttentionMetadataBuilder):
+class PagedAttentionMetadataBuilder(AttentionMetadataBuilder[PagedAttentionMetadata]):
+    """Hands the step's tensors on as they are: the kernels need nothing else."""
+
     def build(
-        self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata
+        self,
+        common_prefix_len: int,
+        common_attn_metadata: CommonAttentionMetadata,
+        fast_build: bool = False,
     ) -> PagedAttentionMetadata:
         common = common_attn_metadata
         return PagedAttentionMetadata(
@@ -60,7 +73,7 @@ class PagedAttentionMetadataBuilder(AttentionMetadataBuilder):
         )
 
 
-class PagedAttentionImpl(AttentionImpl):
+class PagedAttentionImpl(AttentionImpl[PagedAttentionMetadata]):
     """What the paged backends share: the constructor's checks and the arguments of the kernels."""
 
     def __init__(
@@ -163,7 +176,9 @@ class TorchRefBackend(AttentionBackend):
         return PagedAttentionMetadataBuilder
 
     @staticmethod
-    def get_supported_kernel_block_sizes() -> list[int | MultipleOf]:
+    def get_supported_kernel_block_sizes(
+        kv_cache_spec: KVCacheSpec | None = None,
+    ) -> Sequence[int | MultipleOf]:
         return [MultipleOf(1)]
 
     @classmethod

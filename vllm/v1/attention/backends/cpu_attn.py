@@ -1,0 +1,118 @@
+"""CPU_ATTN: paged attention by the C++ kernels, PyTorch's where the extension is not built.
+
+Any layout, page and padding: the kernels take every distance from the cache tensor's strides.
+K and V of a token lie side by side, as on every other device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import ClassVar
+
+import torch
+
+from vllm import _custom_ops as ops
+from vllm.v1.attention.backend import AttentionBackend, MultipleOf
+from vllm.v1.attention.backends.torch_ref import (
+    PagedAttentionImpl,
+    PagedAttentionMetadata,
+    PagedAttentionMetadataBuilder,
+)
+from vllm.v1.kv_cache_interface import KVCacheSpec
+
+__all__ = ["CPUAttentionBackend", "CPUAttentionImpl"]
+
+
+class CPUAttentionImpl(PagedAttentionImpl):
+    def forward(
+        self,
+        layer: torch.nn.Module,
+        query: torch.Tensor,
+        key: torch.Tensor | None,
+        value: torch.Tensor | None,
+        kv_cache: torch.Tensor,
+        attn_metadata: PagedAttentionMetadata,
+        output: torch.Tensor,
+        output_scale: torch.Tensor | None = None,
+        output_block_scale: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        ops.paged_attention(
+            query,
+            kv_cache,
+            output,
+            attn_metadata.query_start_loc,
+            attn_metadata.seq_lens,
+            attn_metadata.block_table,
+            self.scale,
+            causal=attn_metadata.causal,
+            sliding_window=self.sliding_window,
+            logits_soft_cap=self.logits_soft_cap,
+            alibi_slopes=self.alibi_slopes,
+            sinks=self.sinks,
+        )
+        return output
+
+    def do_kv_cache_update(
+        self,
+        layer: torch.nn.Module,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        slot_mapping: torch.Tensor,
+    ) -> None:
+        ops.store_kv_cache(key, value, kv_cache, slot_mapping)
+
+    def fused_rope_kvcache_supported(self) -> bool:
+        return True
+
+    def do_rope_and_kv_cache_update(
+        self,
+        layer: torch.nn.Module,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        positions: torch.Tensor,
+        cos_sin_cache: torch.Tensor,
+        is_neox: bool,
+        kv_cache: torch.Tensor,
+        slot_mapping: torch.Tensor,
+    ) -> None:
+        ops.rope_and_store(
+            positions, query, key, value, cos_sin_cache, is_neox, kv_cache, slot_mapping
+        )
+
+
+class CPUAttentionBackend(AttentionBackend):
+    supported_dtypes: ClassVar[list[torch.dtype]] = [
+        torch.bfloat16,
+        torch.float16,
+        torch.float32,
+    ]
+    supported_kv_cache_dtypes: ClassVar[list[str]] = ["auto", "bfloat16", "float16", "float32"]
+    forward_includes_kv_cache_update = False
+
+    @staticmethod
+    def get_name() -> str:
+        return "CPU_ATTN"
+
+    @staticmethod
+    def get_impl_cls() -> type[CPUAttentionImpl]:
+        return CPUAttentionImpl
+
+    @staticmethod
+    def get_builder_cls() -> type[PagedAttentionMetadataBuilder]:
+        return PagedAttentionMetadataBuilder
+
+    @staticmethod
+    def get_supported_kernel_block_sizes(
+        kv_cache_spec: KVCacheSpec | None = None,
+    ) -> Sequence[int | MultipleOf]:
+        return [MultipleOf(16)]
+
+    @classmethod
+    def get_supported_head_sizes(cls) -> list[int]:
+        return list(range(8, 257, 8))
+
+    @classmethod
+    def supports_sink(cls) -> bool:
+        return True
