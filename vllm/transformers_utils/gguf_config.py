@@ -37,7 +37,7 @@ def gguf_config_values(gguf: GGUFFile) -> dict[str, Any]:
     architecture, model_type = GGUF_ARCHITECTURES[gguf.architecture]
     heads = gguf.get("attention.head_count")
     hidden = gguf.get("embedding_length")
-    file_type = gguf.metadata.get("general.file_type")
+    dtypes = {_F32_FILE: "float32", _F16_FILE: "float16"}
     values: dict[str, Any] = {
         "architectures": [architecture],
         "model_type": model_type,
@@ -58,7 +58,7 @@ def gguf_config_values(gguf: GGUFFile) -> dict[str, Any]:
         "vocab_size": gguf.tensors["token_embd.weight"].shape[0]
         if "token_embd.weight" in gguf.tensors
         else gguf.get("vocab_size"),
-        "torch_dtype": {_F32_FILE: "float32", _F16_FILE: "float16"}.get(file_type, "bfloat16"),
+        "torch_dtype": dtypes.get(gguf.metadata.get("general.file_type", -1), "bfloat16"),
         **_special_token_ids(gguf),
     }
     if gguf.get("attention.sliding_window"):

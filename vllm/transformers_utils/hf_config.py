@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vllm.errors import ConfigError
 
@@ -94,6 +94,10 @@ class HFConfig:
             if name == "text_config" and isinstance(value, Mapping):
                 value = HFConfig(value)
             setattr(self, name, value)
+
+    if TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Any: ...
 
     def get_text_config(self) -> HFConfig:
         return getattr(self, "text_config", self)
