@@ -12,6 +12,7 @@ from vllm.config import VllmConfig
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.v1.attention.backend import AttentionMetadataBuilder, CommonAttentionMetadata
 from vllm.v1.kv_cache_interface import KVCacheConfig
+from vllm.v1.worker.utils import get_kv_sharing_targets
 
 __all__ = ["AttentionGroup", "AttentionGroups"]
 
@@ -29,7 +30,8 @@ class AttentionGroups:
     """All attention groups of a model.
 
     Args:
-        layers: every layer that owns a cache, or reads another one's, by name.
+        kv_cache_config: its groups name the layers that own a cache or share one.
+        layers: all of them, by name.
     """
 
     def __init__(
@@ -39,14 +41,13 @@ class AttentionGroups:
         vllm_config: VllmConfig,
         device: torch.device,
     ) -> None:
-        sharing = _sharing_layers(layers)
+        targets = get_kv_sharing_targets(layers)
         self.groups: list[AttentionGroup] = []
         for group_id, group in enumerate(kv_cache_config.kv_cache_groups):
             by_kind: dict[Any, list[str]] = {}
             for name in group.layer_names:
-                kind = (layers[name].get_attn_backend(), group.spec_of(name))
-                by_kind.setdefault(kind, []).append(name)
-                by_kind[kind].extend(sharing.get(name, ()))
+                spec = group.spec_of(targets.get(name, name))
+                by_kind.setdefault((layers[name].get_attn_backend(), spec), []).append(name)
             for (backend, spec), names in by_kind.items():
                 builder = backend.get_builder_cls()(spec, names, vllm_config, device)
                 self.groups.append(AttentionGroup(builder, names, group_id))
@@ -58,13 +59,3 @@ class AttentionGroups:
             built = group.builder.build(0, common[group.kv_cache_group_id])
             metadata.update(dict.fromkeys(group.layer_names, built))
         return metadata
-
-
-def _sharing_layers(layers: Mapping[str, AttentionLayerBase]) -> dict[str, list[str]]:
-    """Owner of a cache to the layers that read it without owning one."""
-    sharing: dict[str, list[str]] = {}
-    for name, layer in layers.items():
-        target = layer.kv_sharing_target_layer_name
-        if target is not None:
-            sharing.setdefault(target, []).append(name)
-    return sharing

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import vllm.envs as envs
 from vllm.errors import CapacityError
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from vllm.v1.core.sched.output import GrammarOutput, SchedulerOutput
+    from vllm.v1.kv_cache.planner import BackendConstraints
     from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheSpec
     from vllm.v1.outputs import ModelRunnerOutput
 
@@ -56,8 +57,8 @@ class CPUWorker(WorkerBase):
     def get_kv_cache_spec(self) -> dict[str, KVCacheSpec]:
         return self.model_runner.get_kv_cache_spec()
 
-    def get_kv_cache_constraints(self) -> Any:
-        return self.model_runner.backends_in_use()
+    def get_kv_cache_constraints(self) -> dict[str, BackendConstraints]:
+        return self.model_runner.get_kv_cache_constraints()
 
     def determine_available_memory(self) -> int:
         """``--kv-cache-memory-bytes``, else VLLM_CPU_KVCACHE_SPACE GiB, if the machine has it."""

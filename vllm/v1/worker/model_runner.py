@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -19,6 +18,8 @@ from vllm.config import VllmConfig
 from vllm.forward_context import ForwardContext, set_forward_context
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.v1.core.sched.output import CachedRequestData, GrammarOutput, SchedulerOutput
+from vllm.v1.kv_cache.allocate import allocate_kv_cache
+from vllm.v1.kv_cache.planner import BackendConstraints
 from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheSpec
 from vllm.v1.outputs import EMPTY_MODEL_RUNNER_OUTPUT, LogprobsLists, ModelRunnerOutput
 from vllm.v1.sample.logits_processor import LogitsProcessors, load_logits_processors
@@ -30,7 +31,13 @@ from vllm.v1.worker.device import DeviceLayer
 from vllm.v1.worker.input_batch import CachedRequestState, InputBatch
 from vllm.v1.worker.input_preparation import InputPreparer, StepInputs
 from vllm.v1.worker.prompt_logprobs import PromptLogprobs
-from vllm.v1.worker.utils import bind_kv_cache
+from vllm.v1.worker.utils import (
+    bind_kv_cache,
+    get_backend_constraints,
+    get_kv_cache_specs,
+    get_kv_sharing_targets,
+    share_kv_caches,
+)
 
 __all__ = ["ModelRunner"]
 
@@ -88,20 +95,17 @@ class ModelRunner:
 
     def get_kv_cache_spec(self) -> dict[str, KVCacheSpec]:
         """What each layer keeps; layers without a cache of their own are left out."""
-        specs = {
-            name: layer.get_kv_cache_spec(self.vllm_config) for name, layer in self.layers.items()
-        }
-        return {name: spec for name, spec in specs.items() if spec is not None}
+        return get_kv_cache_specs(self.layers, self.vllm_config)
+
+    def get_kv_cache_constraints(self) -> dict[str, BackendConstraints]:
+        """What the attention backend of each layer with a cache can read."""
+        return get_backend_constraints(self.layers, self.get_kv_cache_spec())
 
     def initialize_kv_cache(self, kv_cache_config: KVCacheConfig) -> None:
         """Allocate the caches, hand each layer its view, and make the batch for them."""
-        from vllm.v1.kv_cache import allocate_kv_cache
-
         config = self.vllm_config
         caches = allocate_kv_cache(kv_cache_config, self.device.device)
-        for name, layer in self.layers.items():
-            if layer.kv_sharing_target_layer_name is not None:
-                caches[name] = caches[layer.kv_sharing_target_layer_name]
+        share_kv_caches(caches, get_kv_sharing_targets(self.layers), kv_cache_config)
         bind_kv_cache(caches, self.layers, self.kv_caches)
         self.attention_groups = AttentionGroups(
             kv_cache_config, self.layers, config, self.device.device
@@ -110,11 +114,10 @@ class ModelRunner:
         tables = []
         for index, group in enumerate(kv_cache_config.kv_cache_groups):
             spec = group.kv_cache_spec
-            kernel_sizes = kv_cache_config.kernel_block_sizes
             tables.append(
                 BlockTable(
                     spec.block_size,
-                    kernel_sizes[index] if kernel_sizes else spec.block_size,
+                    kv_cache_config.kernel_block_size(index),
                     scheduler_config.max_num_seqs,
                     spec.max_num_blocks_per_req(config, max_model_len),
                     self.device,
@@ -331,7 +334,3 @@ class ModelRunner:
 
     def get_model(self) -> nn.Module:
         return self.model
-
-    def backends_in_use(self) -> list[Any]:
-        """The attention backends of the model's layers, each once."""
-        return list(dict.fromkeys(layer.get_attn_backend() for layer in self.layers.values()))

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from torch import nn
 
     from vllm.config import VllmConfig
     from vllm.v1.core.sched.output import GrammarOutput, SchedulerOutput
+    from vllm.v1.kv_cache.planner import BackendConstraints
     from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheSpec
     from vllm.v1.outputs import ModelRunnerOutput
 
@@ -56,8 +57,8 @@ class WorkerBase(ABC):
         """Layer name to what that layer keeps per block."""
 
     @abstractmethod
-    def get_kv_cache_constraints(self) -> Any:
-        """What the attention backends in use demand of layout and block size."""
+    def get_kv_cache_constraints(self) -> dict[str, BackendConstraints]:
+        """Layer name to what that layer's attention backend demands of layout and block size."""
 
     @abstractmethod
     def determine_available_memory(self) -> int:

@@ -1,0 +1,176 @@
+"""What a worker does with caches and layers: gather declarations, bind views.
+
+Owns the orchestration only; what a layer makes of its view is the layer's, where bytes lie is
+the planner's.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from vllm.errors import ConfigError
+from vllm.v1.kv_cache.allocate import AllocatedKVCache
+from vllm.v1.kv_cache.planner import BackendConstraints
+from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheSpec
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+    from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
+
+__all__ = [
+    "bind_kv_cache",
+    "extract_layer_index",
+    "get_backend_constraints",
+    "get_kv_cache_specs",
+    "get_kv_sharing_targets",
+    "share_kv_caches",
+]
+
+# Device types on which two caches may belong to one layer index (self and cross attention, a
+# draft beside its target).
+_SHARED_INDEX_DEVICES = ("cpu", "cuda", "xpu")
+
+
+def extract_layer_index(layer_name: str, num_attn_module: int = 1) -> int:
+    """The layer's number in its dotted name: ``model.layers.7.self_attn`` -> 7.
+
+    With ``num_attn_module`` attentions in one layer, a second number counts them:
+    ``model.layers.7.self_attn.1`` -> 7 * num_attn_module + 1.
+
+    Raises:
+        ValueError: the name holds no number, or more than fit.
+    """
+    numbers = [int(part) for part in layer_name.split(".") if part.isdecimal()]
+    allowed = 1 if num_attn_module == 1 else 2
+    if not numbers or len(numbers) > allowed:
+        raise ValueError(
+            f"layer name {layer_name!r} must hold one number"
+            + (" or two" if allowed == 2 else "")
+            + f", it holds {len(numbers)}"
+        )
+    if num_attn_module == 1:
+        return numbers[0]
+    return numbers[0] * num_attn_module + (numbers[1] if len(numbers) == 2 else 0)
+
+
+def bind_kv_cache(
+    kv_caches: Mapping[str, torch.Tensor],
+    forward_context: Mapping[str, Any],
+    runner_kv_caches: list[torch.Tensor],
+    num_attn_module: int = 1,
+) -> None:
+    """Give the runner the raw tensors in layer order, and every layer its own.
+
+    Args:
+        kv_caches: layer name -> raw view, dim 0 the block. From ``allocate_kv_cache`` the block
+            counts are checked too.
+        forward_context: layer name -> layer; its ``bind_kv_cache`` is called, in the order of
+            ``kv_caches``.
+        runner_kv_caches: empty; gets the raw tensors by ascending layer index, and within an
+            index in the order of ``kv_caches``.
+
+    Raises:
+        NotImplementedError: two caches have one layer index, on a device whose runner cannot
+            tell them apart.
+        ConfigError: dim 0 of a tensor is not the block.
+    """
+    assert not runner_kv_caches, "runner_kv_caches must be empty before binding"
+    if isinstance(kv_caches, AllocatedKVCache):
+        _check_block_dim(kv_caches)
+    by_index: defaultdict[int, list[str]] = defaultdict(list)
+    for name in kv_caches:
+        by_index[extract_layer_index(name, num_attn_module)].append(name)
+    for index in sorted(by_index):
+        names = by_index[index]
+        if len(names) > 1:
+            _check_shared_index(index, names)
+        runner_kv_caches.extend(kv_caches[name] for name in names)
+    for name, kv_cache in kv_caches.items():
+        forward_context[name].bind_kv_cache(kv_cache)
+
+
+def _check_shared_index(index: int, names: Sequence[str]) -> None:
+    from vllm.platforms import current_platform
+
+    if current_platform.device_type not in _SHARED_INDEX_DEVICES:
+        raise NotImplementedError(
+            f"layers {', '.join(names)} have one index {index}, which "
+            f"{current_platform.device_type} cannot serve"
+        )
+
+
+def _check_block_dim(kv_caches: AllocatedKVCache) -> None:
+    config = kv_caches.config
+    for group_id, group in enumerate(config.kv_cache_groups):
+        for name in group.layer_names:
+            if name not in kv_caches:
+                continue
+            splits = group.spec_of(name).uses_slot_mapping
+            ratio = config.kernel_blocks_per_block(group_id) if splits else 1
+            shape = tuple(kv_caches[name].shape)
+            if shape[0] != config.num_blocks * ratio:
+                raise ConfigError(
+                    f"cache of layer {name} has shape {shape}: dim 0 must be the "
+                    f"{config.num_blocks * ratio} blocks"
+                )
+
+
+def get_kv_cache_specs(
+    layers: Mapping[str, AttentionLayerBase], vllm_config: VllmConfig
+) -> dict[str, KVCacheSpec]:
+    """What the layers declare, as their backends pack it; layers without a cache are left out."""
+    specs = {}
+    for name, layer in layers.items():
+        spec = layer.get_kv_cache_spec(vllm_config)
+        if spec is not None:
+            specs[name] = layer.get_attn_backend().customize_spec(spec).with_layer_name(name)
+    return specs
+
+
+def get_backend_constraints(
+    layers: Mapping[str, AttentionLayerBase], specs: Mapping[str, KVCacheSpec]
+) -> dict[str, BackendConstraints]:
+    """What the backend of each layer with a cache can read; the planner's input."""
+    constraints = {}
+    for name, spec in specs.items():
+        backend = layers[name].get_attn_backend()
+        constraints[name] = BackendConstraints(
+            backend=backend.get_name(),
+            layouts=backend.supported_kv_cache_layouts(),
+            kernel_block_sizes=tuple(backend.get_supported_kernel_block_sizes(spec)),
+        )
+    return constraints
+
+
+def get_kv_sharing_targets(layers: Mapping[str, AttentionLayerBase]) -> dict[str, str]:
+    """Layers that read another layer's cache -> that layer.
+
+    Raises:
+        ConfigError: a target does not exist, or shares a cache itself.
+    """
+    targets = {}
+    for name, layer in layers.items():
+        target = layer.kv_sharing_target_layer_name
+        if target is None:
+            continue
+        if target not in layers:
+            raise ConfigError(f"layer {name} shares the cache of {target!r}, which does not exist")
+        if layers[target].kv_sharing_target_layer_name is not None:
+            raise ConfigError(f"layer {name} shares the cache of {target}, which has none itself")
+        targets[name] = target
+    return targets
+
+
+def share_kv_caches(
+    kv_caches: AllocatedKVCache, targets: Mapping[str, str], kv_cache_config: KVCacheConfig
+) -> None:
+    """Alias the caches of sharing layers and enter these layers into their targets' groups."""
+    for name, target in targets.items():
+        kv_caches.alias(name, target)
+        group = kv_cache_config.kv_cache_groups[kv_cache_config.group_of(target)]
+        if name not in group.layer_names:
+            group.layer_names.append(name)
