@@ -1,36 +1,64 @@
 """``vllm``: finds the subcommand and imports it alone, so that help is quick.
 
-A subcommand is a module with ``make_parser()`` and ``run(args)``. Nothing heavy is imported here,
-nor by the modules named in ``_COMMANDS`` before ``run``.
+A command is a pair of dotted paths: one function makes its parser, the other runs the parsed
+options. Only the parser's module is imported before the options are known to be good.
 """
 
 from __future__ import annotations
 
+import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from importlib import import_module
+from typing import Any
 
 from vllm.errors import VLLMError, VLLMValidationError
 from vllm.utils.flags import nearest
 
 __all__ = ["main"]
 
-_COMMANDS = {
-    "serve": ("vllm.entrypoints.cli.serve", "Serve a model over an OpenAI-compatible HTTP API."),
-    "chat": ("vllm.entrypoints.cli.chat", "Chat with a running server."),
-    "complete": ("vllm.entrypoints.cli.complete", "Complete text with a running server."),
-    "bench": ("vllm.entrypoints.cli.bench", "Benchmarks: serve, throughput, latency."),
-    "collect-env": ("vllm.entrypoints.cli.collect_env", "Print what this installation runs on."),
-}
-_NOT_YET = ("download-kernels", "launch", "preload", "run-batch", "snapshot")
+
+@dataclass(frozen=True, slots=True)
+class Command:
+    help: str
+    parser: str
+    """``module:function`` returning a ``FlexibleArgumentParser``."""
+    run: str
+    """``module:function`` taking the parsed options and returning the exit status."""
 
 
-def _usage() -> str:
-    lines = ["usage: vllm COMMAND [options]", "", "commands:"]
-    lines += [f"  {name:<12} {text}" for name, (_, text) in _COMMANDS.items()]
-    return "\n".join(
-        [*lines, "", "vllm COMMAND --help tells more; vllm --version the version.", ""]
+_CLI = "vllm.entrypoints.cli"
+_BENCH = {
+    name: Command(text, f"{_CLI}.bench:{name}_parser", f"vllm.benchmarks.{name}:run")
+    for name, text in (
+        ("serve", "A running server, as its clients see it."),
+        ("throughput", "Requests and tokens a second of the engine offline."),
+        ("latency", "The time that one batch takes."),
     )
+}
+_COMMANDS: dict[str, Command | dict[str, Command]] = {
+    name: Command(text, f"{_CLI}.{module}:make_parser", f"{_CLI}.{module}:run")
+    for name, module, text in (
+        ("serve", "serve", "Serve a model over an OpenAI-compatible HTTP API."),
+        ("chat", "chat", "Chat with a running server."),
+        ("complete", "complete", "Complete text with a running server."),
+        ("collect-env", "collect_env", "Print what this installation runs on."),
+    )
+}
+_COMMANDS["bench"] = _BENCH
+_NOT_YET = {
+    "vllm": ("download-kernels", "launch", "preload", "run-batch", "snapshot"),
+    "vllm bench": ("mm-processor", "startup", "sweep"),
+}
+
+
+def _usage(prog: str, commands: Mapping[str, Any]) -> str:
+    lines = [f"usage: {prog} COMMAND [options]", "", "commands:"]
+    for name, command in commands.items():
+        text = command.help if isinstance(command, Command) else "Benchmarks: " + ", ".join(command)
+        lines.append(f"  {name:<12} {text}")
+    return "\n".join([*lines, "", f"{prog} COMMAND --help tells more.", ""])
 
 
 def _fail(name: str, message: str, status: int = 2) -> int:
@@ -39,11 +67,15 @@ def _fail(name: str, message: str, status: int = 2) -> int:
     return status
 
 
-def _run(command: str, argv: Sequence[str]) -> int:
-    module = import_module(_COMMANDS[command][0])
-    name = f"vllm {command}"
+def _load(path: str) -> Callable[..., Any]:
+    module, _, name = path.partition(":")
+    return getattr(import_module(module), name)
+
+
+def _run(name: str, command: Command, argv: Sequence[str]) -> int:
     try:
-        return module.run(module.make_parser().parse_args(argv)) or 0
+        args: argparse.Namespace = _load(command.parser)().parse_args(argv)
+        return _load(command.run)(args) or 0
     except VLLMValidationError as error:
         return _fail(name, str(error))
     except VLLMError as error:
@@ -52,25 +84,34 @@ def _run(command: str, argv: Sequence[str]) -> int:
         return 130
 
 
+def _dispatch(
+    prog: str, commands: Mapping[str, Command | dict[str, Command]], argv: Sequence[str]
+) -> int:
+    if not argv or argv[0] in ("-h", "--help"):
+        sys.stdout.write(_usage(prog, commands))
+        return 0 if argv else 2
+    name, *rest = argv
+    if name in commands:
+        command = commands[name]
+        if isinstance(command, Command):
+            return _run(f"{prog} {name}", command, rest)
+        return _dispatch(f"{prog} {name}", command, rest)
+    if name in _NOT_YET[prog]:
+        return _fail(prog, f"{name}: vLLM has this; this engine does not yet")
+    guess = nearest(name, commands)
+    hint = f"did you mean {guess}?" if guess else f"commands: {', '.join(commands)}"
+    return _fail(prog, f"unknown command {name!r}; {hint}")
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run ``vllm`` with ``argv`` (the process's by default); returns the exit status."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    if not arguments or arguments[0] in ("-h", "--help"):
-        sys.stdout.write(_usage())
-        return 0 if arguments else 2
-    command = arguments[0]
-    if command in ("-v", "--version"):
+    if arguments and arguments[0] in ("-v", "--version"):
         from vllm import __version__
 
         sys.stdout.write(f"{__version__}\n")
         return 0
-    if command in _COMMANDS:
-        return _run(command, arguments[1:])
-    if command in _NOT_YET:
-        return _fail("vllm", f"{command}: vLLM has this; this engine does not yet")
-    guess = nearest(command, _COMMANDS)
-    hint = f"did you mean {guess}?" if guess else f"commands: {', '.join(_COMMANDS)}"
-    return _fail("vllm", f"unknown command {command!r}; {hint}")
+    return _dispatch("vllm", _COMMANDS, arguments)
 
 
 if __name__ == "__main__":
