@@ -9,7 +9,7 @@ from typing import Any
 from tqdm import tqdm
 
 from vllm.engine.arg_utils import EngineArgs
-from vllm.errors import UnsupportedError, VLLMValidationError
+from vllm.errors import VLLMValidationError
 from vllm.inputs import PromptType
 from vllm.outputs import RequestOutput
 from vllm.sampling_params import RequestOutputKind, SamplingParams

@@ -4,7 +4,6 @@ Owns what has been shown of one sequence's text. Knows nothing of requests' batc
 or of log-probabilities.
 """
 
-import os.path
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -78,7 +77,8 @@ class TextStream:
         if text.startswith(self._context_text):
             return text[len(self._context_text) :]
         # The context ended within a character, which the new token has completed.
-        return text[len(os.path.commonprefix((text, self._context_text))) :]
+        pairs = enumerate(zip(text, self._context_text, strict=False))
+        return text[next((i for i, (a, b) in pairs if a != b), len(text)) :]
 
 
 def find_stop(text: str, num_new_chars: int, stop: Sequence[str]) -> tuple[str, int] | None:

@@ -4,22 +4,22 @@
 """
 
 import itertools
-import time
 from typing import Any
 
 import vllm.envs as envs
-from vllm.config import VllmConfig
 from vllm.engine.arg_utils import EngineArgs
 from vllm.inputs import PromptType
 from vllm.logger import init_logger
 from vllm.outputs import RequestOutput
 from vllm.sampling_params import SamplingParams
-from vllm.v1.engine.core_client import EngineCoreClient, InprocClient
-from vllm.v1.engine.input_processor import InputProcessor
+from vllm.v1.engine.core_client import EngineCoreClient, SyncMPClient
+from vllm.v1.engine.input_processor import InputProcessor, TokenizedPrompt
 from vllm.v1.engine.output_processor import OutputProcessor
 from vllm.v1.engine.parallel_sampling import ParentRequest
 from vllm.v1.engine.phases import StartupPhases
-from vllm.v1.engine.tokenizer import tokenizer_from_config
+from vllm.v1.engine.startup import StartedEngine, start_in_process, start_process
+from vllm.v1.metrics.prometheus import PrometheusStatLogger
+from vllm.v1.metrics.stats import IterationStats
 
 __all__ = ["LLMEngine"]
 
@@ -29,30 +29,41 @@ logger = init_logger(__name__)
 class LLMEngine:
     """One engine and the requests that this thread has given it."""
 
-    def __init__(self, vllm_config: VllmConfig, client: EngineCoreClient, tokenizer: Any) -> None:
-        self.vllm_config = vllm_config
-        self.model_config = vllm_config.model_config
-        self.client = client
-        self.tokenizer = tokenizer
-        self.input_processor = InputProcessor(vllm_config, tokenizer)
+    def __init__(self, engine: StartedEngine, *, log_stats: bool = True) -> None:
+        self.vllm_config = engine.vllm_config
+        self.model_config = engine.vllm_config.model_config
+        self.tokenizer = engine.tokenizer
+        self.client: EngineCoreClient = engine.client
+        self.input_processor = InputProcessor(self.vllm_config, self.tokenizer)
         self.output_processor = OutputProcessor(
-            tokenizer, stream_interval=vllm_config.scheduler_config.stream_interval
+            self.tokenizer, stream_interval=self.vllm_config.scheduler_config.stream_interval
+        )
+        self.stat_logger = (
+            PrometheusStatLogger(self.vllm_config, self.client.facts) if log_stats else None
         )
         self._ids = itertools.count()
 
     @classmethod
     def from_engine_args(cls, engine_args: EngineArgs) -> "LLMEngine":
         """Start an engine: in its own process, or in this one where
-        VLLM_ENABLE_V1_MULTIPROCESSING=0."""
+        VLLM_ENABLE_V1_MULTIPROCESSING=0.
+
+        Raises:
+            VLLMValidationError, VLLMError, ValueError, OSError: why it cannot start.
+        """
         phases = StartupPhases(logger)
-        vllm_config = engine_args.create_engine_config()
-        client = InprocClient(vllm_config, log_stats=True, phases=phases)
-        return cls(vllm_config, client, tokenizer_from_config(vllm_config.model_config))
+        log_stats = not engine_args.disable_log_stats
+        make_config = engine_args.create_engine_config
+        if envs.VLLM_ENABLE_V1_MULTIPROCESSING:
+            engine = start_process(make_config, SyncMPClient, log_stats=log_stats, phases=phases)
+        else:
+            engine = start_in_process(make_config, log_stats=log_stats, phases=phases)
+        return cls(engine, log_stats=log_stats)
 
     def add_request(
         self,
         request_id: str,
-        prompt: PromptType,
+        prompt: PromptType | TokenizedPrompt,
         params: SamplingParams,
         *,
         arrival_time: float | None = None,
@@ -77,10 +88,14 @@ class LLMEngine:
             self.output_processor.add_request(request_id, child, text, parent=parent, index=index)
             self.client.add_request(child)
 
-    def abort_request(self, request_ids: list[str]) -> None:
-        """Drop requests by the ids they were added with."""
+    def abort_request(self, request_ids: Iterable[str]) -> None:
+        """Drop requests by the ids they were added with; unknown ones are left out."""
+        stats = IterationStats()
         engine_ids = self.output_processor.engine_ids_of(request_ids)
-        self.client.abort_requests(self.output_processor.abort_requests(engine_ids)[0])
+        known, _ = self.output_processor.abort_requests(engine_ids, stats)
+        if self.stat_logger is not None:
+            self.stat_logger.record(None, stats)
+        self.client.abort_requests(known)
 
     def step(self) -> list[RequestOutput]:
         """Wait for the engine's next outputs.
@@ -89,8 +104,11 @@ class LLMEngine:
             EngineDeadError: the engine has ended.
             VLLMError, VLLMValidationError: a request failed inside the engine; the others go on.
         """
+        stats = IterationStats()
         outputs = self.client.get_output()
-        processed = self.output_processor.process_outputs(outputs.outputs, outputs.timestamp)
+        processed = self.output_processor.process_outputs(outputs.outputs, outputs.timestamp, stats)
+        if self.stat_logger is not None:
+            self.stat_logger.record(outputs.scheduler_stats, stats)
         self.client.abort_requests(processed.reqs_to_abort)
         for error in processed.errors.values():
             raise error
@@ -108,5 +126,10 @@ class LLMEngine:
     def reset_prefix_cache(self) -> bool:
         return self.client.call_utility("reset_prefix_cache")
 
-    def shutdown(self) -> None:
-        self.client.shutdown()
+    def collective_rpc(self, method: str, args: tuple[Any, ...] = ()) -> list[Any]:
+        """Call a public method of every worker; arguments and answers must be plain data."""
+        return self.client.call_utility("collective_rpc", method, list(args))
+
+    def shutdown(self, timeout: float = 5.0) -> None:
+        """End the engine; may be called twice."""
+        self.client.shutdown(timeout)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import vllm.errors
-from vllm.errors import EngineGenerateError
+from vllm.errors import EngineGenerateError, QueueFullError
 from vllm.outputs import CompletionOutput, RequestMetrics, RequestOutput
 from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine import EngineCoreOutput, EngineCoreRequest, FinishReason
@@ -106,13 +106,13 @@ class _RequestState:
         "max_tokens",
         "metrics",
         "num_cached_tokens",
+        "num_shown_tokens",
         "output_kind",
         "parent",
         "prompt",
         "prompt_token_ids",
         "queue",
         "stream_interval",
-        "num_shown_tokens",
         "user_request_id",
     )
 
@@ -304,6 +304,9 @@ class OutputProcessor:
     ) -> None:
         """End the request, all its sequences, with an exception."""
         error = error_of(output)
+        if stats is not None and isinstance(error, QueueFullError):
+            reason = "max_num_queued_reqs"
+            stats.rejections[reason] = stats.rejections.get(reason, 0) + 1
         siblings = state.parent.child_ids if state.parent is not None else [output.request_id]
         for engine_id in siblings:
             sibling = self._states.get(engine_id)

@@ -49,6 +49,8 @@ class IterationStats:
     finished_requests: list[FinishedRequestStats] = field(default_factory=list)
     max_num_generation_tokens: list[int] = field(default_factory=list)
     n_params: list[int] = field(default_factory=list)
+    rejections: dict[str, int] = field(default_factory=dict)
+    """Requests refused on arrival, by reason."""
 
     def update_from_output(
         self,

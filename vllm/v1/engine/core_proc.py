@@ -1,0 +1,338 @@
+"""The engine core's own process: ``python -m vllm.v1.engine.core_proc``, started by ``launch``.
+
+The step loop runs in the main thread. One thread receives and decodes, one encodes and sends, one
+watches the parent, so a slow socket never holds a step up. Configuration comes by an inherited
+pipe, once; what arrives by socket is msgpack and typed. Nothing here reads a pickle from a socket.
+"""
+
+import argparse
+import contextlib
+import os
+import pickle
+import queue
+import select
+import shutil
+import signal
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import zmq
+
+from vllm.logger import init_logger
+from vllm.v1.engine import EngineCoreOutputs, EngineCoreRequestType
+from vllm.v1.engine.serial import (
+    EngineFailure,
+    EngineStatus,
+    LaunchConfig,
+    decode_call,
+    decode_ids,
+    decode_request,
+    encode,
+    write_status,
+)
+
+__all__ = ["EngineLoop", "main"]
+
+logger = init_logger("vllm.v1.engine.core_proc")
+
+# A step that computed nothing (all requests wait for a grammar or a transfer) is tried again
+# after this many seconds, or as soon as a message arrives.
+_RETRY_SECONDS = 0.001
+_PARENT_POLL_SECONDS = 1.0
+
+Message = tuple[EngineCoreRequestType, Any]
+
+
+class EngineLoop:
+    """Takes messages from ``inputs``, runs steps while there is work, and waits otherwise.
+
+    ``inputs`` holds ``(type, payload)`` with payloads as ``EngineCore`` takes them, or an
+    exception of the receiving thread; ``emit(client_index, outputs)`` must not block.
+    """
+
+    def __init__(
+        self,
+        core: Any,
+        inputs: "queue.SimpleQueue[Message | BaseException]",
+        emit: Callable[[int, EngineCoreOutputs], None],
+    ) -> None:
+        self._core = core
+        self._inputs = inputs
+        self._emit = emit
+        self._stopping = False
+
+    def run(self) -> None:
+        """Until a SHUTDOWN message; an exception means that the engine cannot go on."""
+        core = self._core
+        made_progress = True
+        while True:
+            self._take_messages(made_progress)
+            if self._stopping:
+                return
+            if not core.has_work():
+                continue
+            outputs, made_progress = core.step()
+            for client_index, client_outputs in outputs.items():
+                made_progress = True
+                self._emit(client_index, client_outputs)
+
+    def _take_messages(self, made_progress: bool) -> None:
+        if not self._core.has_work():
+            if self._inputs.empty():
+                self._core.on_idle()
+            self._handle(self._inputs.get())
+        elif not made_progress:
+            with contextlib.suppress(queue.Empty):
+                self._handle(self._inputs.get(timeout=_RETRY_SECONDS))
+        while not self._stopping:
+            try:
+                self._handle(self._inputs.get_nowait())
+            except queue.Empty:
+                return
+
+    def _handle(self, message: Message | BaseException) -> None:
+        if isinstance(message, BaseException):
+            raise message
+        kind, payload = message
+        if kind is EngineCoreRequestType.ADD:
+            self._core.add_request(payload)
+        elif kind is EngineCoreRequestType.ABORT:
+            self._core.abort_requests(payload)
+        elif kind is EngineCoreRequestType.UTILITY:
+            answer = self._core.call_utility(payload.call_id, payload.method, payload.args)
+            self._emit(payload.client_index, EngineCoreOutputs(utility_output=answer))
+        elif kind is EngineCoreRequestType.SHUTDOWN:
+            self._stopping = True
+
+
+class _Sender:
+    """The sending thread: one PUSH socket per front end."""
+
+    def __init__(self, context: zmq.Context, addresses: list[str]) -> None:
+        self._context = context
+        self._addresses = addresses
+        self._queue: queue.SimpleQueue[tuple[int, EngineCoreOutputs] | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._run, name="engine-send", daemon=True)
+        self._thread.start()
+
+    def put(self, client_index: int, outputs: EngineCoreOutputs) -> None:
+        self._queue.put((client_index, outputs))
+
+    def close(self) -> None:
+        """Send what is queued, then end."""
+        self._queue.put(None)
+        self._thread.join(timeout=5)
+
+    def _run(self) -> None:
+        sockets = []
+        for address in self._addresses:
+            socket = self._context.socket(zmq.PUSH)
+            socket.setsockopt(zmq.SNDHWM, 0)
+            socket.setsockopt(zmq.LINGER, 4000)
+            socket.connect(address)
+            sockets.append(socket)
+        while (item := self._queue.get()) is not None:
+            client_index, outputs = item
+            sockets[client_index].send(encode(outputs), copy=False)
+        for socket in sockets:
+            socket.close()
+
+
+class _Receiver:
+    """The receiving thread: decodes, and hashes the blocks of new prompts."""
+
+    def __init__(
+        self,
+        context: zmq.Context,
+        address: str,
+        inputs: "queue.SimpleQueue[Message | BaseException]",
+    ) -> None:
+        self._socket = context.socket(zmq.PULL)
+        self._socket.setsockopt(zmq.RCVHWM, 0)
+        self._socket.bind(address)
+        self._inputs = inputs
+        self.connected = threading.Event()
+        """Set by the front end's HELLO: the way in works."""
+        self._preprocess: Callable[[Any], Any] | None = None
+        self._thread = threading.Thread(target=self._run, name="engine-receive", daemon=True)
+        self._thread.start()
+
+    def accept_requests(self, preprocess: Callable[[Any], Any]) -> None:
+        self._preprocess = preprocess
+
+    def _run(self) -> None:
+        try:
+            while self._receive():
+                pass
+        except BaseException as error:  # noqa: BLE001 - handed to the main thread, which raises it
+            self._inputs.put(error)
+        self._socket.close(linger=0)
+
+    def _receive(self) -> bool:
+        frames = self._socket.recv_multipart()
+        kind = EngineCoreRequestType(frames[0])
+        if kind is EngineCoreRequestType.HELLO:
+            self.connected.set()
+            return True
+        payload: Any = None
+        if kind is EngineCoreRequestType.ADD:
+            assert self._preprocess is not None, "a request came before the engine was ready"
+            payload = self._preprocess(decode_request(frames[1]))
+        elif kind is EngineCoreRequestType.ABORT:
+            payload = decode_ids(frames[1])
+        elif kind is EngineCoreRequestType.UTILITY:
+            payload = decode_call(frames[1])
+        self._inputs.put((kind, payload))
+        return kind is not EngineCoreRequestType.SHUTDOWN
+
+
+class _Arguments(NamedTuple):
+    parent: int
+    config_fd: int
+    status_fd: int
+    socket_dir: str
+
+
+def _parse_arguments() -> _Arguments:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--parent", type=int, required=True)
+    parser.add_argument("--config-fd", type=int, required=True)
+    parser.add_argument("--status-fd", type=int, required=True)
+    parser.add_argument("--socket-dir", required=True)
+    return _Arguments(**vars(parser.parse_args()))
+
+
+def _watch_parent(parent: int, socket_dir: str) -> None:
+    """End this process at once when ``parent`` does, however it ends.
+
+    A pidfd is used because PR_SET_PDEATHSIG fires when the *thread* that started us ends.
+    """
+
+    def end() -> None:
+        shutil.rmtree(socket_dir, ignore_errors=True)
+        os._exit(1)
+
+    def wait() -> None:
+        try:
+            fd = os.pidfd_open(parent)
+        except (OSError, AttributeError):
+            while os.getppid() == parent:
+                time.sleep(_PARENT_POLL_SECONDS)
+            end()
+            return
+        poller = select.poll()
+        poller.register(fd, select.POLLIN)
+        if os.getppid() == parent:
+            poller.poll()
+        end()
+
+    threading.Thread(target=wait, name="parent-watch", daemon=True).start()
+
+
+def _ignore_signals() -> None:
+    """Ctrl-C and SIGTERM reach the whole process group; the front end decides what they mean.
+
+    Handlers rather than SIG_IGN, which child processes would inherit.
+    """
+
+    def ignore(signum: int, frame: object) -> None:
+        logger.debug("signal %d: waiting for the front end", signum)
+
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(signum, ignore)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT, signal.SIGTERM})
+
+
+def _import_early() -> float:
+    """What every engine needs, while the parent still resolves the configuration."""
+    begin = time.monotonic()
+    import torch  # noqa: F401
+
+    from vllm.v1.core.sched import scheduler  # noqa: F401
+    from vllm.v1.executor import uniproc_executor  # noqa: F401
+    from vllm.v1.structured_output import StructuredOutputManager  # noqa: F401
+
+    return time.monotonic() - begin
+
+
+def _read_config(fd: int) -> LaunchConfig:
+    with os.fdopen(fd, "rb") as pipe:
+        # The parent's import path first: the configuration may be made of classes found there.
+        sys.path[:] = pickle.load(pipe)
+        return pickle.load(pipe)
+
+
+def _serve(arguments: _Arguments) -> None:
+    from vllm.v1.engine.phases import StartupPhases
+
+    phases = StartupPhases(logger)
+    context = zmq.Context()
+    inputs: queue.SimpleQueue[Message | BaseException] = queue.SimpleQueue()
+    receiver = _Receiver(context, f"ipc://{arguments.socket_dir}/in", inputs)
+    with phases.phase("importing torch"):
+        _import_early()
+    config = _read_config(arguments.config_fd)
+
+    from vllm.v1.engine.core import EngineCore
+    from vllm.v1.executor.abstract import Executor
+
+    core = EngineCore(
+        config.vllm_config,
+        Executor.get_class(config.vllm_config),
+        log_stats=config.log_stats,
+        phases=phases,
+    )
+    receiver.accept_requests(core.preprocess)
+    sender = _Sender(context, config.output_addresses)
+    # An empty message on the way out, so that the front end knows that it works.
+    for client_index in range(len(config.output_addresses)):
+        sender.put(client_index, EngineCoreOutputs())
+    receiver.connected.wait()
+    write_status(arguments.status_fd, EngineStatus(facts=core.facts))
+    try:
+        EngineLoop(core, inputs, sender.put).run()
+    finally:
+        sender.close()
+    core.shutdown()
+
+
+def _failure_of(error: BaseException) -> EngineFailure:
+    message = " ".join(str(error).split()) or type(error).__name__
+    return EngineFailure(type(error).__name__, message, getattr(error, "parameter", None))
+
+
+def main() -> None:
+    """Run an engine until the front end ends it."""
+    arguments = _parse_arguments()
+    _ignore_signals()
+    for fd in (arguments.config_fd, arguments.status_fd):
+        os.set_inheritable(fd, False)
+    _watch_parent(arguments.parent, arguments.socket_dir)
+    code = 0
+    try:
+        _serve(arguments)
+    except BaseException as error:  # noqa: BLE001 - the front end raises it again
+        code = 1
+        if not _is_expected(error):
+            logger.error("The engine process ends:\n%s", traceback.format_exc().rstrip())
+        with contextlib.suppress(OSError):
+            write_status(arguments.status_fd, EngineStatus(failure=_failure_of(error)))
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # Threads may still wait in sockets; nothing of theirs is worth waiting for.
+    os._exit(code)
+
+
+def _is_expected(error: BaseException) -> bool:
+    """Whether ``error`` says all there is to say in its one line."""
+    from vllm.errors import VLLMError, VLLMValidationError
+
+    return isinstance(error, VLLMError | VLLMValidationError)
+
+
+if __name__ == "__main__":
+    main()
