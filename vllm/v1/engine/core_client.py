@@ -121,6 +121,7 @@ class _Connection:
         self.output = self._context.socket(zmq.PULL)
         self.output.setsockopt(zmq.RCVHWM, 0)
         self.output.bind(process.output_address)
+        self.output_fd = int(self.output.getsockopt(zmq.FD))
         self._input = self._context.socket(zmq.PUSH)
         self._input.setsockopt(zmq.SNDHWM, 0)
         self._input.setsockopt(zmq.LINGER, 0)
@@ -277,7 +278,7 @@ class AsyncMPClient:
         self._detach()
         self._loop = loop
         if self._connection.error is None:
-            loop.add_reader(self._connection.output.getsockopt(zmq.FD), self._drain)
+            loop.add_reader(self._connection.output_fd, self._drain)
             loop.add_reader(self._connection.process.status_fd, self._died)
             # The descriptor signals changes only: look at what is there already.
             loop.call_soon(self._drain)
@@ -286,7 +287,7 @@ class AsyncMPClient:
         loop, self._loop = self._loop, None
         if loop is None or loop.is_closed():
             return
-        loop.remove_reader(self._connection.output.getsockopt(zmq.FD))
+        loop.remove_reader(self._connection.output_fd)
         loop.remove_reader(self._connection.process.status_fd)
 
     def _drain(self) -> None:

@@ -4,6 +4,7 @@
 """
 
 import itertools
+from collections.abc import Iterable
 from typing import Any
 
 import vllm.envs as envs
