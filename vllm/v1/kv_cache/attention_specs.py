@@ -57,14 +57,15 @@ class KVCacheSpec:
     def __post_init__(self) -> None:
         if self.block_size <= 0:
             raise ConfigError(
-                f"{self._where}block size must be positive, not {self.block_size}",
+                f"{self.where}block size must be positive, not {self.block_size}",
                 parameter="block_size",
             )
         if self.block_stride_alignment <= 0:
-            raise ConfigError(f"{self._where}block_stride_alignment must be positive")
+            raise ConfigError(f"{self.where}block_stride_alignment must be positive")
 
     @property
-    def _where(self) -> str:
+    def where(self) -> str:
+        """Start of a message about this layer."""
         return f"layer {self.layer_name}: " if self.layer_name else ""
 
     kind = KVCacheSpecKind.FULL
@@ -89,7 +90,7 @@ class KVCacheSpec:
         states = Fraction(kernel_block_size) / Fraction(self.tokens_per_state)
         if states.denominator != 1 or states < 1:
             raise ConfigError(
-                f"{self._where}a block of {kernel_block_size} tokens does not hold a whole number "
+                f"{self.where}a block of {kernel_block_size} tokens does not hold a whole number "
                 f"of states of {self.tokens_per_state} tokens: choose a --block-size that is a "
                 f"multiple of {Fraction(self.tokens_per_state).numerator}",
                 parameter="block_size",
@@ -243,18 +244,18 @@ class AttentionSpec(KVCacheSpec):
     def __post_init__(self) -> None:
         super().__post_init__()
         object.__setattr__(self, "dtype_name", dtype_name(self.dtype))
-        if self.head_size_v is None:
-            object.__setattr__(self, "head_size_v", self.head_size)
-        if self.num_kv_heads <= 0 or self.head_size <= 0 or self.head_size_v < 0:
+        width_v = self.head_size if self.head_size_v is None else self.head_size_v
+        object.__setattr__(self, "head_size_v", width_v)
+        if self.num_kv_heads <= 0 or self.head_size <= 0 or width_v < 0:
             raise ConfigError(
-                f"{self._where}num_kv_heads and head_size must be positive, not "
-                f"{self.num_kv_heads} and {self.head_size}/{self.head_size_v}"
+                f"{self.where}num_kv_heads and head_size must be positive, not "
+                f"{self.num_kv_heads} and {self.head_size}/{width_v}"
             )
         self._check_quantisation()
         item = dtype_itemsize(self.dtype_name)
         if self.state_content_size_bytes % item:
             raise ConfigError(
-                f"{self._where}content of {self.state_content_size_bytes} bytes is not a whole "
+                f"{self.where}content of {self.state_content_size_bytes} bytes is not a whole "
                 f"number of {self.dtype_name} elements"
             )
         self._check_page(item)
@@ -263,16 +264,16 @@ class AttentionSpec(KVCacheSpec):
         mode = self.kv_quant_mode
         if mode is not KVQuantMode.NONE and dtype_itemsize(self.dtype_name) != 1:
             raise ConfigError(
-                f"{self._where}{mode.name.lower()} stores single bytes, not {self.dtype_name}: "
+                f"{self.where}{mode.name.lower()} stores single bytes, not {self.dtype_name}: "
                 "give the spec dtype uint8, int8 or a float8",
                 parameter="kv_cache_dtype",
             )
         widths = (self.head_size, self.head_size_v or 0)
         if mode is KVQuantMode.INT4_PER_TOKEN_HEAD and any(w % 2 for w in widths):
-            raise ConfigError(f"{self._where}int4 needs even head sizes, not {widths}")
+            raise ConfigError(f"{self.where}int4 needs even head sizes, not {widths}")
         if mode.is_nvfp4 and (self.head_size_v != self.head_size or self.head_size % NVFP4_GROUP):
             raise ConfigError(
-                f"{self._where}nvfp4 needs K and V of one width that is a multiple of "
+                f"{self.where}nvfp4 needs K and V of one width that is a multiple of "
                 f"{NVFP4_GROUP}, not {widths}",
                 parameter="kv_cache_dtype",
             )
@@ -283,12 +284,12 @@ class AttentionSpec(KVCacheSpec):
             return
         if padded < self.unpadded_page_size_bytes:
             raise ConfigError(
-                f"{self._where}page padded to {padded} bytes is smaller than its content of "
+                f"{self.where}page padded to {padded} bytes is smaller than its content of "
                 f"{self.unpadded_page_size_bytes}"
             )
         if padded % item:
             raise ConfigError(
-                f"{self._where}page padded to {padded} bytes is not a multiple of the "
+                f"{self.where}page padded to {padded} bytes is not a multiple of the "
                 f"{item}-byte {self.dtype_name}"
             )
 
@@ -379,17 +380,17 @@ class FullAttentionSpec(AttentionSpec):
     @classmethod
     def merge(cls, specs: Sequence[KVCacheSpec]) -> KVCacheSpec:
         """One spec for the group; windows of promoted layers may be given on some only."""
-        windows = {s.sliding_window for s in specs if isinstance(s, FullAttentionSpec)} - {None}
-        chunks = {s.attention_chunk_size for s in specs if isinstance(s, FullAttentionSpec)} - {
-            None
-        }
-        if len(windows) > 1 or len(chunks) > 1:
+        full = [spec for spec in specs if isinstance(spec, FullAttentionSpec)]
+        windows = {spec.sliding_window for spec in full} - {None}
+        chunks = {spec.attention_chunk_size for spec in full} - {None}
+        if len(full) < len(specs) or len(windows) > 1 or len(chunks) > 1:
             raise ConfigError(
-                f"layers of one cache group differ in window: {sorted(map(str, windows | chunks))}"
+                "layers of one cache group differ in kind or window: "
+                f"{', '.join(sorted(str(spec) for spec in set(specs)))}"
             )
         window = next(iter(windows), None)
         chunk = next(iter(chunks), None)
-        alike = [replace(s, sliding_window=window, attention_chunk_size=chunk) for s in specs]
+        alike = [replace(spec, sliding_window=window, attention_chunk_size=chunk) for spec in full]
         return KVCacheSpec.merge(alike)
 
 
@@ -418,7 +419,7 @@ class TQFullAttentionSpec(FullAttentionSpec):
 
     def __post_init__(self) -> None:
         if self.tq_slot_size <= 0:
-            raise ConfigError(f"{self._where}tq_slot_size must be positive")
+            raise ConfigError(f"{self.where}tq_slot_size must be positive")
         super().__post_init__()
 
     @property
@@ -476,7 +477,7 @@ class SlidingWindowSpec(AttentionSpec):
     def __post_init__(self) -> None:
         if self.sliding_window <= 0:
             raise ConfigError(
-                f"{self._where}sliding_window must be positive, not {self.sliding_window}"
+                f"{self.where}sliding_window must be positive, not {self.sliding_window}"
             )
         super().__post_init__()
 
@@ -533,14 +534,14 @@ LatentSpec = MLAAttentionSpec | SlidingWindowMLASpec
 
 def _init_latent(spec: LatentSpec) -> None:
     if spec.num_kv_heads != 1:
-        raise ConfigError(f"{spec._where}a latent cache has one head slot, not {spec.num_kv_heads}")
+        raise ConfigError(f"{spec.where}a latent cache has one head slot, not {spec.num_kv_heads}")
     ratio = spec.compress_ratio
     if ratio < 1:
-        raise ConfigError(f"{spec._where}compress_ratio must be positive, not {ratio}")
+        raise ConfigError(f"{spec.where}compress_ratio must be positive, not {ratio}")
     if ratio != 1:
         if spec.tokens_per_state not in (1, ratio):
             raise ConfigError(
-                f"{spec._where}compress_ratio {ratio} and tokens_per_state "
+                f"{spec.where}compress_ratio {ratio} and tokens_per_state "
                 f"{spec.tokens_per_state} contradict each other"
             )
         object.__setattr__(spec, "tokens_per_state", ratio)
@@ -548,11 +549,11 @@ def _init_latent(spec: LatentSpec) -> None:
 
 def _check_alignment(spec: LatentSpec) -> None:
     if spec.alignment is not None and spec.alignment <= 0:
-        raise ConfigError(f"{spec._where}alignment must be positive, not {spec.alignment}")
+        raise ConfigError(f"{spec.where}alignment must be positive, not {spec.alignment}")
     item = dtype_itemsize(spec.dtype_name)
     if spec.page_size_bytes % item:
         raise ConfigError(
-            f"{spec._where}page aligned to {spec.page_size_bytes} bytes is not a multiple of the "
+            f"{spec.where}page aligned to {spec.page_size_bytes} bytes is not a multiple of the "
             f"{item}-byte {spec.dtype_name}"
         )
 
@@ -584,7 +585,7 @@ class ChunkedLocalAttentionSpec(AttentionSpec):
 
     def __post_init__(self) -> None:
         if self.attention_chunk_size <= 0:
-            raise ConfigError(f"{self._where}attention_chunk_size must be positive")
+            raise ConfigError(f"{self.where}attention_chunk_size must be positive")
         super().__post_init__()
 
     @property

@@ -59,7 +59,7 @@ class MambaSpec(KVCacheSpec):
         object.__setattr__(self, "dtype_names", tuple(dtype_name(d) for d in self.dtypes))
         if not self.shapes or len(self.shapes) != len(self.dtypes):
             raise ConfigError(
-                f"{self._where}{len(self.shapes)} state shapes and {len(self.dtypes)} dtypes"
+                f"{self.where}{len(self.shapes)} state shapes and {len(self.dtypes)} dtypes"
             )
         if self.mamba_cache_mode not in ("none", "align", "all"):
             raise ConfigError(
@@ -70,11 +70,11 @@ class MambaSpec(KVCacheSpec):
         page = self.page_size_bytes
         if page < needed:
             raise ConfigError(
-                f"{self._where}page of {page} bytes is smaller than its states' {needed} bytes"
+                f"{self.where}page of {page} bytes is smaller than its states' {needed} bytes"
             )
         for i, state in enumerate(self.state_table):
             item = dtype_itemsize(state.dtype_name)
-            what = f"{self._where}state {i} {state.shape} of {self.mamba_type}"
+            what = f"{self.where}state {i} {state.shape} of {self.mamba_type}"
             if state.offset % item:
                 raise ConfigError(
                     f"{what} starts at byte {state.offset}, which {item}-byte {state.dtype_name} "
