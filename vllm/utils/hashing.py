@@ -155,9 +155,7 @@ class HashAlgorithm:
             data += canonical_cbor(extra_keys)
         return self.digest(data)
 
-    def hash_blocks(
-        self, parent: bytes, token_ids: Sequence[int], block_size: int
-    ) -> list[bytes]:
+    def hash_blocks(self, parent: bytes, token_ids: Sequence[int], block_size: int) -> list[bytes]:
         """The digests of consecutive blocks without extra keys.
 
         ``len(token_ids)`` is a multiple of ``block_size``. The tokens are packed once; hashing

@@ -201,6 +201,10 @@ class Request:
         self.block_hashes = []
         self._hash_new_blocks()
 
+    @property
+    def has_block_hasher(self) -> bool:
+        return self._block_hasher is not None
+
     def _hash_new_blocks(self) -> None:
         hasher = self._block_hasher
         assert hasher is not None
