@@ -580,6 +580,7 @@ class EngineArgs:
                 self.override_generation_config,
             ),
             logits_processors=tuple(self.logits_processors or ()),
+            runner_type="generate" if self.runner == "auto" else self.runner,
         )
 
     def _check_formats(self, resolved: ResolvedModel) -> None:

@@ -62,7 +62,6 @@ class FlexibleArgumentParser(argparse.ArgumentParser):
 
     def __init__(self, *args: Any, grouped_help: bool = False, **kwargs: Any) -> None:
         kwargs.setdefault("allow_abbrev", False)
-        kwargs.setdefault("add_help", False)
         super().__init__(*args, **kwargs)
         self.grouped_help = grouped_help
         self.flags: dict[str, Flag] = {}
