@@ -115,10 +115,6 @@ class IncrementalDetokenizer:
         self._include_stop = params.include_stop_str_in_output
         stop = params.stop or []
         self._stop: Sequence[str] = [stop] if isinstance(stop, str) else stop
-        # The start of a stop string must not be shown before it is known not to be one.
-        self._num_held_chars = (
-            0 if self._include_stop or not self._stop else max(map(len, self._stop)) - 1
-        )
         self._stream: TextStream | None = None
         if tokenizer is not None and params.detokenize:
             self._stream = TextStream(
@@ -162,11 +158,24 @@ class IncrementalDetokenizer:
         self.output_text = self.output_text[:end]
         return stop
 
+    def _num_held_chars(self) -> int:
+        """How much of the text's end may turn out to be the beginning of a stop string."""
+        if self._include_stop:
+            return 0
+        text = self.output_text
+        held = 0
+        for stop in self._stop:
+            for length in range(min(len(stop) - 1, len(text)), held, -1):
+                if text.endswith(stop[:length]):
+                    held = length
+                    break
+        return held
+
     def take_text(self, finished: bool, delta: bool) -> str:
         """Text to show: all of it, or with ``delta`` what was not shown before."""
         end = len(self.output_text)
         if not finished:
-            end = max(end - self._num_held_chars, 0)
+            end -= self._num_held_chars()
         if not delta:
             return self.output_text[:end]
         start = self._num_sent_chars

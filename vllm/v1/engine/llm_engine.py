@@ -105,8 +105,8 @@ class LLMEngine:
             EngineDeadError: the engine has ended.
             VLLMError, VLLMValidationError: a request failed inside the engine; the others go on.
         """
-        stats = IterationStats()
         outputs = self.client.get_output()
+        stats = IterationStats()
         processed = self.output_processor.process_outputs(outputs.outputs, outputs.timestamp, stats)
         if self.stat_logger is not None:
             self.stat_logger.record(outputs.scheduler_stats, stats)

@@ -22,7 +22,8 @@ class StartupPhases:
         begin = time.monotonic()
         yield
         self.seconds[name] = time.monotonic() - begin
-        self._logger.info("Start-up: %s took %.2f s", name, self.seconds[name])
+        # The caller of ``with``: past this generator and contextlib.
+        self._logger.info("Start-up: %s took %.2f s", name, self.seconds[name], stacklevel=3)
 
     def total(self) -> float:
         return time.monotonic() - self._begin
