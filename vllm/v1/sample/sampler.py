@@ -196,13 +196,13 @@ def _draw_truncated(
     logits: torch.Tensor, metadata: SamplingMetadata, uniforms: torch.Tensor
 ) -> torch.Tensor:
     """Draw one token per row within its top-k and top-p, sorting only rows that have one."""
-    if metadata.top_k is None and metadata.top_p is None:
-        return draw(_weights(logits), uniforms)
     limited = np.zeros(metadata.num_rows, dtype=bool)
     if metadata.top_k is not None:
         limited |= metadata.top_k > 0
     if metadata.top_p is not None:
         limited |= metadata.top_p < 1
+    if not limited.any():
+        return draw(_weights(logits), uniforms)
     device = logits.device
     top_k, top_p = _tensor(metadata.top_k, device), _tensor(metadata.top_p, device)
     if limited.all():
