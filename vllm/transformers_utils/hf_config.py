@@ -28,6 +28,19 @@ _COMMON: dict[str, Any] = {
     "tie_word_embeddings": False,
     "use_cache": True,
 }
+_MISTRAL: dict[str, Any] = {
+    **_COMMON,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "max_position_embeddings": 131072,
+    "num_attention_heads": 32,
+    "num_hidden_layers": 32,
+    "num_key_value_heads": 8,
+    "sliding_window": 4096,
+    "vocab_size": 32000,
+}
 _LLAMA: dict[str, Any] = {
     **_COMMON,
     "attention_bias": False,
@@ -41,13 +54,6 @@ _LLAMA: dict[str, Any] = {
     "num_hidden_layers": 32,
     "num_key_value_heads": None,
     "vocab_size": 32000,
-}
-_MISTRAL: dict[str, Any] = {
-    **_LLAMA,
-    "intermediate_size": 14336,
-    "max_position_embeddings": 131072,
-    "num_key_value_heads": 8,
-    "sliding_window": 4096,
 }
 _QWEN2: dict[str, Any] = {
     **_COMMON,

@@ -61,12 +61,16 @@ def get_tokenizer(
 
 def _from_directory(folder: Path, trust_remote_code: bool) -> PreTrainedTokenizerFast:
     options: dict[str, Any] = {"local_files_only": True}
+    loader: Any
     if (folder / "tokenizer.json").is_file():
-        from transformers import PreTrainedTokenizerFast as tokenizer_class  # noqa: N813
+        from transformers import PreTrainedTokenizerFast
+
+        loader = PreTrainedTokenizerFast
     elif any((folder / name).is_file() for name in _SLOW_FILES):
         # Has to be converted, which only the model's own class can; this imports torch.
-        from transformers import AutoTokenizer as tokenizer_class
+        from transformers import AutoTokenizer
 
+        loader = AutoTokenizer
         options["trust_remote_code"] = trust_remote_code
     else:
         raise ConfigError(
@@ -76,7 +80,7 @@ def _from_directory(folder: Path, trust_remote_code: bool) -> PreTrainedTokenize
             value=str(folder),
         )
     try:
-        return tokenizer_class.from_pretrained(str(folder), **options)
+        return loader.from_pretrained(str(folder), **options)
     except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
         raise ConfigError(
             f"--tokenizer {folder} cannot be read: {error}", parameter="tokenizer"

@@ -1,0 +1,201 @@
+"""config.json, GGUF metadata and overrides come to one resolved configuration."""
+
+import json
+import pickle
+import subprocess
+import sys
+
+import pytest
+
+from tests.loader.gguf_writer import write_gguf
+from tests.models.checkpoints import CLASSES, SHAPE, make_hf_model
+from vllm.errors import ConfigError, UnsupportedError
+from vllm.transformers_utils.config import derive_max_model_len, load_hf_config, resolve_model
+from vllm.transformers_utils.hf_config import MODEL_TYPE_DEFAULTS, fill_in_config
+
+LLAMA = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 64}
+
+
+def write_config(folder, **values):
+    (folder / "config.json").write_text(json.dumps({**LLAMA, **values}))
+    return str(folder)
+
+
+@pytest.mark.parametrize("model_type", MODEL_TYPE_DEFAULTS)
+def test_defaults_are_those_of_the_transformers_class(model_type):
+    theirs = CLASSES[model_type][0]()
+    ours = fill_in_config({"model_type": model_type})
+    for name in MODEL_TYPE_DEFAULTS[model_type]:
+        if name == "rope_theta":
+            assert ours.rope_theta == theirs.rope_parameters["rope_theta"]
+        elif name == "head_dim":
+            width = theirs.hidden_size // theirs.num_attention_heads
+            assert ours.head_dim == (getattr(theirs, name, None) or width)
+        else:
+            assert getattr(ours, name) == getattr(theirs, name), name
+
+
+@pytest.mark.parametrize("model_type", CLASSES)
+def test_a_saved_config_reads_as_transformers_reads_it(model_type, tmp_path):
+    theirs = CLASSES[model_type][0](**SHAPE)
+    theirs.architectures = [CLASSES[model_type][1].__name__]
+    theirs.save_pretrained(tmp_path)
+    ours = load_hf_config(tmp_path)
+    assert ours.rope_parameters == theirs.rope_parameters
+    for name in ("hidden_size", "num_key_value_heads", "sliding_window", "layer_types", "head_dim"):
+        if hasattr(theirs, name):
+            assert getattr(ours, name) == getattr(theirs, name), name
+
+
+def test_resolving_imports_no_torch(tmp_path):
+    write_config(tmp_path)
+    code = (
+        "import sys; from vllm.transformers_utils.config import resolve_model; "
+        f"resolve_model({str(tmp_path)!r}); sys.exit('torch' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_the_resolved_model(tmp_path):
+    write_config(tmp_path, torch_dtype="float16")
+    (tmp_path / "generation_config.json").write_text('{"temperature": 0.6, "eos_token_id": [2, 7]}')
+    resolved = resolve_model(str(tmp_path))
+    assert resolved.model_path == resolved.tokenizer == str(tmp_path)
+    assert resolved.architecture == "LlamaForCausalLM"
+    assert resolved.generation_config == {"temperature": 0.6, "eos_token_id": [2, 7]}
+    assert resolved.hf_config.dtype == resolved.hf_config.torch_dtype == "float16"
+    assert not resolved.is_gguf
+    assert pickle.loads(pickle.dumps(resolved)) == resolved
+
+
+def test_overrides_replace_fields_and_merge_objects(tmp_path):
+    write_config(tmp_path, rope_scaling={"rope_type": "linear", "factor": 2.0})
+    config = load_hf_config(
+        tmp_path, hf_overrides={"hidden_size": 128, "rope_scaling": {"factor": 3.0}}
+    )
+    assert config.hidden_size == 128
+    assert config.rope_parameters == {"rope_type": "linear", "factor": 3.0, "rope_theta": 10000.0}
+
+
+def test_a_nested_text_config_is_the_text_config():
+    config = fill_in_config({"model_type": "x", "text_config": {**LLAMA, "vocab_size": 7}})
+    assert config.get_text_config().vocab_size == 7
+    assert config.get_text_config().num_attention_heads == 32
+    assert config.to_dict()["text_config"]["vocab_size"] == 7
+
+
+@pytest.mark.parametrize(
+    ("values", "length"),
+    [
+        ({}, 2048),
+        ({"rope_scaling": {"type": "linear", "factor": 4.0}}, 8192),
+        ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, 4096),
+        (
+            {
+                "rope_scaling": {
+                    "rope_type": "yarn",
+                    "factor": 4.0,
+                    "original_max_position_embeddings": 1000,
+                }
+            },
+            4000,
+        ),
+        (
+            {
+                "rope_scaling": {
+                    "rope_type": "llama3",
+                    "factor": 8.0,
+                    "low_freq_factor": 1,
+                    "high_freq_factor": 4,
+                    "original_max_position_embeddings": 512,
+                }
+            },
+            2048,
+        ),
+    ],
+)
+def test_the_length_that_a_model_was_made_for(values, length):
+    assert derive_max_model_len(fill_in_config({**LLAMA, **values})) == length
+
+
+def test_an_unknown_architecture_names_the_nearest(tmp_path):
+    write_config(tmp_path, architectures=["LlamaForCasualLM"])
+    with pytest.raises(
+        ConfigError, match="LlamaForCasualLM is not supported; nearest: LlamaForCau"
+    ):
+        resolve_model(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "cannot read .*config.json"),
+        ("[]", "must hold a JSON object"),
+        (json.dumps({**LLAMA, "hidden_size": -1}), "hidden_size must be a positive whole number"),
+        (json.dumps({**LLAMA, "num_hidden_layers": "3"}), "num_hidden_layers must be a positive"),
+        (
+            json.dumps({**LLAMA, "num_attention_heads": 6, "num_key_value_heads": 4}),
+            "num_attention_heads 6 is not a multiple of num_key_value_heads 4",
+        ),
+        (json.dumps({"model_type": "llama"}), "config.json has no 'architectures'"),
+    ],
+)
+def test_a_bad_config_is_one_line(text, message, tmp_path):
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(ConfigError, match=message) as raised:
+        resolve_model(str(tmp_path))
+    assert "\n" not in str(raised.value)
+
+
+def test_a_directory_without_config(tmp_path):
+    with pytest.raises(ConfigError, match=r"holds no config.json and no .gguf file"):
+        resolve_model(str(tmp_path))
+
+
+@pytest.mark.parametrize("model_type", ["llama", "qwen2", "qwen3"])
+def test_gguf_metadata_says_what_config_json_says(model_type, tmp_path):
+    extra = {"head_dim": 16} if model_type == "qwen3" else {}
+    hf = make_hf_model(model_type, rms_norm_eps=1e-5, **extra)
+    hf.save_pretrained(tmp_path / "hf")
+    path = write_gguf(
+        tmp_path / "m.gguf",
+        hf,
+        metadata={"tokenizer.ggml.bos_token_id": 1, "tokenizer.ggml.eos_token_id": 2},
+    )
+    theirs, ours = load_hf_config(tmp_path / "hf"), load_hf_config(path)
+    skipped = {"initializer_range", "bos_token_id", "eos_token_id", "rope_parameters"}
+    for name in MODEL_TYPE_DEFAULTS[model_type].keys() - skipped:
+        assert getattr(ours, name) == getattr(theirs, name), name
+    assert ours.rope_parameters["rope_theta"] == theirs.rope_parameters["rope_theta"]
+    resolved = resolve_model(str(path))
+    assert resolved.is_gguf
+    assert resolved.generation_config["eos_token_id"] == 2
+
+
+def test_the_default_model(smollm2_gguf):
+    config = resolve_model("smollm2").hf_config
+    assert (config.hidden_size, config.num_hidden_layers, config.vocab_size) == (576, 30, 49152)
+    assert config.rms_norm_eps == 1e-5
+    assert config.tie_word_embeddings
+    assert config.eos_token_id == 2
+
+
+def test_gguf_scaling_forms(tmp_path):
+    hf = make_hf_model("llama")
+    linear = write_gguf(
+        tmp_path / "l.gguf",
+        hf,
+        metadata={"llama.rope.scaling.type": "linear", "llama.rope.scaling.factor": 4.0},
+    )
+    assert load_hf_config(linear).rope_parameters["factor"] == 4.0
+    strange = write_gguf(tmp_path / "s.gguf", hf, metadata={"llama.rope.scaling.type": "spiral"})
+    with pytest.raises(UnsupportedError, match="rope scaling 'spiral' in GGUF is not supported"):
+        load_hf_config(strange)
+
+
+def test_an_unknown_gguf_architecture_is_refused_by_name(tmp_path):
+    hf = make_hf_model("llama")
+    hf.config.model_type = "mamba"
+    path = write_gguf(tmp_path / "m.gguf", hf)
+    with pytest.raises(UnsupportedError, match="GGUF architecture 'mamba' is not supported"):
+        load_hf_config(path)

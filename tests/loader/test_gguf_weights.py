@@ -1,0 +1,163 @@
+"""GGUF tensors become exactly the weights that the gguf package's arithmetic gives."""
+
+import numpy as np
+import pytest
+import torch
+from gguf import GGMLQuantizationType, GGUFReader, dequantize
+
+from tests.loader.gguf_writer import write_gguf
+from tests.models.checkpoints import make_hf_model
+from tests.models.harness import PagedModel, make_config
+from tests.models.test_llama import TOKENS, assert_logits_equal, reference
+from vllm.errors import ConfigError, UnsupportedError
+from vllm.model_executor.model_loader import get_model, gguf_weights
+from vllm.model_executor.model_loader.gguf_weights import gguf_weights as read_weights
+from vllm.transformers_utils.gguf_file import read_gguf
+
+KINDS = ["F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1"]
+
+
+def make_smollm2_name(name):
+    """The names that the conversion script of the default model gives."""
+    parts = {
+        "token_embd": "model.embed_tokens",
+        "output_norm": "model.norm",
+        "attn_norm": "input_layernorm",
+        "attn_q": "self_attn.q_proj",
+        "attn_k": "self_attn.k_proj",
+        "attn_v": "self_attn.v_proj",
+        "attn_output": "self_attn.o_proj",
+        "ffn_norm": "post_attention_layernorm",
+        "ffn_gate": "mlp.gate_proj",
+        "ffn_up": "mlp.up_proj",
+        "ffn_down": "mlp.down_proj",
+    }
+    *block, part, kind = name.split(".")
+    return ".".join([*(["model.layers", block[1]] if block else []), parts[part], kind])
+
+
+def round_to_bfloat16(weight):
+    """Bits of bfloat16, nearest even."""
+    bits = np.ascontiguousarray(weight, dtype="<f4").view("<u4")
+    return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype("<u2")
+
+
+def test_the_default_model_is_bit_for_bit_what_numpy_makes_of_it(smollm2_gguf):
+    gguf = read_gguf(smollm2_gguf)
+    narrow = dict(read_weights(gguf, torch.bfloat16))
+    theirs = {make_smollm2_name(t.name): t for t in GGUFReader(smollm2_gguf).tensors}
+    assert narrow.keys() == theirs.keys()
+    layers = ("model.embed", "model.norm", "model.layers.0.", "model.layers.17.")
+    compared = [name for name in theirs if name.startswith(layers)]
+    assert len(compared) == 20
+    wide = dict(read_weights(gguf, torch.float32))
+    for name in compared:
+        weight = dequantize(theirs[name].data, theirs[name].tensor_type)
+        heads = {"q_proj": 9, "k_proj": 3}.get(name.split(".")[-2])
+        if heads:
+            rows, columns = weight.shape
+            pairs = weight.reshape(heads, rows // heads // 2, 2, columns)
+            weight = pairs.swapaxes(1, 2).reshape(rows, columns)
+        assert np.array_equal(wide[name].numpy().view(np.uint32), weight.view(np.uint32)), name
+        assert np.array_equal(narrow[name].view(torch.uint16).numpy(), round_to_bfloat16(weight)), (
+            name
+        )
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_every_format_equals_the_packages_arithmetic(kind, dtype, tmp_path, monkeypatch):
+    monkeypatch.setattr(gguf_weights, "_CHUNK", 96 * 32)  # several chunks, the last one short
+    hf = make_hf_model("qwen2")  # rows are not reordered
+    path = write_gguf(tmp_path / "m.gguf", hf, quantization=GGMLQuantizationType[kind])
+    ours = dict(read_weights(read_gguf(path), dtype))
+    assert ours.keys() == hf.state_dict().keys()
+    for tensor in GGUFReader(path).tensors:
+        weight = torch.from_numpy(np.array(dequantize(tensor.data, tensor.tensor_type)))
+        (name,) = (
+            n
+            for n, t in gguf_weights.gguf_weight_names(read_gguf(path)).items()
+            if t.name == tensor.name
+        )
+        assert torch.equal(ours[name], weight.to(dtype)), name
+
+
+def test_k_quants_go_through_the_package(tmp_path):
+    hf = make_hf_model("qwen2", hidden_size=256, num_attention_heads=4, intermediate_size=256)
+    path = write_gguf(tmp_path / "m.gguf", hf, quantization=GGMLQuantizationType.Q8_0)
+    gguf = read_gguf(path)
+    raw = torch.randint(0, 256, (4, 144), dtype=torch.uint8)
+    raw[:, :4] = torch.tensor([0, 60, 0, 56], dtype=torch.uint8)  # finite scales
+    (tmp_path / "raw").write_bytes(raw.numpy().tobytes())
+    tensor = type(next(iter(gguf.tensors.values())))(
+        name="t", shape=(4, 256), type_id=int(GGMLQuantizationType.Q4_K), offset=0
+    )
+    got = gguf_weights._read(raw.flatten(), tensor, torch.float32, gguf, raw.numel())
+    expected = dequantize(raw.numpy(), GGMLQuantizationType.Q4_K)
+    assert np.array_equal(got.numpy(), expected.reshape(4, 256))
+
+
+@pytest.mark.parametrize(
+    ("model_type", "overrides"),
+    [
+        ("llama", {}),
+        ("llama", {"tie_word_embeddings": True}),
+        ("llama", {"attention_bias": True, "mlp_bias": True}),
+        ("qwen2", {}),
+        ("qwen3", {"head_dim": 16}),
+    ],
+)
+def test_a_float_file_gives_the_logits_of_the_model_it_came_from(model_type, overrides, tmp_path):
+    hf = make_hf_model(model_type, **overrides)
+    path = write_gguf(tmp_path / "m.gguf", hf)
+    assert_logits_equal(PagedModel(make_config(path)).logits(TOKENS), reference(hf))
+
+
+def test_frequency_factors_are_llama3s_scaling(tmp_path):
+    rope = {
+        "rope_type": "llama3",
+        "rope_theta": 5000.0,
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 32,
+    }
+    hf = make_hf_model("llama", rope_parameters=rope)
+    plain = 1.0 / 5000.0 ** (np.arange(0, 16, 2) / 16)
+    factors = plain / hf.model.rotary_emb.inv_freq.numpy()
+    path = write_gguf(
+        tmp_path / "m.gguf", hf, extra={"rope_freqs.weight": factors.astype(np.float32)}
+    )
+    assert_logits_equal(PagedModel(make_config(path)).logits(TOKENS), reference(hf))
+
+
+def test_a_file_cut_off_is_refused(tmp_path):
+    path = write_gguf(tmp_path / "m.gguf", make_hf_model("llama"))
+    path.write_bytes(path.read_bytes()[:-4000])
+    with pytest.raises(ConfigError, match=r"is incomplete: tensor .* ends at byte"):
+        get_model(make_config(path))
+
+
+def test_a_missing_tensor_is_listed_under_its_hugging_face_name(tmp_path):
+    hf = make_hf_model("llama")
+    state = {k: v for k, v in hf.state_dict().items() if "layers.2.mlp.up_proj" not in k}
+    hf.state_dict = lambda: state
+    path = write_gguf(tmp_path / "m.gguf", hf)
+    with pytest.raises(ConfigError, match=r"1 missing: model.layers.2.mlp.up_proj.weight"):
+        get_model(make_config(path))
+
+
+def test_an_unknown_tensor_is_listed_under_its_own_name(tmp_path):
+    extra = {"blk.0.ffn_gate_exps.weight": np.zeros((2, 2), dtype=np.float32)}
+    path = write_gguf(tmp_path / "m.gguf", make_hf_model("llama"), extra=extra)
+    with pytest.raises(ConfigError, match=r"1 unexpected: blk.0.ffn_gate_exps.weight"):
+        get_model(make_config(path))
+
+
+def test_an_unknown_type_is_refused_by_number(tmp_path):
+    path = write_gguf(tmp_path / "m.gguf", make_hf_model("llama"))
+    gguf = read_gguf(path)
+    tensor = next(iter(gguf.tensors.values()))
+    strange = type(tensor)(name="t", shape=(1,), type_id=999, offset=0)
+    with pytest.raises(UnsupportedError, match="tensor t has the unknown type 999"):
+        gguf_weights._read(torch.zeros(8, dtype=torch.uint8), strange, torch.float32, gguf, 8)
