@@ -1,0 +1,152 @@
+"""``run_server``: from parsed arguments to a server that answers, and its end.
+
+The address is taken first, so that a port in use is known at once; the HTTP stack is imported
+while the engine's process loads. Imports nothing heavy itself, and never torch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import os
+import signal
+import socket
+import stat
+import threading
+import time
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from vllm.engine.arg_utils import AsyncEngineArgs
+from vllm.entrypoints.openai.cli_args import DEFAULT_HOST, FrontendArgs
+from vllm.errors import VLLMError
+from vllm.logger import init_logger
+
+if TYPE_CHECKING:
+    from fastapi import FastAPI
+
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+__all__ = ["build_app", "run_server"]
+
+logger = init_logger(__name__)
+
+_HTTP_STACK = "vllm.entrypoints.openai.server"
+
+
+def _bind_tcp(host: str, port: int) -> socket.socket:
+    try:
+        family, _, _, _, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+    except OSError as exc:
+        raise VLLMError(f"--host {host}: {exc.strerror}; try 127.0.0.1") from None
+    sock = socket.socket(family, socket.SOCK_STREAM)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        sock.bind(address)
+        # A bound address alone does not keep others from binding it: listening does.
+        sock.listen(2048)
+    except OSError as exc:
+        sock.close()
+        if exc.errno == errno.EADDRINUSE:
+            raise VLLMError(
+                f"--port {port} is in use on {host}; choose another, or 0 for a free one"
+            ) from None
+        if exc.errno == errno.EACCES:
+            raise VLLMError(f"--port {port} needs privileges; choose one above 1023") from None
+        raise VLLMError(f"--host {host} --port {port}: {exc.strerror}") from None
+    return sock
+
+
+def _bind_unix(path: str) -> socket.socket:
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        if os.path.exists(path):
+            _remove_stale_socket(path)
+        sock.bind(path)
+        sock.listen(2048)
+    except OSError as exc:
+        sock.close()
+        raise VLLMError(f"--uds {path}: {exc.strerror or exc}") from None
+    except VLLMError:
+        sock.close()
+        raise
+    return sock
+
+
+def _remove_stale_socket(path: str) -> None:
+    """Remove a socket that nobody listens on any more; leave everything else alone."""
+    if not stat.S_ISSOCK(os.stat(path).st_mode):
+        raise VLLMError(f"--uds {path}: there is a file that is no socket")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        try:
+            probe.connect(path)
+        except ConnectionRefusedError:
+            os.unlink(path)
+            return
+    raise VLLMError(f"--uds {path}: another server listens there")
+
+
+def _address(frontend: FrontendArgs, sock: socket.socket) -> str:
+    if frontend.uds:
+        return f"unix socket {frontend.uds}"
+    host, port = sock.getsockname()[:2]
+    scheme = "https" if frontend.uses_tls else "http"
+    return f"{scheme}://[{host}]:{port}" if ":" in host else f"{scheme}://{host}:{port}"
+
+
+def build_app(engine: AsyncLLM, frontend: FrontendArgs | None = None) -> FastAPI:
+    """The application that serves ``engine``; for embedding it in another server.
+
+    Raises:
+        ConfigError: an option of ``frontend`` cannot be used.
+    """
+    from vllm.entrypoints.openai.app import make_app
+    from vllm.entrypoints.openai.server import make_context
+
+    return make_app(make_context(engine, frontend or FrontendArgs()))
+
+
+def _stop_starting(signum: int, _frame: Any) -> None:
+    logger.info("%s while starting: nothing to drain", signal.Signals(signum).name)
+    raise SystemExit(0)
+
+
+def run_server(args: argparse.Namespace) -> int:
+    """Serve until a signal or the engine's death ends it; returns the exit status.
+
+    Raises:
+        VLLMValidationError: an option cannot work.
+        VLLMError: the address is taken, or the engine could not start.
+    """
+    begin = time.monotonic()
+    frontend = FrontendArgs.from_namespace(args)
+    frontend.check()
+    sock = (
+        _bind_unix(frontend.uds)
+        if frontend.uds
+        else _bind_tcp(frontend.host or DEFAULT_HOST, frontend.port)
+    )
+    try:
+        address = _address(frontend, sock)
+        where = "" if frontend.host or frontend.uds else " (this machine only; --host opens it)"
+        logger.info("Starting the server for %s%s", address, where)
+        previous = signal.signal(signal.SIGTERM, _stop_starting)
+        imports = threading.Thread(target=import_module, args=(_HTTP_STACK,), daemon=True)
+        imports.start()
+        from vllm.v1.engine.async_llm import AsyncLLM
+
+        engine = AsyncLLM.from_engine_args(AsyncEngineArgs.from_cli_args(args))
+        try:
+            imports.join()
+            from vllm.entrypoints.openai.server import serve
+
+            return serve(engine, frontend, sock, address, begin)
+        finally:
+            engine.shutdown()
+            signal.signal(signal.SIGTERM, previous)
+    finally:
+        sock.close()
+        if frontend.uds and os.path.exists(frontend.uds):
+            os.unlink(frontend.uds)
