@@ -585,6 +585,10 @@ class Scheduler(SchedulerInterface):
             discarded = self.kv_transfer.handle_failures(connector_output)
         else:
             discarded = frozenset()
+        for request_id, message in model_runner_output.request_errors.items():
+            request = self.requests.get(request_id)
+            if request is not None:
+                self.fail_request(request, message, "EngineGenerateError")
         outputs, self._unsent = self._unsent, {}
         self._take_samples(model_runner_output, discarded, outputs)
         if connector_output is not None:
