@@ -5,8 +5,10 @@ Knows HTTP and the form of the events; nothing of datasets or statistics.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,7 +17,7 @@ import httpx
 from vllm.benchmarks.datasets import Sample
 from vllm.utils.sse import EventBuffer
 
-__all__ = ["Outcome", "request_body", "send"]
+__all__ = ["Connections", "Outcome", "request_body", "send"]
 
 
 @dataclass(slots=True, kw_only=True)
@@ -100,6 +102,38 @@ def _take(outcome: Outcome, event: dict[str, Any], now: float) -> None:
         outcome.ttft = now - outcome.start
     outcome.end = now
     outcome.text += text
+
+
+class Connections:
+    """Clients of one connection each, taken and given back; as many as are in use at once.
+
+    One client for all would search all its connections at the begin and end of every request,
+    which at several hundred streams costs more than the streams themselves.
+    """
+
+    def __init__(self, headers: dict[str, str]) -> None:
+        self._headers = headers
+        self._tls = httpx.create_ssl_context()
+        self._free: list[httpx.AsyncClient] = []
+        self._all: list[httpx.AsyncClient] = []
+
+    @contextlib.contextmanager
+    def one(self) -> Iterator[httpx.AsyncClient]:
+        """A client that nobody else uses meanwhile."""
+        client = self._free.pop() if self._free else self._new()
+        try:
+            yield client
+        finally:
+            self._free.append(client)
+
+    def _new(self) -> httpx.AsyncClient:
+        client = httpx.AsyncClient(headers=self._headers, timeout=None, verify=self._tls)
+        self._all.append(client)
+        return client
+
+    async def aclose(self) -> None:
+        for client in self._all:
+            await client.aclose()
 
 
 async def send(

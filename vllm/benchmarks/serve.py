@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 import vllm.envs as envs
 from vllm.benchmarks.args import ServeArgs
-from vllm.benchmarks.client import Outcome, request_body, send
+from vllm.benchmarks.client import Connections, Outcome, request_body, send
 from vllm.benchmarks.datasets import Sample, make_samples
 from vllm.benchmarks.metrics import (
     parse_goodput,
@@ -92,18 +92,12 @@ class _Target:
         self.sampling |= args.extra_body
         self.model = args.served_model_name or args.model or ""
 
-    def open(self) -> httpx.AsyncClient:
-        return httpx.AsyncClient(
-            headers=self.headers,
-            timeout=None,
-            limits=httpx.Limits(max_connections=None, max_keepalive_connections=None),
-        )
-
-    async def send(self, client: httpx.AsyncClient, sample: Sample) -> Outcome:
+    async def send(self, connections: Connections, sample: Sample) -> Outcome:
         body = request_body(sample, chat=self.chat, model=self.model, sampling=self.sampling)
-        return await send(client, self.url, sample, body)
+        with connections.one() as client:
+            return await send(client, self.url, sample, body)
 
-    async def wait_until_ready(self, client: httpx.AsyncClient, timeout: float) -> None:
+    async def wait_until_ready(self, connections: Connections, timeout: float) -> None:
         """Ask for the models until the server answers; takes the first for ``model`` if unset.
 
         Raises:
@@ -112,7 +106,8 @@ class _Target:
         deadline = time.monotonic() + timeout
         while True:
             try:
-                answer = await client.get(f"{self.base}/v1/models")
+                with connections.one() as client:
+                    answer = await client.get(f"{self.base}/v1/models")
                 if answer.status_code == 200:
                     break
                 problem = f"status {answer.status_code}: {answer.text.strip()}"
@@ -158,7 +153,7 @@ async def _arrivals(
 
 
 async def _measure(
-    args: ServeArgs, target: _Target, client: httpx.AsyncClient, samples: Sequence[Sample]
+    args: ServeArgs, target: _Target, connections: Connections, samples: Sequence[Sample]
 ) -> tuple[list[Outcome], float]:
     """All outcomes in the order of ``samples``, and the seconds they took together."""
     limit: contextlib.AbstractAsyncContextManager[Any] = (
@@ -170,7 +165,7 @@ async def _measure(
 
     async def one(sample: Sample) -> Outcome:
         async with limit:
-            outcome = await target.send(client, sample)
+            outcome = await target.send(connections, sample)
         progress.update()
         return outcome
 
@@ -187,15 +182,15 @@ async def _measure(
 
 async def _benchmark(args: ServeArgs) -> tuple[_Target, list[Outcome], float]:
     target = _Target(args)
-    async with target.open() as client:
+    async with contextlib.aclosing(Connections(target.headers)) as connections:
         if args.ready_check_timeout_sec or not target.model:
-            await target.wait_until_ready(client, args.ready_check_timeout_sec)
+            await target.wait_until_ready(connections, args.ready_check_timeout_sec)
         samples = make_samples(args, _load_tokenizer(args, target.model), args.seed)
         for _ in range(args.num_warmups):
-            outcome = await target.send(client, samples[0])
+            outcome = await target.send(connections, samples[0])
             if not outcome.success:
                 raise VLLMError(f"the warm-up request failed: {outcome.error}")
-        outcomes, duration = await _measure(args, target, client, samples)
+        outcomes, duration = await _measure(args, target, connections, samples)
     return target, outcomes, duration
 
 
