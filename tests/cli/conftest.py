@@ -32,7 +32,14 @@ def vllm_command(capsys: pytest.CaptureFixture[str]) -> Callable[..., Answer]:
     return run
 
 
-@pytest.fixture
-def peer() -> Iterator[Peer]:
+@pytest.fixture(scope="session")
+def peer_server() -> Iterator[Peer]:
     with running_peer() as peer:
         yield peer
+
+
+@pytest.fixture
+def peer(peer_server: Peer) -> Peer:
+    """The server of all tests, as if newly started."""
+    peer_server.__init__(url=peer_server.url)  # type: ignore[misc]
+    return peer_server
