@@ -10,6 +10,7 @@ Letters: T tokens, Q query heads, K KV heads, D head size, B cache blocks, N tok
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -38,10 +39,20 @@ __all__ = [
     "rms_norm",
     "rope_and_store",
     "rotary_embedding",
+    "set_isa",
     "set_num_threads",
     "silu_and_mul",
     "store_kv_cache",
+    "supported_isas",
 ]
+
+# DType and Epilogue in csrc/cpu/types.h.
+_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+_PLAIN, _SILU_MUL = 0, 1
+# Columns of a panel of packed weights.
+_PANEL = 32
+_MAX_HEAD = 256
+_MAX_ROTARY = 1024
 
 
 def has_extension() -> bool:
@@ -51,27 +62,46 @@ def has_extension() -> bool:
 
 def isa() -> str:
     """Name of the instruction set that the kernels use; "pytorch" without the extension."""
-    return "pytorch"
+    return "pytorch" if _C is None else _C.isa()
 
 
-def set_num_threads(count: int, cores: list[int] | None = None) -> None:
-    """Give the extension ``count`` threads, bound to ``cores`` if that is not empty."""
+def supported_isas() -> list[str]:
+    """Instruction sets that this processor has kernels for, widest first."""
+    return [] if _C is None else _C.isas()
+
+
+def set_isa(name: str) -> None:
+    """Use the kernels of another instruction set of ``supported_isas``.
+
+    Raises:
+        ValueError: not one of them.
+    """
+    if _C is None:
+        raise ValueError(f"the extension is not built: there are no kernels called {name}")
+    _C.set_isa(name)
+
+
+def set_num_threads(count: int, cores: Sequence[int] = ()) -> None:
+    """Give the extension ``count`` threads; thread i is bound to ``cores[i]`` if there are any."""
     if _C is None:
         log_once(
             logger,
             logging.WARNING,
             "vllm._C is not built: the CPU kernels are PyTorch's, several times slower "
-            "(install a C++ compiler and run `pip install -e .` again)",
+            "(install a C++ compiler, then run `make install` again)",
         )
+        return
+    _C.set_threads(count, *cores)
 
 
 class PackedWeight:
     """A weight of shape (n, k) in the order that the kernels read, the only copy there is.
 
-    ``plain`` holds the tensor itself where nothing was packed (another device, no extension).
+    ``plain`` holds the tensor itself where nothing was packed (another device or dtype, no
+    extension); else ``data`` holds its panels (csrc/cpu/gemm.cpp).
     """
 
-    __slots__ = ("data", "dtype", "k", "n", "plain")
+    __slots__ = ("address", "code", "data", "dtype", "k", "n", "plain")
 
     def __init__(
         self,
@@ -87,6 +117,8 @@ class PackedWeight:
         self.dtype = dtype
         self.data = data
         self.plain = plain
+        self.address = 0 if data is None else data.data_ptr()
+        self.code = _CODES.get(dtype, -1)
 
     @property
     def shape(self) -> torch.Size:
@@ -100,8 +132,12 @@ class PackedWeight:
 
     def unpack(self) -> torch.Tensor:
         """The weight as an ordinary (n, k) tensor; a copy where it is packed."""
-        assert self.plain is not None
-        return self.plain
+        if self.plain is not None:
+            return self.plain
+        assert _C is not None
+        weight = torch.empty((self.n, self.k), dtype=self.dtype)
+        _C.unpack(weight.data_ptr(), self.k, self.address, self.n, self.k, self.code)
+        return weight
 
 
 def pack_weight(weight: torch.Tensor) -> PackedWeight:
@@ -110,30 +146,114 @@ def pack_weight(weight: torch.Tensor) -> PackedWeight:
     One packed copy serves GEMV, GEMM and the reading of embedding rows.
     """
     n, k = weight.shape
-    return PackedWeight(n=n, k=k, dtype=weight.dtype, plain=weight)
+    if _C is None or not weight.is_cpu or weight.dtype not in _CODES:
+        return PackedWeight(n=n, k=k, dtype=weight.dtype, plain=weight)
+    if weight.stride(1) != 1:
+        weight = weight.contiguous()
+    code = _CODES[weight.dtype]
+    data = torch.empty(_C.packed_size(n, k, code), dtype=torch.uint8)
+    _C.pack(weight.data_ptr(), weight.stride(0), data.data_ptr(), n, k, code)
+    return PackedWeight(n=n, k=k, dtype=weight.dtype, data=data)
+
+
+def _product(
+    x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None, n: int, epilogue: int
+) -> torch.Tensor:
+    if x.dim() != 2:
+        flat = _product(x.reshape(-1, x.shape[-1]), weight, bias, n, epilogue)
+        return flat.view(*x.shape[:-1], n)
+    m, k = x.shape
+    if k != weight.k or x.dtype is not weight.dtype:
+        raise ValueError(
+            f"input {tuple(x.shape)} {x.dtype} does not fit a weight {tuple(weight.shape)} "
+            f"{weight.dtype}"
+        )
+    if x.stride(1) != 1:
+        x = x.contiguous()
+    out = torch.empty((m, n), dtype=weight.dtype)
+    _C.gemm(
+        x.data_ptr(),
+        x.stride(0),
+        weight.address,
+        0 if bias is None else bias.data_ptr(),
+        out.data_ptr(),
+        n,
+        m,
+        n,
+        k,
+        weight.code,
+        epilogue,
+    )
+    return out
 
 
 def linear(
     x: torch.Tensor, weight: PackedWeight | torch.Tensor, bias: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """``x @ weight.T + bias``; x (..., k), weight (n, k), bias (n,) -> (..., n), dtype of x."""
+    """``x @ weight.T + bias``; x (..., k), weight (n, k), bias (n,) -> (..., n), dtype of x.
+
+    Sums are in fp32.
+
+    Raises:
+        ValueError: a packed weight has another k or dtype than x.
+    """
     if isinstance(weight, PackedWeight):
-        assert weight.plain is not None
+        if weight.plain is None:
+            return _product(x, weight, bias, weight.n, _PLAIN)
         weight = weight.plain
     return F.linear(x, weight, bias)
 
 
 def gate_up_silu(x: torch.Tensor, weight: PackedWeight | torch.Tensor) -> torch.Tensor:
     """``silu(x @ gate.T) * (x @ up.T)``; weight (2 * i, k) is gate over up; -> (..., i)."""
+    if isinstance(weight, PackedWeight) and weight.plain is None and weight.n % (2 * _PANEL) == 0:
+        return _product(x, weight, None, weight.n // 2, _SILU_MUL)
     return silu_and_mul(linear(x, weight))
 
 
 def embedding(ids: torch.Tensor, weight: PackedWeight | torch.Tensor) -> torch.Tensor:
-    """Rows ``ids`` of ``weight`` (n, k): (T,) integers -> (T, k)."""
+    """Rows ``ids`` of ``weight`` (n, k): (T,) integers -> (T, k).
+
+    Raises:
+        IndexError: an id is not a row.
+    """
     if isinstance(weight, PackedWeight):
-        assert weight.plain is not None
+        if weight.plain is None:
+            ids = ids.to(torch.int64).contiguous()
+            out = torch.empty((*ids.shape, weight.k), dtype=weight.dtype)
+            _C.embedding(
+                ids.data_ptr(),
+                ids.numel(),
+                weight.address,
+                out.data_ptr(),
+                weight.n,
+                weight.k,
+                weight.code,
+            )
+            return out
         weight = weight.plain
     return F.embedding(ids, weight)
+
+
+def _rows_of(x: torch.Tensor) -> tuple[int, int, int, int] | None:
+    """(outer, inner, outer stride, inner stride) of the rows along the last dim, if so told."""
+    if x.stride(-1) != 1:
+        return None
+    if x.dim() == 2:
+        return x.shape[0], 1, x.stride(0), 0
+    if x.dim() == 3:
+        return x.shape[0], x.shape[1], x.stride(0), x.stride(1)
+    return (1, 1, 0, 0) if x.dim() == 1 else None
+
+
+def _norm_kernel_takes(x: torch.Tensor, weight: torch.Tensor) -> bool:
+    return (
+        _C is not None
+        and x.is_cpu
+        and x.dtype in _CODES
+        and weight.dtype is x.dtype
+        and weight.is_contiguous()
+    )
 
 
 def rms_norm(
@@ -143,6 +263,28 @@ def rms_norm(
 
     ``out`` may be ``x`` itself.
     """
+    if out is None:
+        out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    if _norm_kernel_takes(x, weight):
+        rows, out_rows = _rows_of(x), _rows_of(out)
+        if rows is not None and out_rows is not None:
+            _C.rms_norm(
+                x.data_ptr(),
+                out.data_ptr(),
+                0,
+                weight.data_ptr(),
+                rows[0],
+                rows[1],
+                x.shape[-1],
+                rows[2],
+                rows[3],
+                out_rows[2],
+                out_rows[3],
+                0,
+                eps,
+                _CODES[x.dtype],
+            )
+            return out
     return _torch_ops.rms_norm(x, weight, eps, out)
 
 
@@ -150,17 +292,52 @@ def fused_add_rms_norm(
     x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
 ) -> None:
     """In place: ``residual += x``, then ``x = rms_norm(residual)``; both (T, h)."""
+    if _norm_kernel_takes(x, weight) and x.dim() == 2 and residual.dtype is x.dtype:
+        rows, size = x.shape
+        stride = x.stride(0)
+        _C.rms_norm(
+            x.data_ptr(),
+            x.data_ptr(),
+            residual.data_ptr(),
+            weight.data_ptr(),
+            rows,
+            1,
+            size,
+            stride,
+            0,
+            stride,
+            0,
+            residual.stride(0),
+            eps,
+            _CODES[x.dtype],
+        )
+        return
     _torch_ops.fused_add_rms_norm(x, residual, weight, eps)
 
 
 def silu_and_mul(x: torch.Tensor) -> torch.Tensor:
     """``silu(x[..., :i]) * x[..., i:]``; x (..., 2 * i) -> (..., i)."""
-    return _torch_ops.silu_and_mul(x)
+    if _C is None or not x.is_cpu or x.dtype not in _CODES or x.dim() != 2 or x.stride(1) != 1:
+        return _torch_ops.silu_and_mul(x)
+    rows, width = x.shape
+    out = torch.empty((rows, width // 2), dtype=x.dtype)
+    _C.silu_mul(x.data_ptr(), x.stride(0), out.data_ptr(), rows, width // 2, _CODES[x.dtype])
+    return out
 
 
 def argmax(logits: torch.Tensor) -> torch.Tensor:
     """Index of the largest value of each row, the first of equal ones: (T, v) -> (T,) int64."""
-    return _torch_ops.argmax(logits)
+    if _C is None or not logits.is_cpu or logits.dtype not in _CODES or logits.stride(1) != 1:
+        return _torch_ops.argmax(logits)
+    rows, size = logits.shape
+    out = torch.empty(rows, dtype=torch.int64)
+    code = _CODES[logits.dtype]
+    _C.argmax(logits.data_ptr(), logits.stride(0), out.data_ptr(), rows, size, code)
+    return out
+
+
+def _heads(x: torch.Tensor, head_size: int) -> torch.Tensor:
+    return x if x.dim() == 3 else x.view(x.shape[0], -1, head_size)
 
 
 def rotary_embedding(
@@ -181,8 +358,105 @@ def rotary_embedding(
         cos_sin_cache: (max position, rotary dim): cosines, then sines. float32 is exact enough
             for long contexts; other dtypes are widened.
         is_neox: rotate halves (i, i + r/2); else neighbours (2i, 2i + 1).
+
+    Raises:
+        IndexError: a position is not in the cache.
     """
-    _torch_ops.rotary_embedding(positions, query, key, head_size, cos_sin_cache, is_neox)
+    query = _heads(query, head_size)
+    key = None if key is None else _heads(key, head_size)
+    if not _rope_kernel_takes(positions, query, key, cos_sin_cache):
+        _torch_ops.rotary_embedding(positions, query, key, head_size, cos_sin_cache, is_neox)
+        return
+    _rope_store(positions, query, key, None, cos_sin_cache, is_neox, None, None)
+
+
+def _rope_kernel_takes(
+    positions: torch.Tensor,
+    query: torch.Tensor,
+    key: torch.Tensor | None,
+    cos_sin_cache: torch.Tensor,
+) -> bool:
+    return (
+        _C is not None
+        and query.is_cpu
+        and query.dtype in _CODES
+        and cos_sin_cache.dtype in _CODES
+        and cos_sin_cache.shape[1] <= _MAX_ROTARY
+        and positions.dtype is torch.int64
+        and query.stride(2) == 1
+        and (key is None or (key.stride(2) == 1 and key.dtype is query.dtype))
+    )
+
+
+def _rope_store(
+    positions: torch.Tensor | None,
+    query: torch.Tensor | None,
+    key: torch.Tensor | None,
+    value: torch.Tensor | None,
+    cos_sin_cache: torch.Tensor | None,
+    is_neox: bool,
+    kv_cache: torch.Tensor | None,
+    slot_mapping: torch.Tensor | None,
+) -> None:
+    """RoPE of query and key, the store of key and value, or both; checked by the callers."""
+    lead = query if key is None else key
+    assert lead is not None
+    rope = (0, 0, 0, 0, 0, 0)
+    if positions is not None and cos_sin_cache is not None:
+        rope = (
+            positions.data_ptr(),
+            cos_sin_cache.data_ptr(),
+            cos_sin_cache.stride(0),
+            cos_sin_cache.shape[1],
+            is_neox,
+            _CODES[cos_sin_cache.dtype],
+        )
+    cache = (0, 0, 0, 0, 0, 0)
+    block_size, cache_code = 1, 0
+    if kv_cache is not None and slot_mapping is not None:
+        b, h, n, _ = kv_cache.stride()
+        cache = (kv_cache.data_ptr(), b, h, n, slot_mapping.data_ptr(), slot_mapping.shape[0])
+        block_size, cache_code = kv_cache.shape[2], _CODES[kv_cache.dtype]
+    _C.rope_store(
+        *rope,
+        *_address_of_heads(query),
+        0 if query is None else query.shape[1],
+        *_address_of_heads(key),
+        *_address_of_heads(value),
+        0 if key is None else key.shape[1],
+        *cache,
+        lead.shape[0],
+        lead.shape[2],
+        block_size,
+        _CODES[lead.dtype],
+        cache_code,
+        0 if cos_sin_cache is None else cos_sin_cache.shape[0],
+    )
+
+
+def _address_of_heads(x: torch.Tensor | None) -> tuple[int, int, int]:
+    """Address, token stride and head stride of a (T, heads, D) tensor; zeros for None."""
+    if x is None:
+        return 0, 0, 0
+    token, head, _ = x.stride()
+    return x.data_ptr(), token, head
+
+
+def _store_kernel_takes(
+    key: torch.Tensor, value: torch.Tensor, kv_cache: torch.Tensor, slot_mapping: torch.Tensor
+) -> bool:
+    return (
+        _C is not None
+        and key.is_cpu
+        and key.dtype in _CODES
+        and value.dtype is key.dtype
+        and kv_cache.dtype in _CODES
+        and kv_cache.stride(3) == 1
+        and key.stride(2) == 1
+        and value.stride(2) == 1
+        and slot_mapping.dtype is torch.int64
+        and slot_mapping.stride(0) == 1
+    )
 
 
 def store_kv_cache(
@@ -196,7 +470,10 @@ def store_kv_cache(
         slot_mapping: (S,) int64, S <= T; slot = block * N + offset, -1 is skipped. Tokens at and
             after S are padding.
     """
-    _torch_ops.store_kv_cache(key, value, kv_cache, slot_mapping)
+    if _store_kernel_takes(key, value, kv_cache, slot_mapping):
+        _rope_store(None, None, key, value, None, False, kv_cache, slot_mapping)
+    else:
+        _torch_ops.store_kv_cache(key, value, kv_cache, slot_mapping)
 
 
 def rope_and_store(
@@ -214,9 +491,14 @@ def rope_and_store(
     ``key`` may or may not be rotated in place. Other arguments as in ``rotary_embedding`` and
     ``store_kv_cache``.
     """
-    _torch_ops.rope_and_store(
-        positions, query, key, value, cos_sin_cache, is_neox, kv_cache, slot_mapping
-    )
+    if _store_kernel_takes(key, value, kv_cache, slot_mapping) and _rope_kernel_takes(
+        positions, query, key, cos_sin_cache
+    ):
+        _rope_store(positions, query, key, value, cos_sin_cache, is_neox, kv_cache, slot_mapping)
+    else:
+        _torch_ops.rope_and_store(
+            positions, query, key, value, cos_sin_cache, is_neox, kv_cache, slot_mapping
+        )
 
 
 def paged_attention(
@@ -249,19 +531,62 @@ def paged_attention(
             reaches as far ahead as back.
         logits_soft_cap: c of c * tanh(score / c); 0 for none.
         alibi_slopes: (Q,) float32; adds slope * (key position - query position).
-        sinks: (Q,) float32; a score per head that takes part in the softmax and has no value.
+        sinks: (Q,) scores that take part in a head's softmax and have no value.
     """
-    _torch_ops.paged_attention(
-        query,
-        kv_cache,
-        out,
-        query_start_loc,
-        seq_lens,
-        block_table,
+    _, num_heads, head_size = query.shape
+    if (
+        _C is None
+        or not query.is_cpu
+        or query.dtype not in _CODES
+        or kv_cache.dtype not in _CODES
+        or head_size % 8
+        or head_size > _MAX_HEAD
+        or query.stride(2) != 1
+        or kv_cache.stride(3) != 1
+    ):
+        _torch_ops.paged_attention(
+            query,
+            kv_cache,
+            out,
+            query_start_loc,
+            seq_lens,
+            block_table,
+            scale,
+            causal=causal,
+            sliding_window=sliding_window,
+            logits_soft_cap=logits_soft_cap,
+            alibi_slopes=alibi_slopes,
+            sinks=sinks,
+        )
+        return
+    assert out.dtype is query.dtype and out.stride(2) == 1
+    assert query_start_loc.dtype is torch.int32 and seq_lens.dtype is torch.int32
+    assert block_table.dtype is torch.int32 and block_table.stride(1) == 1
+    if sinks is not None and sinks.dtype is not torch.float32:
+        sinks = sinks.to(torch.float32)
+    cache_block, cache_head, cache_token, _ = kv_cache.stride()
+    _C.attention(
+        *_address_of_heads(query),
+        *_address_of_heads(out),
+        kv_cache.data_ptr(),
+        cache_block,
+        cache_head,
+        cache_token,
+        query_start_loc.data_ptr(),
+        seq_lens.data_ptr(),
+        block_table.data_ptr(),
+        block_table.stride(0),
+        0 if alibi_slopes is None else alibi_slopes.data_ptr(),
+        0 if sinks is None else sinks.data_ptr(),
+        seq_lens.shape[0],
+        num_heads,
+        kv_cache.shape[1],
+        head_size,
+        kv_cache.shape[2],
         scale,
-        causal=causal,
-        sliding_window=sliding_window,
-        logits_soft_cap=logits_soft_cap,
-        alibi_slopes=alibi_slopes,
-        sinks=sinks,
+        logits_soft_cap,
+        sliding_window,
+        causal,
+        _CODES[query.dtype],
+        _CODES[kv_cache.dtype],
     )

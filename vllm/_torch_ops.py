@@ -18,9 +18,9 @@ def rms_norm(
 
     ``out`` may be ``x`` itself.
     """
-    wide = x.float()
-    wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
-    result = wide.to(x.dtype) * weight
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps) * weight
+    result = wide.to(x.dtype)
     return result if out is None else out.copy_(result)
 
 

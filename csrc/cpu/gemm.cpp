@@ -1,0 +1,262 @@
+// Products with packed weights, from one row (a stream of the weights) to thousands (a GEMM).
+//
+// A weight (n, k) is packed once, in panels of kPanel = 32 output columns:
+//   float, fp16  [ceil(n / 32)][k][32]
+//   bf16         [ceil(n / 32)][ceil(k / 2)][32][2]   (pairs along k, as dot products of pairs read)
+// with zeros where n or k are filled up. A panel is one run of memory, and the panels that a thread
+// takes follow each other, so one row of activations streams the weight as fast as memory allows;
+// the same panels, read from cache again and again, are what a GEMM's inner loop wants.
+//
+// Activations are copied to scratch with a fixed distance between rows, in blocks of k.
+#include "microkernel.h"
+#include "pool.h"
+
+namespace vllm_cpu {
+namespace VLLM_ISA {
+namespace {
+
+// One row of a block of activations in scratch: 1 KiB and a line, so that rows fall into
+// different cache sets.
+constexpr int64_t kRowBytes = 1088;
+constexpr int64_t kRowUsed = 1024;
+// Rows of activations packed at a time: bounds the scratch; weights are read again for each.
+constexpr int64_t kMaxRowsAtOnce = 1024;
+// Bytes of activations that a task sweeps over each panel: they stay in half of a 1 MiB L2.
+constexpr int64_t kActivationBytes = 512 * 1024;
+// How far ahead one row of activations fetches the weights.
+constexpr int64_t kPrefetchBytes = 4096;
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
+
+template <typename Form>
+struct Shape {
+  using A = typename Form::A;
+  using B = typename Form::B;
+  static constexpr int64_t kBlock = kRowUsed / static_cast<int64_t>(sizeof(A));  // of k
+  static constexpr int64_t kLda = kRowBytes / static_cast<int64_t>(sizeof(A));
+  // Elements of B from one step of k to the next.
+  static constexpr int64_t kLdb = static_cast<int64_t>(kPanel) * Form::kStep;
+};
+
+// `count` values of a row to scratch, zeros up to a whole step of k.
+template <typename A, typename T>
+void pack_row(A* to, const T* from, int64_t count, int64_t step) {
+  if constexpr (sizeof(A) == 2) {
+    memcpy(to, from, static_cast<size_t>(count) * 2);
+  } else {
+    int64_t i = 0;
+    for (; i + kLanes <= count; i += kLanes) store(to + i, load(from + i));
+    if (i < count) store(to + i, load(from + i, static_cast<int>(count - i)),
+                         static_cast<int>(count - i));
+  }
+  if (count % step) memset(to + count, 0, sizeof(A));
+}
+
+// One panel times `rows` rows of scratch -> tile (rows x 32 floats).
+template <typename Form, int MR, bool kPrefetch>
+void panel_product(const typename Form::A* a, int64_t block_distance, const typename Form::B* panel,
+                   int64_t k, float* tile, int64_t ahead) {
+  using S = Shape<Form>;
+  for (int column = 0; column < kPanel; column += kTileCols) {
+    Vec acc[MR][2];
+    for (int r = 0; r < MR; ++r) acc[r][0] = acc[r][1] = zero();
+    const typename Form::B* b = panel + column * Form::kStep;
+    const typename Form::A* block = a;
+    for (int64_t first = 0; first < k; first += S::kBlock) {
+      const int64_t steps = ceil_div(smaller(S::kBlock, k - first), Form::kStep);
+      multiply<Form, MR, S::kLda, kPrefetch>(acc, block, b, S::kLdb, steps, ahead);
+      b += steps * S::kLdb;
+      block += block_distance;
+    }
+    for (int r = 0; r < MR; ++r) {
+      store(tile + r * kPanel + column, acc[r][0]);
+      store(tile + r * kPanel + column + kLanes, acc[r][1]);
+    }
+  }
+}
+
+template <typename T>
+void finish(const GemmArgs& g, int64_t row, int rows, int64_t panel, const float* tile,
+            const float* up) {
+  const int64_t column = panel * kPanel;
+  const int columns = static_cast<int>(smaller(kPanel, g.n - column));
+  const T* bias = static_cast<const T*>(g.bias);
+  for (int r = 0; r < rows; ++r) {
+    T* out = static_cast<T*>(g.out) + (row + r) * g.out_stride + column;
+    for (int c = 0; c < columns; c += kLanes) {
+      const int lanes = columns - c < kLanes ? columns - c : kLanes;
+      Vec x = load(tile + r * kPanel + c);
+      if (bias) x = add(x, load(bias + column + c, lanes));
+      if (up) x = mul(silu(x), load(up + r * kPanel + c));
+      store(out + c, x, lanes);
+    }
+  }
+}
+
+template <typename Form, typename T>
+void run(const GemmArgs& g) {
+  using S = Shape<Form>;
+  using A = typename Form::A;
+  using B = typename Form::B;
+  const int64_t blocks = ceil_div(g.k, S::kBlock);
+  const int64_t panels = ceil_div(g.n, kPanel);
+  const int64_t panel_size = ceil_div(g.k, Form::kStep) * S::kLdb;
+  const int64_t panel_bytes = panel_size * static_cast<int64_t>(sizeof(B));
+  const B* weight = static_cast<const B*>(g.w);
+  const bool gated = g.epilogue == kSiluMul;
+  const int64_t at_once = smaller(g.m, kMaxRowsAtOnce);
+  SharedScratch scratch(static_cast<size_t>(at_once * blocks * kRowBytes));
+  A* packed = static_cast<A*>(scratch.get());
+
+  for (int64_t start = 0; start < g.m; start += at_once) {
+    const int64_t m = smaller(at_once, g.m - start);
+    const int64_t block_distance = m * S::kLda;
+    const auto pack = [&](int64_t row) {
+      const T* x = static_cast<const T*>(g.x) + (start + row) * g.x_stride;
+      for (int64_t b = 0; b < blocks; ++b) {
+        pack_row(packed + b * block_distance + row * S::kLda, x + b * S::kBlock,
+                 smaller(S::kBlock, g.k - b * S::kBlock), Form::kStep);
+      }
+    };
+    if (m * g.k < 65536) {
+      for (int64_t row = 0; row < m; ++row) pack(row);
+    } else {
+      parallel_for(m, pack);
+    }
+
+    // Split the rows evenly: into chunks that stay in L2, each into tiles of nearly equal height.
+    const int64_t chunk_limit = larger(Form::kRows, kActivationBytes / (blocks * kRowBytes));
+    const int64_t chunks = ceil_div(m, chunk_limit);
+    const int64_t group = larger(1, 16384 / panel_bytes);
+    const int64_t groups = ceil_div(panels, group);
+    parallel_for(chunks * groups, [&](int64_t item) {
+      const int64_t chunk = item / groups;
+      const int64_t first_panel = item % groups * group;
+      const int64_t first = m * chunk / chunks, last = m * (chunk + 1) / chunks;
+      const int64_t tiles = ceil_div(last - first, Form::kRows);
+      alignas(64) float tile[kTileRows * kPanel], up[kTileRows * kPanel];
+      for (int64_t p = first_panel; p < smaller(panels, first_panel + group); ++p) {
+        for (int64_t t = 0; t < tiles; ++t) {
+          const int64_t row = first + (last - first) * t / tiles;
+          const int rows = static_cast<int>(first + (last - first) * (t + 1) / tiles - row);
+          const A* a = packed + row * S::kLda;
+          // The last tile has the panel in cache already and fetches the next one.
+          const bool fetch = t + 1 == tiles;
+          const int64_t ahead = tiles == 1 ? kPrefetchBytes : panel_bytes;
+          const auto product = [&](const B* panel, float* to) {
+            with_rows<Form::kRows>(rows, [&](auto n) {
+              constexpr int kN = decltype(n)::value;
+              if (fetch) {
+                panel_product<Form, kN, true>(a, block_distance, panel, g.k, to, ahead);
+              } else {
+                panel_product<Form, kN, false>(a, block_distance, panel, g.k, to, 0);
+              }
+            });
+          };
+          product(weight + p * panel_size, tile);
+          if (gated) product(weight + (panels + p) * panel_size, up);
+          finish<T>(g, start + row, rows, p, tile, gated ? up : nullptr);
+        }
+      }
+    });
+  }
+}
+
+void gemm(const GemmArgs& g) {
+  switch (g.dtype) {
+    case kFloat32:
+      return run<Plain<float>, float>(g);
+    case kFloat16:
+      return run<Plain<f16>, f16>(g);
+    default:
+#if defined(VLLM_DOT_BF16)
+      return run<Dots, bf16>(g);
+#else
+      return run<Pairs, bf16>(g);
+#endif
+  }
+}
+
+// Visits element (row, column) of panel `panel` as (index in the panel, row, column).
+template <typename T, int kStep>
+void pack_panels(const PackArgs& a, bool packing) {
+  const int64_t steps = ceil_div(a.k, kStep);
+  const int64_t panel_size = steps * kStep * kPanel;
+  parallel_for(ceil_div(a.n, kPanel), [&](int64_t panel) {
+    T* to = static_cast<T*>(a.packed) + panel * panel_size;
+    const int64_t first = panel * kPanel;
+    const int64_t rows = smaller(kPanel, a.n - first);
+    // 64 columns at a time: the panel's lines being written stay in L1.
+    for (int64_t k0 = 0; k0 < steps * kStep; k0 += 64) {
+      const int64_t k1 = smaller(steps * kStep, k0 + 64);
+      for (int64_t row = 0; row < kPanel; ++row) {
+        T* from = static_cast<T*>(const_cast<void*>(a.src)) + (first + row) * a.src_stride;
+        for (int64_t k = k0; k < k1; ++k) {
+          T& cell = to[(k / kStep * kPanel + row) * kStep + k % kStep];
+          const bool inside = row < rows && k < a.k;
+          if (packing) {
+            cell = inside ? from[k] : T{};
+          } else if (inside) {
+            from[k] = cell;
+          }
+        }
+      }
+    }
+  });
+}
+
+void move_panels(const PackArgs& a, bool packing) {
+  switch (a.dtype) {
+    case kFloat32:
+      return pack_panels<uint32_t, 1>(a, packing);
+    case kFloat16:
+      return pack_panels<uint16_t, 1>(a, packing);
+    default:
+      return pack_panels<uint16_t, 2>(a, packing);
+  }
+}
+
+void pack(const PackArgs& a) { move_panels(a, true); }
+void unpack(const PackArgs& a) { move_panels(a, false); }
+
+template <typename T, int kStep>
+void rows_of_panels(const EmbeddingArgs& e) {
+  const int64_t steps = ceil_div(e.k, kStep);
+  const auto read = [&](int64_t i) {
+    const int64_t id = e.ids[i];
+    const T* from = static_cast<const T*>(e.packed) + id / kPanel * steps * kStep * kPanel +
+                    id % kPanel * kStep;
+    T* to = static_cast<T*>(e.out) + i * e.k;
+    for (int64_t k = 0; k < e.k; ++k) to[k] = from[k / kStep * kStep * kPanel + k % kStep];
+  };
+  if (e.num_ids * e.k < 16384) {
+    for (int64_t i = 0; i < e.num_ids; ++i) read(i);
+  } else {
+    parallel_for(e.num_ids, read);
+  }
+}
+
+void embedding(const EmbeddingArgs& e) {
+  switch (e.dtype) {
+    case kFloat32:
+      return rows_of_panels<uint32_t, 1>(e);
+    case kFloat16:
+      return rows_of_panels<uint16_t, 1>(e);
+    default:
+      return rows_of_panels<uint16_t, 2>(e);
+  }
+}
+
+}  // namespace
+
+void fill_gemm(Kernels& kernels) {
+  kernels.gemm = gemm;
+  kernels.pack = pack;
+  kernels.unpack = unpack;
+  kernels.embedding = embedding;
+}
+
+}  // namespace VLLM_ISA
+}  // namespace vllm_cpu

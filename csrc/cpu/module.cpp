@@ -1,0 +1,330 @@
+// The Python module vllm._C: entry points that take addresses, sizes and strides as whole numbers.
+//
+// Nothing of torch's is included, so one build works with every torch; vllm/_custom_ops.py checks
+// dtypes and shapes before it passes addresses. Uses Python's limited API only.
+#define Py_LIMITED_API 0x030B0000
+#define PY_SSIZE_T_CLEAN
+#include <Python.h>
+
+#include <new>
+
+#include "dispatch.h"
+#include "pool.h"
+
+namespace {
+
+using namespace vllm_cpu;
+
+// Reads the arguments of a call one after another; after a mistake, `ok` is false and a Python
+// exception is set.
+class Reader {
+ public:
+  Reader(PyObject* const* args, Py_ssize_t count, Py_ssize_t expected)
+      : args_(args), ok_(count == expected) {
+    if (!ok_) PyErr_Format(PyExc_TypeError, "%zd arguments expected, %zd given", expected, count);
+  }
+
+  int64_t number() {
+    if (!ok_) return 0;
+    const long long value = PyLong_AsLongLong(args_[next_++]);
+    if (value == -1 && PyErr_Occurred()) ok_ = false;
+    return value;
+  }
+
+  template <typename T>
+  T* pointer() {
+    return reinterpret_cast<T*>(static_cast<intptr_t>(number()));
+  }
+
+  float real() {
+    if (!ok_) return 0;
+    const double value = PyFloat_AsDouble(args_[next_++]);
+    if (value == -1.0 && PyErr_Occurred()) ok_ = false;
+    return static_cast<float>(value);
+  }
+
+  bool ok() const { return ok_; }
+
+ private:
+  PyObject* const* args_;
+  Py_ssize_t next_ = 0;
+  bool ok_;
+};
+
+// Runs `kernel` on `args` without the interpreter's lock.
+template <typename Args>
+PyObject* run(const Reader& reader, void (*kernel)(const Args&), const Args& args) {
+  if (!reader.ok()) return nullptr;
+  bool out_of_memory = false;
+  Py_BEGIN_ALLOW_THREADS
+  try {
+    kernel(args);
+  } catch (const std::bad_alloc&) {
+    out_of_memory = true;
+  }
+  Py_END_ALLOW_THREADS
+  if (out_of_memory) return PyErr_NoMemory();
+  Py_RETURN_NONE;
+}
+
+#define ENTRY(name) PyObject* name(PyObject*, PyObject* const* argv, Py_ssize_t argc)
+
+ENTRY(gemm) {
+  Reader r(argv, argc, 11);
+  GemmArgs a;
+  a.x = r.pointer<void>();
+  a.x_stride = r.number();
+  a.w = r.pointer<void>();
+  a.bias = r.pointer<void>();
+  a.out = r.pointer<void>();
+  a.out_stride = r.number();
+  a.m = r.number();
+  a.n = r.number();
+  a.k = r.number();
+  a.dtype = static_cast<int>(r.number());
+  a.epilogue = static_cast<int>(r.number());
+  return run(r, kernels().gemm, a);
+}
+
+PyObject* move_weight(PyObject* const* argv, Py_ssize_t argc, void (*kernel)(const PackArgs&)) {
+  Reader r(argv, argc, 6);
+  PackArgs a;
+  a.src = r.pointer<void>();
+  a.src_stride = r.number();
+  a.packed = r.pointer<void>();
+  a.n = r.number();
+  a.k = r.number();
+  a.dtype = static_cast<int>(r.number());
+  return run(r, kernel, a);
+}
+
+ENTRY(pack) { return move_weight(argv, argc, kernels().pack); }
+ENTRY(unpack) { return move_weight(argv, argc, kernels().unpack); }
+
+ENTRY(embedding) {
+  Reader r(argv, argc, 7);
+  EmbeddingArgs a;
+  a.ids = r.pointer<int64_t>();
+  a.num_ids = r.number();
+  a.packed = r.pointer<void>();
+  a.out = r.pointer<void>();
+  a.n = r.number();
+  a.k = r.number();
+  a.dtype = static_cast<int>(r.number());
+  for (int64_t i = 0; r.ok() && i < a.num_ids; ++i) {
+    if (a.ids[i] < 0 || a.ids[i] >= a.n) {
+      return PyErr_Format(PyExc_IndexError, "token id %lld is not below %lld",
+                          static_cast<long long>(a.ids[i]), static_cast<long long>(a.n));
+    }
+  }
+  return run(r, kernels().embedding, a);
+}
+
+ENTRY(attention) {
+  Reader r(argv, argc, 27);
+  AttentionArgs a;
+  a.query = r.pointer<void>();
+  a.query_token_stride = r.number();
+  a.query_head_stride = r.number();
+  a.out = r.pointer<void>();
+  a.out_token_stride = r.number();
+  a.out_head_stride = r.number();
+  a.cache = r.pointer<void>();
+  a.cache_block_stride = r.number();
+  a.cache_head_stride = r.number();
+  a.cache_token_stride = r.number();
+  a.query_start = r.pointer<int32_t>();
+  a.seq_lens = r.pointer<int32_t>();
+  a.block_table = r.pointer<int32_t>();
+  a.block_table_stride = r.number();
+  a.alibi_slopes = r.pointer<float>();
+  a.sinks = r.pointer<float>();
+  a.num_requests = r.number();
+  a.num_heads = r.number();
+  a.num_kv_heads = r.number();
+  a.head_size = r.number();
+  a.block_size = r.number();
+  a.scale = r.real();
+  a.soft_cap = r.real();
+  a.window = r.number();
+  a.causal = static_cast<int>(r.number());
+  a.query_dtype = static_cast<int>(r.number());
+  a.cache_dtype = static_cast<int>(r.number());
+  return run(r, kernels().attention, a);
+}
+
+ENTRY(rope_store) {
+  Reader r(argv, argc, 29);
+  RopeStoreArgs a;
+  a.positions = r.pointer<int64_t>();
+  a.cos_sin = r.pointer<void>();
+  a.cos_sin_stride = r.number();
+  a.rotary_dim = r.number();
+  a.is_neox = static_cast<int>(r.number());
+  a.cos_sin_dtype = static_cast<int>(r.number());
+  a.query = r.pointer<void>();
+  a.query_token_stride = r.number();
+  a.query_head_stride = r.number();
+  a.num_heads = r.number();
+  a.key = r.pointer<void>();
+  a.key_token_stride = r.number();
+  a.key_head_stride = r.number();
+  a.value = r.pointer<void>();
+  a.value_token_stride = r.number();
+  a.value_head_stride = r.number();
+  a.num_kv_heads = r.number();
+  a.cache = r.pointer<void>();
+  a.cache_block_stride = r.number();
+  a.cache_head_stride = r.number();
+  a.cache_token_stride = r.number();
+  a.slots = r.pointer<int64_t>();
+  a.num_slots = r.number();
+  a.num_tokens = r.number();
+  a.head_size = r.number();
+  a.block_size = r.number();
+  a.dtype = static_cast<int>(r.number());
+  a.cache_dtype = static_cast<int>(r.number());
+  a.max_position = r.number();
+  for (int64_t i = 0; r.ok() && a.positions && i < a.num_tokens; ++i) {
+    if (a.positions[i] < 0 || a.positions[i] >= a.max_position) {
+      return PyErr_Format(PyExc_IndexError, "position %lld is not below %lld",
+                          static_cast<long long>(a.positions[i]),
+                          static_cast<long long>(a.max_position));
+    }
+  }
+  return run(r, kernels().rope_store, a);
+}
+
+ENTRY(rms_norm) {
+  Reader r(argv, argc, 14);
+  NormArgs a;
+  a.x = r.pointer<void>();
+  a.out = r.pointer<void>();
+  a.residual = r.pointer<void>();
+  a.weight = r.pointer<void>();
+  a.outer = r.number();
+  a.inner = r.number();
+  a.size = r.number();
+  a.x_outer_stride = r.number();
+  a.x_inner_stride = r.number();
+  a.out_outer_stride = r.number();
+  a.out_inner_stride = r.number();
+  a.residual_stride = r.number();
+  a.eps = r.real();
+  a.dtype = static_cast<int>(r.number());
+  return run(r, kernels().rms_norm, a);
+}
+
+ENTRY(silu_mul) {
+  Reader r(argv, argc, 6);
+  SiluMulArgs a;
+  a.x = r.pointer<void>();
+  a.x_stride = r.number();
+  a.out = r.pointer<void>();
+  a.rows = r.number();
+  a.size = r.number();
+  a.dtype = static_cast<int>(r.number());
+  return run(r, kernels().silu_mul, a);
+}
+
+ENTRY(argmax) {
+  Reader r(argv, argc, 6);
+  ArgmaxArgs a;
+  a.x = r.pointer<void>();
+  a.x_stride = r.number();
+  a.out = r.pointer<int64_t>();
+  a.rows = r.number();
+  a.size = r.number();
+  a.dtype = static_cast<int>(r.number());
+  return run(r, kernels().argmax, a);
+}
+
+ENTRY(packed_size) {
+  Reader r(argv, argc, 3);
+  const int64_t n = r.number();
+  const int64_t k = r.number();
+  const int dtype = static_cast<int>(r.number());
+  if (!r.ok()) return nullptr;
+  return PyLong_FromSize_t(packed_bytes(n, k, dtype));
+}
+
+// set_threads(count, core, core, ...)
+ENTRY(set_threads) {
+  constexpr int kMost = 1024;
+  int cores[kMost];
+  if (argc < 1 || argc > kMost) {
+    PyErr_SetString(PyExc_TypeError, "a count and at most 1023 cores expected");
+    return nullptr;
+  }
+  Reader r(argv, argc, argc);
+  const int count = static_cast<int>(r.number());
+  const int num_cores = static_cast<int>(argc - 1);
+  for (int i = 0; i < num_cores; ++i) cores[i] = static_cast<int>(r.number());
+  if (!r.ok()) return nullptr;
+  set_num_threads(count, cores, num_cores);
+  Py_RETURN_NONE;
+}
+
+ENTRY(get_threads) {
+  (void)argv;
+  (void)argc;
+  return PyLong_FromLong(num_threads());
+}
+
+ENTRY(set_spin) {
+  Reader r(argv, argc, 1);
+  const int64_t microseconds = r.number();
+  if (!r.ok()) return nullptr;
+  set_spin_us(microseconds);
+  Py_RETURN_NONE;
+}
+
+PyObject* isa(PyObject*, PyObject*) { return PyUnicode_FromString(kernels().name); }
+
+PyObject* isas(PyObject*, PyObject*) {
+  PyObject* list = PyList_New(num_isas());
+  for (int i = 0; list && i < num_isas(); ++i) {
+    PyList_SetItem(list, i, PyUnicode_FromString(isa_name(i)));
+  }
+  return list;
+}
+
+PyObject* set_isa(PyObject*, PyObject* name) {
+  const char* text = PyUnicode_AsUTF8AndSize(name, nullptr);
+  if (!text) return nullptr;
+  if (!use_isa(text)) {
+    return PyErr_Format(PyExc_ValueError, "this processor has no kernels called %s", text);
+  }
+  Py_RETURN_NONE;
+}
+
+// Python stores every kind of function as one type; the way over void(*)() says that it is meant.
+#define FAST(name) \
+  {#name, reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(name)), METH_FASTCALL, nullptr}
+
+PyMethodDef methods[] = {
+    FAST(gemm),
+    FAST(pack),
+    FAST(unpack),
+    FAST(embedding),
+    FAST(attention),
+    FAST(rope_store),
+    FAST(rms_norm),
+    FAST(silu_mul),
+    FAST(argmax),
+    FAST(packed_size),
+    FAST(set_threads),
+    FAST(get_threads),
+    FAST(set_spin),
+    {"isa", isa, METH_NOARGS, nullptr},
+    {"isas", isas, METH_NOARGS, nullptr},
+    {"set_isa", set_isa, METH_O, nullptr},
+    {nullptr, nullptr, 0, nullptr},
+};
+
+PyModuleDef definition = {PyModuleDef_HEAD_INIT, "vllm._C", nullptr, -1, methods,
+                          nullptr,               nullptr,   nullptr, nullptr};
+
+}  // namespace
+
+PyMODINIT_FUNC PyInit__C() { return PyModule_Create(&definition); }

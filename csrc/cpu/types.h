@@ -1,0 +1,166 @@
+// What the kernels of every instruction set agree on: element types, argument blocks, the table of
+// entry points. Includes nothing heavy and defines no function with a body.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace vllm_cpu {
+
+struct bf16 {
+  uint16_t bits;
+};
+struct f16 {
+  uint16_t bits;
+};
+
+// Values are shared with vllm/_custom_ops.py.
+enum DType : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
+
+// Columns of a panel of packed weights; see gemm.cpp for the layout.
+constexpr int kPanel = 32;
+
+enum Epilogue : int { kNone = 0, kSiluMul = 1 };
+
+// out (m, n) = x (m, k) @ w.T (+ bias). Strides in elements. With kSiluMul, w has 2 * n rows, gate
+// over up, n is a multiple of kPanel, and out = silu(x @ gate.T) * (x @ up.T).
+struct GemmArgs {
+  const void* x;
+  int64_t x_stride;
+  const void* w;
+  const void* bias;
+  void* out;
+  int64_t out_stride;
+  int64_t m, n, k;
+  int dtype;
+  int epilogue;
+};
+
+struct PackArgs {
+  const void* src;
+  int64_t src_stride;
+  void* packed;
+  int64_t n, k;
+  int dtype;
+};
+
+struct EmbeddingArgs {
+  const int64_t* ids;
+  int64_t num_ids;
+  const void* packed;
+  void* out;
+  int64_t n, k;
+  int dtype;
+};
+
+// Attention of R requests over the paged cache (B, K, N, 2 * D). Strides in elements.
+struct AttentionArgs {
+  const void* query;
+  int64_t query_token_stride, query_head_stride;
+  void* out;
+  int64_t out_token_stride, out_head_stride;
+  const void* cache;
+  int64_t cache_block_stride, cache_head_stride, cache_token_stride;
+  const int32_t* query_start;
+  const int32_t* seq_lens;
+  const int32_t* block_table;
+  int64_t block_table_stride;
+  const float* alibi_slopes;
+  const float* sinks;
+  int64_t num_requests, num_heads, num_kv_heads, head_size, block_size;
+  float scale, soft_cap;
+  int64_t window;
+  int causal;
+  int query_dtype, cache_dtype;
+};
+
+// RoPE on query (in place) and key, and the store of key and value. `positions` null: no RoPE;
+// `cache` null: key is rotated in place and nothing is stored. Strides in elements.
+struct RopeStoreArgs {
+  const int64_t* positions;
+  const void* cos_sin;
+  int64_t cos_sin_stride;
+  int64_t rotary_dim;
+  int is_neox;
+  int cos_sin_dtype;
+  void* query;
+  int64_t query_token_stride, query_head_stride, num_heads;
+  void* key;
+  int64_t key_token_stride, key_head_stride;
+  const void* value;
+  int64_t value_token_stride, value_head_stride, num_kv_heads;
+  void* cache;
+  int64_t cache_block_stride, cache_head_stride, cache_token_stride;
+  const int64_t* slots;
+  int64_t num_slots;
+  int64_t num_tokens, head_size, block_size;
+  int dtype, cache_dtype;
+  int64_t max_position;
+};
+
+// RMSNorm of rows (outer, inner): strides in elements, the last dim is dense. With `residual`
+// (rows of the same shape, stride residual_stride): residual += x first, and that is normed.
+struct NormArgs {
+  const void* x;
+  void* out;
+  void* residual;
+  const void* weight;
+  int64_t outer, inner, size;
+  int64_t x_outer_stride, x_inner_stride;
+  int64_t out_outer_stride, out_inner_stride;
+  int64_t residual_stride;
+  float eps;
+  int dtype;
+};
+
+struct SiluMulArgs {
+  const void* x;
+  int64_t x_stride;
+  void* out;
+  int64_t rows, size;
+  int dtype;
+};
+
+struct ArgmaxArgs {
+  const void* x;
+  int64_t x_stride;
+  int64_t* out;
+  int64_t rows, size;
+  int dtype;
+};
+
+struct Kernels {
+  const char* name;
+  void (*gemm)(const GemmArgs&);
+  void (*pack)(const PackArgs&);
+  void (*unpack)(const PackArgs&);
+  void (*embedding)(const EmbeddingArgs&);
+  void (*attention)(const AttentionArgs&);
+  void (*rope_store)(const RopeStoreArgs&);
+  void (*rms_norm)(const NormArgs&);
+  void (*silu_mul)(const SiluMulArgs&);
+  void (*argmax)(const ArgmaxArgs&);
+};
+
+// Bytes of a packed (n, k) weight.
+size_t packed_bytes(int64_t n, int64_t k, int dtype);
+
+// Scratch memory of the calling thread, 64-byte aligned, valid until its next request.
+void* thread_scratch(size_t bytes);
+
+// Scratch memory of a call, shared by its threads, 64-byte aligned; a buffer that is kept if one
+// is free, else the call's own.
+class SharedScratch {
+ public:
+  explicit SharedScratch(size_t bytes);
+  ~SharedScratch();
+  SharedScratch(const SharedScratch&) = delete;
+  SharedScratch& operator=(const SharedScratch&) = delete;
+  void* get() const { return data_; }
+
+ private:
+  void* data_;
+  int slot_;
+};
+
+}  // namespace vllm_cpu
