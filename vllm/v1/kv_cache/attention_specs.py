@@ -24,6 +24,7 @@ from vllm.v1.kv_cache.content import (
     ContentFormat,
     KVCacheSpecKind,
     KVQuantMode,
+    StateSlice,
     cdiv,
     dtype_itemsize,
     dtype_name,
@@ -136,6 +137,26 @@ class KVCacheSpec:
     def head_axis_is_sliceable(self) -> bool:
         """A range of head slots is a set of whole byte ranges with a meaning of its own."""
         return self.num_heads > 1
+
+    @property
+    def head_sides(self) -> int:
+        """2 where K heads and V heads are apart on the head axis, else 1."""
+        return 2 if self.content_format is ContentFormat.KV_HEAD_GROUPS else 1
+
+    @property
+    def content_parts(self) -> tuple[tuple[str, int], ...]:
+        """Names and bytes of what one (head slot, state) consists of, in order."""
+        return (("content", self.state_content_size_bytes),)
+
+    @property
+    def state_table(self) -> tuple[StateSlice, ...]:
+        """Where states lie in the page; empty unless the page is a row of states."""
+        return ()
+
+    @property
+    def state_layout(self) -> str | None:
+        """Order inside a convolution state, "SD" or "DS"; None where there is none."""
+        return None
 
     @property
     def needs_block_contiguous(self) -> bool:
@@ -345,6 +366,31 @@ class AttentionSpec(KVCacheSpec):
         if self.num_head_slots == 2 and self.num_kv_heads > 2:
             return ContentFormat.KV_SIDES
         return ContentFormat.KV_PER_TOKEN
+
+    @property
+    def content_parts(self) -> tuple[tuple[str, int], ...]:
+        width_k, width_v = self.head_size, self.head_size_v or 0
+        key, value = self._side_bytes(width_k), self._side_bytes(width_v)
+        content = self.content_format
+        parts: tuple[tuple[str, int], ...]
+        if content is ContentFormat.KV_PER_TOKEN:
+            parts = (("k", key), ("v", value))
+        elif content is ContentFormat.KV_PER_TOKEN_SCALED:
+            parts = (
+                ("k", key - SCALE_BYTES),
+                ("k_scale", SCALE_BYTES),
+                ("v", value - SCALE_BYTES),
+                ("v_scale", SCALE_BYTES),
+            )
+        elif content is ContentFormat.KV_HEAD_GROUPS_NVFP4:
+            parts = (("data", width_k // 2), ("scale", width_k // NVFP4_GROUP))
+        elif content is ContentFormat.KV_HEAD_GROUPS:
+            parts = (("side", key),)
+        else:
+            parts = ((content.value, self.state_content_size_bytes),)
+        if sum(size for _, size in parts) == self.state_content_size_bytes:
+            return parts
+        return (("content", self.state_content_size_bytes),)
 
     @property
     def head_axis_is_sliceable(self) -> bool:

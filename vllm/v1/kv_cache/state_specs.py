@@ -99,6 +99,10 @@ class MambaSpec(KVCacheSpec):
         return tuple(table)
 
     @property
+    def state_layout(self) -> str | None:
+        return self.conv_state_layout
+
+    @property
     def num_heads(self) -> int:
         return 1
 
