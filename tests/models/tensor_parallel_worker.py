@@ -1,0 +1,61 @@
+"""One rank of a tensor-parallel run, as a process: saves the logits of each checkpoint.
+
+Usage: python -m tests.models.tensor_parallel_worker RANK SIZE RENDEZVOUS OUTPUT CHECKPOINT...
+"""
+
+import sys
+
+import torch
+
+from tests.models.harness import PagedModel, make_config
+from tests.models.test_llama import TOKENS
+from vllm.distributed.communication_op import (
+    tensor_model_parallel_all_gather,
+    tensor_model_parallel_all_reduce,
+    tensor_model_parallel_gather,
+)
+from vllm.distributed.parallel_state import (
+    destroy_distributed_environment,
+    destroy_model_parallel,
+    get_tensor_model_parallel_rank,
+    get_tensor_model_parallel_world_size,
+    get_tp_group,
+    init_distributed_environment,
+    initialize_model_parallel,
+)
+
+
+def check_collectives(rank: int, size: int) -> None:
+    assert get_tensor_model_parallel_rank() == rank
+    assert get_tensor_model_parallel_world_size() == size
+    mine = torch.full((2, 1), float(rank))
+    everyone = torch.arange(float(size)).repeat(2, 1)
+    assert torch.equal(tensor_model_parallel_all_gather(mine), everyone)
+    assert torch.equal(tensor_model_parallel_all_gather(mine, dim=0)[::2, 0], everyone[0])
+    total = tensor_model_parallel_all_reduce(mine.clone())
+    assert torch.equal(total, torch.full((2, 1), float(sum(range(size)))))
+    gathered = tensor_model_parallel_gather(mine)
+    assert torch.equal(gathered, everyone) if rank == 0 else gathered is None
+    assert torch.equal(get_tp_group().broadcast(mine.clone(), src=1), torch.ones(2, 1))
+    get_tp_group().barrier()
+
+
+def main() -> None:
+    rank, size = int(sys.argv[1]), int(sys.argv[2])
+    rendezvous, output, checkpoints = sys.argv[3], sys.argv[4], sys.argv[5:]
+    torch.set_num_threads(1)
+    init_distributed_environment(size, rank, f"file://{rendezvous}")
+    initialize_model_parallel(size)
+    check_collectives(rank, size)
+    logits, heads = [], []
+    for checkpoint in checkpoints:
+        paged = PagedModel(make_config(checkpoint, tensor_parallel_size=size))
+        logits.append(paged.logits(TOKENS, chunk=40))
+        heads.append([layer.num_kv_heads for layer in paged.layers.values()])
+    torch.save({"logits": logits, "kv_heads": heads}, f"{output}.{rank}")
+    destroy_model_parallel()
+    destroy_distributed_environment()
+
+
+if __name__ == "__main__":
+    main()
