@@ -110,15 +110,19 @@ class EngineCore:
         try:
             self.scheduler.add_request(request)
         except (VLLMError, VLLMValidationError) as error:
-            self._rejected.setdefault(request.client_index, []).append(
-                EngineCoreOutput(
-                    request.request_id,
-                    [],
-                    finish_reason=FinishReason.ERROR,
-                    error=str(error),
-                    error_type=type(error).__name__,
-                )
+            self.reject(request.client_index, request.request_id, error)
+
+    def reject(self, client_index: int, request_id: str, error: Exception) -> None:
+        """Answer a request with ``error``; no others are touched."""
+        self._rejected.setdefault(client_index, []).append(
+            EngineCoreOutput(
+                request_id,
+                [],
+                finish_reason=FinishReason.ERROR,
+                error=str(error),
+                error_type=type(error).__name__,
             )
+        )
 
     def abort_requests(self, request_ids: list[str]) -> None:
         """Drop requests without an answer; unknown ids are left out."""

@@ -20,10 +20,12 @@ import traceback
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import msgspec
 import zmq
 
+from vllm.errors import VLLMError, VLLMValidationError
 from vllm.logger import init_logger
-from vllm.v1.engine import EngineCoreOutputs, EngineCoreRequestType
+from vllm.v1.engine import EngineCoreOutputs, EngineCoreRequest, EngineCoreRequestType
 from vllm.v1.engine.serial import (
     EngineFailure,
     EngineStatus,
@@ -45,6 +47,21 @@ _RETRY_SECONDS = 0.001
 _PARENT_POLL_SECONDS = 1.0
 
 Message = tuple[EngineCoreRequestType, Any]
+
+
+class _Undecodable(NamedTuple):
+    """A request that failed its checks on arrival."""
+
+    client_index: int
+    request_id: str
+    error: VLLMValidationError
+
+    @classmethod
+    def of(cls, frame: bytes, error: Exception) -> "_Undecodable":
+        fields = msgspec.msgpack.decode(frame)
+        by_name = dict(zip(EngineCoreRequest.__struct_fields__, fields, strict=False))
+        client_index = by_name.get("client_index", 0)
+        return cls(client_index, by_name["request_id"], VLLMValidationError(str(error)))
 
 
 class EngineLoop:
@@ -98,7 +115,9 @@ class EngineLoop:
         if isinstance(message, BaseException):
             raise message
         kind, payload = message
-        if kind is EngineCoreRequestType.ADD:
+        if isinstance(payload, _Undecodable):
+            self._core.reject(payload.client_index, payload.request_id, payload.error)
+        elif kind is EngineCoreRequestType.ADD:
             self._core.add_request(payload)
         elif kind is EngineCoreRequestType.ABORT:
             self._core.abort_requests(payload)
@@ -181,7 +200,11 @@ class _Receiver:
         payload: Any = None
         if kind is EngineCoreRequestType.ADD:
             assert self._preprocess is not None, "a request came before the engine was ready"
-            payload = self._preprocess(decode_request(frames[1]))
+            try:
+                payload = self._preprocess(decode_request(frames[1]))
+            except msgspec.ValidationError as error:
+                # The front end has checked it; yet one bad request must not end the others.
+                payload = _Undecodable.of(frames[1], error)
         elif kind is EngineCoreRequestType.ABORT:
             payload = decode_ids(frames[1])
         elif kind is EngineCoreRequestType.UTILITY:
@@ -329,8 +352,6 @@ def main() -> None:
 
 def _is_expected(error: BaseException) -> bool:
     """Whether ``error`` says all there is to say in its one line."""
-    from vllm.errors import VLLMError, VLLMValidationError
-
     return isinstance(error, VLLMError | VLLMValidationError)
 
 

@@ -46,7 +46,7 @@ class InputProcessor:
         self.tokenizer = tokenizer
         self._max_model_len = self.model_config.max_model_len
         self._vocab_size = self.model_config.get_vocab_size()
-        self._eos_token_id, self._other_eos_ids = self._eos_ids()
+        self.eos_token_id, self._other_eos_ids = self._eos_ids()
         self._connector = vllm_config.kv_transfer_config
 
     def _eos_ids(self) -> tuple[int | None, list[int]]:
@@ -239,16 +239,24 @@ class InputProcessor:
         """A copy of ``params``, checked against the model, with the internal fields filled in."""
         self._check_params(params)
         params = copy.copy(params)
+        room = self._max_model_len - num_prompt_tokens
         if params.max_tokens is None:
-            params.max_tokens = self._max_model_len - num_prompt_tokens
+            params.max_tokens = room
+        if params.min_tokens > min(params.max_tokens, room):
+            raise VLLMValidationError(
+                f"min_tokens is {params.min_tokens}, but of {self._max_model_len} tokens "
+                f"(max_model_len) the prompt's {num_prompt_tokens} leave {room}",
+                parameter="min_tokens",
+                value=params.min_tokens,
+            )
         stop_ids = list(params.stop_token_ids or ())
         if not params.ignore_eos:
             stop_ids += [i for i in self._other_eos_ids if i not in stop_ids]
         params.stop_token_ids = stop_ids
-        params.eos_token_id = self._eos_token_id
+        params.eos_token_id = self.eos_token_id
         params.all_stop_token_ids = list(stop_ids)
-        if self._eos_token_id is not None and not params.ignore_eos:
-            params.all_stop_token_ids.append(self._eos_token_id)
+        if self.eos_token_id is not None and not params.ignore_eos:
+            params.all_stop_token_ids.append(self.eos_token_id)
         if params.bad_words:
             params.bad_words_token_ids = self._bad_words_ids(params.bad_words)
         return params

@@ -9,6 +9,15 @@ from vllm.v1.engine import EngineCoreRequest
 __all__ = ["ParentRequest"]
 
 
+_INT64 = 1 << 63
+
+
+def _child_seed(seed: int, index: int) -> int:
+    """``seed + index`` within 64 bits; -1 would mean no seed at all."""
+    wrapped = (seed + index + _INT64) % (2 * _INT64) - _INT64
+    return wrapped if wrapped != -1 else -1 - _INT64 // 2
+
+
 class ParentRequest:
     """Keeps the sequences of one user request together.
 
@@ -33,7 +42,7 @@ class ParentRequest:
         params = copy.copy(self.params)
         params.n = 1
         if params.seed is not None:
-            params.seed += index
+            params.seed = _child_seed(params.seed, index)
         child = copy.copy(request)
         child.request_id = f"{index}_{self.request_id}"
         child.sampling_params = params
