@@ -113,7 +113,7 @@ def canonical_cbor(value: Any) -> bytes:
 
 
 def _sha256_chain(parent: bytes, packed: bytes, step: int) -> list[bytes]:
-    hashes = []
+    hashes: list[bytes] = []
     add, constructor = hashes.append, _sha256
     for start in range(0, len(packed), step):
         parent = constructor(parent + packed[start : start + step]).digest()
@@ -124,7 +124,7 @@ def _sha256_chain(parent: bytes, packed: bytes, step: int) -> list[bytes]:
 def _xxh3_128_chain(parent: bytes, packed: bytes, step: int) -> list[bytes]:
     from xxhash import xxh3_128_digest
 
-    hashes = []
+    hashes: list[bytes] = []
     add = hashes.append
     for start in range(0, len(packed), step):
         parent = xxh3_128_digest(parent + packed[start : start + step])
@@ -164,7 +164,7 @@ class HashAlgorithm:
         assert len(token_ids) % block_size == 0
         if not self.is_cbor:
             return self.chain(parent, pack_token_ids(token_ids), 4 * block_size)
-        hashes = []
+        hashes: list[bytes] = []
         for start in range(0, len(token_ids), block_size):
             parent = self.hash_block(parent, token_ids[start : start + block_size])
             hashes.append(parent)

@@ -212,17 +212,16 @@ class Request:
         block_size: int = hasher.block_size  # type: ignore[attr-defined]
         self._next_hash_at = (len(self.block_hashes) + 1) * block_size
 
-    def append_output_token_ids(self, token_ids: list[int] | int) -> None:
-        if isinstance(token_ids, int):
-            self.output_token_ids.append(token_ids)
-            self.all_token_ids.append(token_ids)
-            self.num_tokens += 1
-        else:
-            self.output_token_ids += token_ids
-            self.all_token_ids += token_ids
-            self.num_tokens += len(token_ids)
+    def append_output_token_id(self, token_id: int) -> None:
+        self.output_token_ids.append(token_id)
+        self.all_token_ids.append(token_id)
+        self.num_tokens += 1
         if self.num_tokens >= self._next_hash_at:
             self._hash_new_blocks()
+
+    def append_output_token_ids(self, token_ids: list[int] | int) -> None:
+        for token_id in (token_ids,) if isinstance(token_ids, int) else token_ids:
+            self.append_output_token_id(token_id)
 
     @property
     def num_output_tokens(self) -> int:

@@ -98,6 +98,8 @@ class KVCacheManager:
         self.enable_caching = not isinstance(self.coordinator, NoPrefixCacheCoordinator)
         self.empty_kv_cache_blocks = KVCacheBlocks(tuple(() for _ in self.managers))
         self.prefix_cache_stats = PrefixCacheStats()
+        self.max_blocks_per_token = sum(manager.max_blocks_per_token for manager in self.managers)
+        """Blocks that one more token of a running request may take."""
         self._zeroes_blocks = any(m.new_block_ids is not None for m in self.managers)
 
     @property

@@ -67,6 +67,7 @@ class SingleTypeKVCacheManager(ABC):
         """Leading positions of each row whose hashing is settled."""
         self.new_block_ids: list[int] | None = [] if kv_cache_spec.needs_zeroing else None
         """Blocks taken since the last ``take_new_block_ids``, where they must be zeroed."""
+        self.max_blocks_per_token = 1
 
     # What a kind of cache needs
 
@@ -94,7 +95,7 @@ class SingleTypeKVCacheManager(ABC):
 
     def get_row_length(self, num_tokens: int) -> int:
         """Positions of the row of a request of ``num_tokens`` tokens."""
-        return cdiv(num_tokens, self.block_size)
+        return -(-num_tokens // self.block_size)
 
     def get_token_capacity(self, row_length: int) -> int:
         """Tokens that a row of ``row_length`` positions takes."""
@@ -231,6 +232,9 @@ class FullAttentionManager(SingleTypeKVCacheManager):
     """Every token reads all tokens before it."""
 
     hits_are_prefix_closed = True
+
+    def remove_skipped_blocks(self, request_id: str, num_computed_tokens: int) -> None:
+        """Every block is read to the end."""
 
     @classmethod
     def find_longest_cache_hit(
@@ -412,6 +416,7 @@ class MambaManager(SingleTypeKVCacheManager):
         assert isinstance(kv_cache_spec, MambaSpec)
         self.mode = kv_cache_spec.mamba_cache_mode
         self.num_speculative_blocks = kv_cache_spec.num_speculative_blocks
+        self.max_blocks_per_token = 1 + self.num_speculative_blocks
         self._unpublished: list[tuple[Request, int]] = []
 
     def get_num_skipped_tokens(self, num_computed_tokens: int) -> int:

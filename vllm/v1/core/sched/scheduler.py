@@ -137,6 +137,7 @@ class Scheduler(SchedulerInterface):
         self.waiting = create_request_queue(self.policy)
         self.running: list[Request] = []
         self._waiting_for_grammar: dict[str, Request] = {}
+        self._num_structured = 0
         self.kv_transfer = KVTransferTracker(self, connector or NullKVConnector())
         self.finished_req_ids: set[str] = set()
         """Ended since the last step; the workers hear of them in the next."""
@@ -180,6 +181,7 @@ class Scheduler(SchedulerInterface):
         else:
             self.waiting.add_request(request)
         self.requests[request.request_id] = request
+        self._num_structured += request.use_structured_output
         self.kv_transfer.connector.on_new_request(request)
         if self.log_stats:
             request.record_event(EngineCoreEventType.QUEUED)
@@ -256,6 +258,7 @@ class Scheduler(SchedulerInterface):
                 self.kv_cache_manager.publish_blocks()
         params = self.kv_transfer.release_blocks(request)
         del self.requests[request_id]
+        self._num_structured -= request.use_structured_output
         self.finished_req_ids.add(request_id)
         if self.include_finished_set:
             self._finished_by_client.setdefault(request.client_index, set()).add(request_id)
@@ -269,7 +272,7 @@ class Scheduler(SchedulerInterface):
         params = self._finish(request)
         if was_running:
             self._drop_finished_from_running()
-        output = self._make_output(request, [])
+        output = self._make_last_output(request, [])
         output.kv_transfer_params = params
         self._unsent.setdefault(request.client_index, []).append(output)
 
@@ -280,7 +283,8 @@ class Scheduler(SchedulerInterface):
         if self._waiting_for_grammar:
             self._promote_compiled()
         step = _Step(self.max_num_scheduled_tokens)
-        self._schedule_running(step)
+        if not self._schedule_decodes(step):
+            self._schedule_running(step)
         if not step.preempted:
             self._schedule_waiting(step)
         return self._make_scheduler_output(step)
@@ -299,6 +303,37 @@ class Scheduler(SchedulerInterface):
             del self._waiting_for_grammar[request.request_id]
             request.status = RequestStatus.WAITING
             self.waiting.prepend_request(request)
+
+    def _schedule_decodes(self, step: _Step) -> bool:
+        """The common step at a third of the cost: all that run compute one token each.
+
+        False, with nothing done, where one has more to compute or blocks might run out.
+        """
+        running = self.running
+        needy = [
+            index
+            for index, request in enumerate(running)
+            if request.num_tokens > request.kv_capacity
+            or request.num_tokens - request.num_computed_tokens != 1
+        ]
+        kv = self.kv_cache_manager
+        if (
+            len(running) > step.budget
+            or len(needy) * kv.max_blocks_per_token > kv.block_pool.get_num_free_blocks()
+        ):
+            return False
+        for index in needy:
+            if running[index].num_tokens - running[index].num_computed_tokens != 1:
+                return False
+        step.running = running.copy()
+        step.counts = [1] * len(running)
+        step.blocks = [None] * len(running)
+        step.budget -= len(running)
+        for index in needy:
+            blocks = kv.allocate_slots(running[index], 1)
+            assert blocks is not None
+            step.blocks[index] = blocks.get_block_ids()
+        return True
 
     def _schedule_running(self, step: _Step) -> None:
         budget = step.budget
@@ -537,8 +572,8 @@ class Scheduler(SchedulerInterface):
             finished_req_ids=self.finished_req_ids,
             preempted_req_ids=self._preempted_req_ids,
             new_block_ids_to_zero=self.kv_cache_manager.take_new_block_ids_to_zero(),
-            has_structured_output_requests=any(request.use_structured_output for request in running)
-            or any(request.use_structured_output for request in step.admitted),
+            has_structured_output_requests=self._num_structured > 0
+            and any(r.use_structured_output for r in (*running, *step.admitted)),
         )
         self.finished_req_ids = set()
         self._preempted_req_ids = set()
@@ -614,21 +649,41 @@ class Scheduler(SchedulerInterface):
             request = requests.get(request_id)
             if request is None or not token_ids or request_id in discarded:
                 continue
-            before = request.status
-            stopped = self._append_and_check(request, token_ids)
-            output = self._make_output(request, token_ids)
+            if len(token_ids) == 1 and not request.use_structured_output:
+                request.append_output_token_id(token_ids[0])
+                stopped = (
+                    token_ids[0] in request.stop_ids
+                    or request.num_tokens >= request.max_total_tokens
+                ) and check_stop(request)
+            else:
+                stopped = self._append_and_check(request, token_ids)
+            if stopped:
+                output, was_running = self._end_from_step(request, token_ids)
+                any_stopped |= was_running
+            else:
+                # (request_id, new_token_ids, new_logprobs, new_prompt_logprobs, finish_reason,
+                # stop_reason, events, kv_transfer_params, num_cached_tokens, num_preemptions)
+                output = EngineCoreOutput(
+                    request_id,
+                    token_ids,
+                    None,
+                    None,
+                    None,
+                    None,
+                    request.take_events() if request.events else None,
+                    None,
+                    request.num_cached_tokens,
+                    request.num_preemptions,
+                )
             if logprobs and request_id in logprobs:
                 output.new_logprobs = logprobs_rows(logprobs[request_id])[: len(token_ids)]
             # A preempted prompt is computed again; its client has been told.
-            is_first = request.num_output_tokens == len(token_ids)
-            if prompt_logprobs and is_first and request_id in prompt_logprobs:
+            if (
+                prompt_logprobs
+                and request_id in prompt_logprobs
+                and request.num_output_tokens == len(token_ids)
+            ):
                 output.new_prompt_logprobs = logprobs_rows(prompt_logprobs[request_id])
-            if stopped:
-                if before is RequestStatus.RUNNING:
-                    any_stopped = True
-                else:
-                    self.waiting.remove_request(request)
-                output.kv_transfer_params = self._finish(request)
             client_outputs = outputs.get(request.client_index)
             if client_outputs is None:
                 outputs[request.client_index] = [output]
@@ -637,6 +692,18 @@ class Scheduler(SchedulerInterface):
         if any_stopped:
             self._drop_finished_from_running()
 
+    def _end_from_step(
+        self, request: Request, token_ids: list[int]
+    ) -> tuple[EngineCoreOutput, bool]:
+        """Forget a request that a sample has ended; its last output, and whether it ran."""
+        was_running = request not in self.waiting
+        if not was_running:
+            self.waiting.remove_request(request)
+        params = self._finish(request)
+        output = self._make_last_output(request, token_ids)
+        output.kv_transfer_params = params
+        return output, was_running
+
     def _append_and_check(self, request: Request, token_ids: list[int]) -> bool:
         """Append sampled tokens up to the one that ends the request; True if one does.
 
@@ -644,7 +711,7 @@ class Scheduler(SchedulerInterface):
         """
         stopped = False
         for count, token_id in enumerate(token_ids, start=1):
-            request.append_output_token_ids(token_id)
+            request.append_output_token_id(token_id)
             if check_stop(request):
                 del token_ids[count:]
                 stopped = True
@@ -663,23 +730,17 @@ class Scheduler(SchedulerInterface):
                 stopped = True
         return stopped
 
-    def _make_output(self, request: Request, token_ids: list[int]) -> EngineCoreOutput:
-        # By position: (request_id, new_token_ids, new_logprobs, new_prompt_logprobs,
-        # finish_reason, stop_reason, events, kv_transfer_params, num_cached_tokens,
-        # num_preemptions, error, error_type).
+    def _make_last_output(self, request: Request, token_ids: list[int]) -> EngineCoreOutput:
         return EngineCoreOutput(
             request.request_id,
             token_ids,
-            None,
-            None,
-            request.get_finished_reason(),
-            request.stop_reason,
-            request.take_events(),
-            None,
-            max(request.num_cached_tokens, 0),
-            request.num_preemptions,
-            request.error,
-            request.error_type,
+            finish_reason=request.get_finished_reason(),
+            stop_reason=request.stop_reason,
+            events=request.take_events(),
+            num_cached_tokens=max(request.num_cached_tokens, 0),
+            num_preemptions=request.num_preemptions,
+            error=request.error,
+            error_type=request.error_type,
         )
 
     def _make_engine_core_outputs(
