@@ -2,28 +2,60 @@
 
 from dataclasses import dataclass
 
+from vllm.config.checks import at_least, one_of, within
+
+HASH_ALGORITHMS = ("sha256", "sha256_cbor", "xxhash", "xxhash_cbor")
+MAMBA_CACHE_MODES = ("none", "all", "align")
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CacheConfig:
+    """Sizes, formats and reuse of the KV cache.
+
+    Raises:
+        ConfigError: a field has a value that cannot work.
+    """
+
     block_size: int | None = None
     """Tokens per manager block; None lets the platform and backend choose."""
     user_specified_block_size: bool = False
     """Whether --block-size was given: then it is kept or refused, never changed."""
     gpu_memory_utilization: float = 0.92
+    """Share of a GPU's memory that weights, activations and cache may use together."""
     kv_cache_memory_bytes: int | None = None
-    """Bytes of the pool; on the CPU None means VLLM_CPU_KVCACHE_SPACE GiB."""
+    """Bytes of the pool. Resolved on the CPU; on a GPU None means: what is left after loading."""
     cache_dtype: str = "auto"
-    """--kv-cache-dtype."""
+    """--kv-cache-dtype; "auto" is the model's dtype."""
     kv_cache_dtype_skip_layers: tuple[str, ...] = ()
+    """Names of layers, or kinds of attention, that keep the model's dtype."""
     num_gpu_blocks_override: int | None = None
+    """Blocks of the pool, whatever the memory allows."""
     enable_prefix_caching: bool = True
     prefix_caching_hash_algo: str = "sha256"
-    """"sha256", "sha256_cbor", "xxhash" or "xxhash_cbor"."""
+    """One of ``HASH_ALGORITHMS``."""
     kv_cache_layout: str | None = None
     """A ``KVCacheLayout`` name or HND/NHD that was asked for (VLLM_KV_CACHE_LAYOUT)."""
     sliding_window: int | None = None
+    """Window of the model's sliding layers in tokens; None where it has none."""
     mamba_block_size: int | None = None
+    """Tokens between two cached states of a state layer."""
     mamba_cache_dtype: str = "auto"
     mamba_ssm_cache_dtype: str = "auto"
     mamba_cache_mode: str = "none"
+    """One of ``MAMBA_CACHE_MODES``: which states are kept for prefix reuse."""
     kv_sharing_fast_prefill: bool = False
+    """Skip the layers that share another's cache while a prompt is computed."""
+
+    def __post_init__(self) -> None:
+        at_least(
+            self,
+            1,
+            "block_size",
+            "kv_cache_memory_bytes",
+            "num_gpu_blocks_override",
+            "sliding_window",
+            "mamba_block_size",
+        )
+        within(self, 0.01, 1.0, "gpu_memory_utilization")
+        one_of(self, HASH_ALGORITHMS, "prefix_caching_hash_algo")
+        one_of(self, MAMBA_CACHE_MODES, "mamba_cache_mode")

@@ -475,8 +475,10 @@ class EngineArgs:
             VllmConfig,
         )
         from vllm.platforms import current_platform
+        from vllm.plugins import load_general_plugins
 
         envs.validate_environ()
+        load_general_plugins()
         model_config = self._create_model_config()
         cache_config = self._create_cache_config(model_config)
         model_config = self._fit_max_model_len(model_config, cache_config.kv_cache_memory_bytes)

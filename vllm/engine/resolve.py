@@ -9,6 +9,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from vllm.config.model import GENERATION_DEFAULTS
 from vllm.errors import CapacityError, ConfigError, UnsupportedError
 from vllm.utils.flags import nearest
 from vllm.utils.system import format_bytes
@@ -34,16 +35,6 @@ DEFAULT_MAX_NUM_BATCHED_TOKENS = 2048
 _LENGTH_WITHOUT_LIMIT = 2048
 _FAST_BF16 = frozenset({"avx512_bf16", "amx_bf16", "bf16"})
 _DTYPE_WORDS = {"half": "float16", "float": "float32"}
-_GENERATION_KEYS = (
-    "repetition_penalty",
-    "temperature",
-    "top_k",
-    "top_p",
-    "min_p",
-    "max_new_tokens",
-    "presence_penalty",
-    "frequency_penalty",
-)
 
 
 def resolve_dtype(
@@ -199,9 +190,9 @@ def generation_defaults(
     else:
         values = _read_generation_config(Path(source))
     for key in overrides:
-        if key not in _GENERATION_KEYS:
-            guess = nearest(key, _GENERATION_KEYS)
-            hint = f"did you mean {guess}?" if guess else f"known: {', '.join(_GENERATION_KEYS)}"
+        if key not in GENERATION_DEFAULTS:
+            guess = nearest(key, GENERATION_DEFAULTS)
+            hint = f"did you mean {guess}?" if guess else f"known: {', '.join(GENERATION_DEFAULTS)}"
             raise ConfigError(
                 f"--override-generation-config has no key {key!r}; {hint}",
                 parameter="override_generation_config",

@@ -80,9 +80,6 @@ def run(args: argparse.Namespace) -> int:
     if args.log_level is not None:
         envs.export("VLLM_LOGGING_LEVEL", args.log_level)
     envs.validate_environ()
-    from vllm.plugins import load_general_plugins
-
-    load_general_plugins()
     from vllm.entrypoints.openai.api_server import run_server
 
     return run_server(args) or 0
