@@ -10,10 +10,14 @@ from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.engine import EngineCoreOutput
 from vllm.v1.kv_cache_interface import (
+    ChunkedLocalAttentionSpec,
+    CrossAttentionSpec,
     FullAttentionSpec,
     KVCacheConfig,
     KVCacheGroupSpec,
     KVCacheSpec,
+    MambaSpec,
+    SlidingWindowSpec,
 )
 from vllm.v1.outputs import KVConnectorOutput, ModelRunnerOutput
 from vllm.v1.request import Request
@@ -238,3 +242,37 @@ class FakeModel:
             for item in self.step():
                 tokens.setdefault(item.request_id, []).extend(item.new_token_ids)
         raise AssertionError(f"not done after {max_steps} steps")
+
+
+def window_spec(window: int, block_size: int = BLOCK) -> SlidingWindowSpec:
+    return SlidingWindowSpec(
+        block_size=block_size,
+        num_kv_heads=1,
+        head_size=8,
+        dtype="bfloat16",
+        sliding_window=window,
+    )
+
+
+def chunked_spec(chunk: int, block_size: int = BLOCK) -> ChunkedLocalAttentionSpec:
+    return ChunkedLocalAttentionSpec(
+        block_size=block_size,
+        num_kv_heads=1,
+        head_size=8,
+        dtype="bfloat16",
+        attention_chunk_size=chunk,
+    )
+
+
+def mamba_spec(mode: str, block_size: int = BLOCK, num_speculative_blocks: int = 0) -> MambaSpec:
+    return MambaSpec(
+        block_size=block_size,
+        shapes=((4, 8),),
+        dtypes=("float32",),
+        mamba_cache_mode=mode,
+        num_speculative_blocks=num_speculative_blocks,
+    )
+
+
+def cross_spec(block_size: int = BLOCK) -> CrossAttentionSpec:
+    return CrossAttentionSpec(block_size=block_size, num_kv_heads=1, head_size=8, dtype="bfloat16")

@@ -151,7 +151,9 @@ def test_events_say_what_can_be_found(pool):
     assert first == BlockStored(
         [hashes[0]], None, tokens[:16], 16, medium="GPU", extra_keys=[("s",)], group_idx=0
     )
-    assert second == BlockStored([hashes[1]], hashes[0], tokens[16:32], 16, medium="GPU", group_idx=0)
+    assert second == BlockStored(
+        [hashes[1]], hashes[0], tokens[16:32], 16, medium="GPU", group_idx=0
+    )
     assert last == BlockStored([hashes[3]], hashes[2], tokens[48:], 16, medium="GPU", group_idx=0)
     pool.free_blocks(blocks)
     pool.get_new_blocks(10)

@@ -65,6 +65,8 @@ class SingleTypeKVCacheManager(ABC):
         self.req_to_blocks: dict[str, list[KVCacheBlock]] = {}
         self.num_cached_block: dict[str, int] = {}
         """Leading positions of each row whose hashing is settled."""
+        self._num_removed: dict[str, int] = {}
+        """Leading positions of each row whose blocks have been freed."""
         self.new_block_ids: list[int] | None = [] if kv_cache_spec.needs_zeroing else None
         """Blocks taken since the last ``take_new_block_ids``, where they must be zeroed."""
         self.max_blocks_per_token = 1
@@ -165,20 +167,17 @@ class SingleTypeKVCacheManager(ABC):
 
     def remove_skipped_blocks(self, request_id: str, num_computed_tokens: int) -> None:
         """Free blocks that will not be read again; the row keeps its length."""
-        first = self._first_needed(num_computed_tokens)
-        if first == 0:
-            return
         row = self.req_to_blocks.get(request_id)
         if row is None:
             return
+        end = min(self._first_needed(num_computed_tokens), len(row))
+        start = self._num_removed.get(request_id, 0)
+        if end <= start:
+            return
+        self._num_removed[request_id] = end
         null = self.block_pool.null_block
-        removed = []
-        for index in range(min(first, len(row)) - 1, -1, -1):
-            block = row[index]
-            if block.is_null:
-                break
-            removed.append(block)
-            row[index] = null
+        removed = [block for block in reversed(row[start:end]) if not block.is_null]
+        row[start:end] = [null] * (end - start)
         self.block_pool.free_blocks(removed)
 
     def cache_blocks(self, request: Request, num_tokens: int) -> None:
@@ -213,6 +212,7 @@ class SingleTypeKVCacheManager(ABC):
         """Let go of the row; its end will be evicted first."""
         row = self.req_to_blocks.pop(request_id, None)
         self.num_cached_block.pop(request_id, None)
+        self._num_removed.pop(request_id, None)
         if row:
             row.reverse()
             self.block_pool.free_blocks(row)
