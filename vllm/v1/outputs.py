@@ -65,6 +65,4 @@ class ModelRunnerOutput:
     request_errors: dict[str, str] = field(default_factory=dict)
 
 
-EMPTY_MODEL_RUNNER_OUTPUT = ModelRunnerOutput(
-    req_ids=[], req_id_to_index={}, sampled_token_ids=[]
-)
+EMPTY_MODEL_RUNNER_OUTPUT = ModelRunnerOutput(req_ids=[], req_id_to_index={}, sampled_token_ids=[])

@@ -134,7 +134,7 @@ class Sampler:
         if need_processed:
             top_k, top_p = _tensor(metadata.top_k, device), _tensor(metadata.top_p, device)
             logits = apply_top_k_top_p(logits, top_k, top_p)
-            sampled = draw(_weights(logits), uniforms)
+            sampled = draw(logits.softmax(dim=-1), uniforms)
         else:
             sampled = _draw_truncated(logits, metadata, uniforms)
         if greedy is not None:
@@ -187,11 +187,6 @@ def _edit(logits: torch.Tensor, metadata: SamplingMetadata) -> torch.Tensor:
     return logits
 
 
-def _weights(logits: torch.Tensor) -> torch.Tensor:
-    """``exp(logits)`` scaled so that each row's largest is 1."""
-    return (logits - logits.amax(dim=-1, keepdim=True)).exp_()
-
-
 def _draw_truncated(
     logits: torch.Tensor, metadata: SamplingMetadata, uniforms: torch.Tensor
 ) -> torch.Tensor:
@@ -202,7 +197,7 @@ def _draw_truncated(
     if metadata.top_p is not None:
         limited |= metadata.top_p < 1
     if not limited.any():
-        return draw(_weights(logits), uniforms)
+        return draw(logits.softmax(dim=-1), uniforms)
     device = logits.device
     top_k, top_p = _tensor(metadata.top_k, device), _tensor(metadata.top_p, device)
     if limited.all():
@@ -216,7 +211,7 @@ def _draw_truncated(
         uniforms[some],
     )
     rest = torch.from_numpy(np.flatnonzero(~limited)).to(device)
-    sampled[rest] = draw(_weights(logits[rest]), uniforms[rest])
+    sampled[rest] = draw(logits[rest].softmax(dim=-1), uniforms[rest])
     return sampled
 
 
@@ -227,6 +222,6 @@ def _draw_among(
     uniforms: torch.Tensor,
 ) -> torch.Tensor:
     values, token_ids = truncate(logits, top_k, top_p)
-    column = draw(_weights(values), uniforms)
+    column = draw(values.softmax(dim=-1), uniforms)
     token = token_ids.gather(-1, column.clamp(min=0)[:, None]).squeeze(-1)
     return torch.where(column >= 0, token, -1)

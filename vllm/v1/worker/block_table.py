@@ -45,7 +45,7 @@ class BlockTable:
         """Kernel blocks of each row."""
 
     @property
-    def np(self) -> np.ndarray:
+    def array(self) -> np.ndarray:
         """int32 ``(max_num_reqs, max kernel blocks)``; rows of the batch come first."""
         return self._table.np
 
@@ -61,7 +61,7 @@ class BlockTable:
         if ratio > 1:
             ids = (ids[:, None] * ratio + self._split).reshape(-1)
         start = self.num_blocks[row]
-        self.np[row, start : start + ids.size] = ids
+        self.array[row, start : start + ids.size] = ids
         self.num_blocks[row] = start + ids.size
 
     def set_row(self, row: int, block_ids: Sequence[int]) -> None:
@@ -70,7 +70,7 @@ class BlockTable:
 
     def move_row(self, source: int, target: int) -> None:
         count = self.num_blocks[source]
-        self.np[target, :count] = self.np[source, :count]
+        self.array[target, :count] = self.array[source, :count]
         self.num_blocks[target] = count
 
     def slot_mapping(self, rows: np.ndarray, positions: np.ndarray, out: np.ndarray) -> None:
@@ -83,7 +83,7 @@ class BlockTable:
         """
         size = self.kernel_block_size
         block_index, offset = np.divmod(positions, size)
-        np.multiply(self.np[rows, block_index], size, out=out, dtype=np.int64)
+        np.multiply(self.array[rows, block_index], size, out=out, dtype=np.int64)
         out += offset
 
 

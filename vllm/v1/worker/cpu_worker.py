@@ -67,12 +67,19 @@ class CPUWorker(WorkerBase):
             option, wanted = "VLLM_CPU_KVCACHE_SPACE", int(envs.VLLM_CPU_KVCACHE_SPACE * _GIB)
         else:
             option, wanted = "--kv-cache-memory-bytes", asked
-        room = current_platform.get_device_available_memory() - _HEADROOM_BYTES
+        free = current_platform.get_device_available_memory()
+        room = free - _HEADROOM_BYTES
+        if room <= 0:
+            raise CapacityError(
+                f"no memory is left for a KV cache: {free / _GIB:.2f} GiB are free once the model "
+                f"is loaded, of which {_HEADROOM_BYTES / _GIB:.2f} GiB are needed to compute; end "
+                "other programs, or serve a smaller model or --dtype"
+            )
         if wanted > room:
             raise CapacityError(
                 f"{option} asks for {wanted / _GIB:.2f} GiB of KV cache, but only "
-                f"{max(0, room) / _GIB:.2f} GiB of memory are free once the model is loaded: "
-                f"set --kv-cache-memory-bytes to at most {max(0, room)}"
+                f"{room / _GIB:.2f} GiB of memory are left once the model is loaded: set "
+                f"--kv-cache-memory-bytes to at most {room}"
             )
         return wanted
 

@@ -9,19 +9,27 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 
 from vllm.config import VllmConfig
+from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1
 from vllm.forward_context import ForwardContext, set_forward_context
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.v1.core.sched.output import CachedRequestData, GrammarOutput, SchedulerOutput
 from vllm.v1.kv_cache.allocate import allocate_kv_cache
 from vllm.v1.kv_cache.planner import BackendConstraints
+from vllm.v1.kv_cache.views import group_kernel_blocks
 from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheSpec
-from vllm.v1.outputs import EMPTY_MODEL_RUNNER_OUTPUT, LogprobsLists, ModelRunnerOutput
+from vllm.v1.outputs import (
+    EMPTY_MODEL_RUNNER_OUTPUT,
+    KVConnectorOutput,
+    LogprobsLists,
+    ModelRunnerOutput,
+)
 from vllm.v1.sample.logits_processor import LogitsProcessors, load_logits_processors
 from vllm.v1.sample.sampler import LogprobsTensors, Sampler, SamplerOutput
 from vllm.v1.structured_output.bitmask import GrammarMask
@@ -30,6 +38,11 @@ from vllm.v1.worker.block_table import BlockTable, MultiGroupBlockTable
 from vllm.v1.worker.device import DeviceLayer
 from vllm.v1.worker.input_batch import CachedRequestState, InputBatch
 from vllm.v1.worker.input_preparation import InputPreparer, StepInputs
+from vllm.v1.worker.kv_hooks import (
+    make_block_zeroing,
+    make_connector_step,
+    make_write_watch,
+)
 from vllm.v1.worker.prompt_logprobs import PromptLogprobs
 from vllm.v1.worker.utils import (
     bind_kv_cache,
@@ -49,6 +62,7 @@ class _OpenStep:
     inputs: StepInputs
     logits: torch.Tensor | None
     prompt_logprobs: dict[str, LogprobsLists]
+    kv_connector_output: KVConnectorOutput | None
 
 
 class ModelRunner:
@@ -56,9 +70,15 @@ class ModelRunner:
 
     Args:
         device: copies and buffers of the device that the model runs on.
+        connector: the worker half of a KV connector, if one is configured.
     """
 
-    def __init__(self, vllm_config: VllmConfig, device: DeviceLayer) -> None:
+    def __init__(
+        self,
+        vllm_config: VllmConfig,
+        device: DeviceLayer,
+        connector: KVConnectorBase_V1 | None = None,
+    ) -> None:
         self.vllm_config = vllm_config
         self.device = device
         model_config = vllm_config.model_config
@@ -73,6 +93,7 @@ class ModelRunner:
         self._seeds = np.random.Generator(np.random.PCG64(model_config.seed))
         self.kv_caches: list[torch.Tensor] = []
         self._open: _OpenStep | None = None
+        self._connector = make_connector_step(connector)
 
     # ---- start-up -----------------------------------------------------------------------------
 
@@ -81,8 +102,10 @@ class ModelRunner:
 
         self.set_model(get_model(self.vllm_config))
 
-    def set_model(self, model: nn.Module) -> None:
-        """Use ``model``; its ``static_forward_context`` names the layers that own caches."""
+    def set_model(self, model: Any) -> None:
+        """Use ``model``: a module with ``compute_logits``, whose ``static_forward_context`` names
+        the layers that own caches.
+        """
         self.model = model
         self.layers: dict[str, AttentionLayerBase] = model.static_forward_context
         self._compute_logits: Callable[[torch.Tensor], torch.Tensor] = model.compute_logits
@@ -107,6 +130,14 @@ class ModelRunner:
         caches = allocate_kv_cache(kv_cache_config, self.device.device)
         share_kv_caches(caches, get_kv_sharing_targets(self.layers), kv_cache_config)
         bind_kv_cache(caches, self.layers, self.kv_caches)
+        self._zeroing = make_block_zeroing(caches, kv_cache_config)
+        self._write_watch = make_write_watch(caches, kv_cache_config)
+        self._connector.register(
+            {
+                name: group_kernel_blocks(cache, kv_cache_config.num_blocks)
+                for name, cache in caches.items()
+            }
+        )
         self.attention_groups = AttentionGroups(
             kv_cache_config, self.layers, config, self.device.device
         )
@@ -157,21 +188,22 @@ class ModelRunner:
         """
         assert self._open is None, "the step before this one was not sampled"
         self._update_requests(scheduler_output)
+        self._zeroing.zero_new_blocks(scheduler_output)
         if scheduler_output.total_num_scheduled_tokens == 0:
-            return EMPTY_MODEL_RUNNER_OUTPUT
+            return self._only_transfer(scheduler_output)
         batch = self.batch
         scheduled = scheduler_output.num_scheduled_tokens
         step = self._preparer.prepare(
             batch, np.array([scheduled[req_id] for req_id in batch.req_ids], dtype=np.int64)
         )
-        hidden = self._forward(step)
+        hidden, transferred = self._forward(scheduler_output, step)
         prompt_logprobs = self.prompt_logprobs.collect(batch, step, hidden)
         logits = None
         if step.sample_rows.size:
             if step.sample_rows.size != step.num_tokens:
                 hidden = hidden[self.device.to_device(step.logits_indices)]
             logits = self._compute_logits(hidden)
-        self._open = _OpenStep(step, logits, prompt_logprobs)
+        self._open = _OpenStep(step, logits, prompt_logprobs, transferred)
         if scheduler_output.has_structured_output_requests:
             return None
         return self.sample_tokens(None)
@@ -186,10 +218,26 @@ class ModelRunner:
             return self._publish(step, None)
         return self._publish(step, self._sample(step.logits, step.inputs, grammar_output))
 
-    def _forward(self, step: StepInputs) -> torch.Tensor:
+    def _forward(
+        self, scheduler_output: SchedulerOutput, step: StepInputs
+    ) -> tuple[torch.Tensor, KVConnectorOutput | None]:
+        """Hidden states ``(T, hidden)``, and what the connector has to report."""
         context = ForwardContext(self.attention_groups.build_metadata(step.attention), self.layers)
+        self._write_watch.begin(self.batch, step)
+        self._connector.begin(scheduler_output, context)
         with set_forward_context(context):
-            return self.model(step.input_ids, step.positions)
+            hidden = self.model(step.input_ids, step.positions)
+        transferred = self._connector.end(scheduler_output)
+        self._write_watch.end()
+        return hidden, transferred
+
+    def _only_transfer(self, scheduler_output: SchedulerOutput) -> ModelRunnerOutput:
+        """A step without tokens: transfers go on."""
+        self._connector.begin(scheduler_output, ForwardContext(None, self.layers))
+        transferred = self._connector.end(scheduler_output)
+        if transferred is None:
+            return EMPTY_MODEL_RUNNER_OUTPUT
+        return ModelRunnerOutput([], {}, [], kv_connector_output=transferred)
 
     def _sample(
         self, logits: torch.Tensor, step: StepInputs, grammar_output: GrammarOutput | None
@@ -213,6 +261,7 @@ class ModelRunner:
             req_id_to_index=batch.req_id_to_index.copy(),
             sampled_token_ids=[[] for _ in range(batch.num_reqs)],
             prompt_logprobs_dict=step.prompt_logprobs,
+            kv_connector_output=step.kv_connector_output,
         )
         if sampled is None:
             return output
@@ -328,6 +377,7 @@ class ModelRunner:
 
     def close(self) -> None:
         """Let go of the caches; the runner cannot run any more."""
+        self._connector.close()
         for layer in self.layers.values():
             layer.kv_cache = torch.empty(0)
         self.kv_caches.clear()

@@ -1,0 +1,156 @@
+"""What may happen to the KV cache round a forward pass, besides the pass itself.
+
+Each hook is an object whose default does nothing: zeroing of blocks that are read before they are
+written, the check that nobody writes another's bytes, and the worker half of a KV connector.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import torch
+
+import vllm.envs as envs
+from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1
+from vllm.forward_context import ForwardContext
+from vllm.v1.kv_cache.allocate import AllocatedKVCache
+from vllm.v1.kv_cache.blocks import KVBlockZeroer
+from vllm.v1.kv_cache.debug import KVCacheDebugger
+from vllm.v1.kv_cache_interface import KVCacheConfig
+from vllm.v1.outputs import KVConnectorOutput
+
+if TYPE_CHECKING:
+    from vllm.v1.core.sched.output import SchedulerOutput
+    from vllm.v1.worker.input_batch import InputBatch
+    from vllm.v1.worker.input_preparation import StepInputs
+
+__all__ = [
+    "BlockZeroing",
+    "ConnectorStep",
+    "WriteWatch",
+    "make_block_zeroing",
+    "make_connector_step",
+    "make_write_watch",
+]
+
+
+class BlockZeroing:
+    """No cache of this plan needs its blocks zeroed."""
+
+    def zero_new_blocks(self, scheduler_output: SchedulerOutput) -> None:
+        """Clear the blocks that the scheduler has just taken from the pool."""
+
+
+class _ZeroNewBlocks(BlockZeroing):
+    def __init__(self, zeroer: KVBlockZeroer) -> None:
+        self._zeroer = zeroer
+
+    def zero_new_blocks(self, scheduler_output: SchedulerOutput) -> None:
+        for block_ids in scheduler_output.new_block_ids_to_zero or ():
+            self._zeroer.zero_block_ids(block_ids)
+
+
+def make_block_zeroing(caches: AllocatedKVCache, config: KVCacheConfig) -> BlockZeroing:
+    if not config.needs_kv_cache_zeroing:
+        return BlockZeroing()
+    return _ZeroNewBlocks(KVBlockZeroer(caches.backing, config))
+
+
+class WriteWatch:
+    """Nobody checks who writes where."""
+
+    def begin(self, batch: InputBatch, step: StepInputs) -> None:
+        """The step is about to write the KV of its tokens."""
+
+    def end(self) -> None:
+        """The step has written all it writes.
+
+        Raises:
+            AssertionError: bytes changed that were not the step's to write.
+        """
+
+
+class _DebugWriteWatch(WriteWatch):
+    """VLLM_KV_CACHE_DEBUG: after each step only the blocks of its tokens may have changed."""
+
+    def __init__(self, debugger: KVCacheDebugger, config: KVCacheConfig) -> None:
+        self._debugger = debugger
+        self._ratios = [
+            config.kernel_blocks_per_block(group) for group in range(len(config.kv_cache_groups))
+        ]
+
+    def begin(self, batch: InputBatch, step: StepInputs) -> None:
+        written = {}
+        for group, (table, ratio) in enumerate(
+            zip(batch.block_table.tables, self._ratios, strict=True)
+        ):
+            slots = step.attention[group].slot_mapping
+            kernel_blocks = slots[slots >= 0] // table.kernel_block_size
+            written[group] = sorted(set((kernel_blocks // ratio).tolist()))
+        self._debugger.begin_step(written)
+
+    def end(self) -> None:
+        self._debugger.end_step()
+
+
+def make_write_watch(caches: AllocatedKVCache, config: KVCacheConfig) -> WriteWatch:
+    if not envs.VLLM_KV_CACHE_DEBUG:
+        return WriteWatch()
+    return _DebugWriteWatch(KVCacheDebugger(caches), config)
+
+
+class ConnectorStep:
+    """No connector is configured: no KV comes or goes."""
+
+    def register(self, kv_caches: Mapping[str, torch.Tensor]) -> None:
+        """Once, after allocation: each layer's view in manager blocks, by its name."""
+
+    def begin(self, scheduler_output: SchedulerOutput, context: ForwardContext) -> None:
+        """Before the forward pass: start what the step's metadata asks to load."""
+
+    def end(self, scheduler_output: SchedulerOutput) -> KVConnectorOutput | None:
+        """After the forward pass: wait for saves, and report what has ended; None for nothing."""
+        return None
+
+    def close(self) -> None:
+        """Stop all transfers."""
+
+
+class _ActiveConnectorStep(ConnectorStep):
+    """Calls the worker half of a connector in the order that its interface asks for."""
+
+    def __init__(self, connector: KVConnectorBase_V1) -> None:
+        self._connector = connector
+
+    def register(self, kv_caches: Mapping[str, torch.Tensor]) -> None:
+        self._connector.register_kv_caches(dict(kv_caches))
+
+    def begin(self, scheduler_output: SchedulerOutput, context: ForwardContext) -> None:
+        metadata = scheduler_output.kv_connector_metadata
+        self._connector.handle_preemptions(metadata)
+        self._connector.bind_connector_metadata(metadata)
+        self._connector.start_load_kv(context)
+
+    def end(self, scheduler_output: SchedulerOutput) -> KVConnectorOutput | None:
+        connector = self._connector
+        connector.wait_for_save()
+        results = connector.get_transfer_results(scheduler_output.finished_req_ids)
+        output = KVConnectorOutput(
+            finished_sending=results.finished_sending or None,
+            finished_recving=results.finished_recving or None,
+            failed_recving=set(results.failed_recving or ()),
+            invalid_block_ids=connector.get_block_ids_with_load_errors(),
+            kv_connector_stats=connector.get_kv_connector_stats(),
+            kv_cache_events=connector.get_kv_connector_kv_cache_events(),
+            kv_connector_worker_meta=connector.build_connector_worker_meta(),
+        )
+        connector.clear_connector_metadata()
+        return None if output.is_empty() else output
+
+    def close(self) -> None:
+        self._connector.shutdown()
+
+
+def make_connector_step(connector: KVConnectorBase_V1 | None) -> ConnectorStep:
+    return ConnectorStep() if connector is None else _ActiveConnectorStep(connector)
