@@ -2,12 +2,16 @@
 
 Blocks of the common formats are expanded with torch (0.3 s for a model that takes the ``gguf``
 package's NumPy 1.6 s), the others by the ``gguf`` package. Both give the same bits in float32.
+A few threads work ahead of the caller, so that it packs one tensor while others are expanded.
 """
 
 from __future__ import annotations
 
 import mmap
+import os
+from collections import deque
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -39,6 +43,10 @@ _NOT_WEIGHTS = frozenset({"rope_freqs.weight"})
 _INTERLEAVED_ARCHITECTURES = frozenset({"llama"})
 _CHUNK = 1 << 20
 """Elements expanded at a time: 4 MiB of float32 stay in a core's cache."""
+
+_MAX_THREADS = 4
+_AHEAD = 4
+"""Tensors expanded while the caller is busy with one before them."""
 
 _Kind = GGMLQuantizationType
 
@@ -110,19 +118,34 @@ def gguf_weights(gguf: GGUFFile, dtype: torch.dtype) -> Iterator[tuple[str, torc
         "self_attn.k_proj": gguf.get("attention.head_count_kv", gguf.get("attention.head_count")),
     }
     interleaved = gguf.architecture in _INTERLEAVED_ARCHITECTURES
-    with gguf.path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY) as raw:
-        # No other process shares the pages, and none is written: a copy-on-write map only
-        # keeps torch from warning about a read-only buffer.
-        data = torch.frombuffer(raw, dtype=torch.uint8)
+    with gguf.path.open("rb") as file:
+        # Nothing writes to it: a copy-on-write map only keeps torch from warning about a
+        # read-only buffer. The map lives as long as the tensor.
+        data = torch.frombuffer(
+            mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY), dtype=torch.uint8
+        )
+
+    def read(name: str, tensor: GGUFTensor) -> torch.Tensor:
+        weight = _read(data, tensor, dtype, gguf, size)
+        part = name.rsplit(".", 1)[0].split(".", 3)[-1]
+        if interleaved and part in heads:
+            return _split_rotary_halves(weight, heads[part])
+        return weight
+
+    names = gguf_weight_names(gguf)
+    with ThreadPoolExecutor(min(_MAX_THREADS, os.cpu_count() or 1)) as pool:
+        waiting: deque[tuple[str, Future[torch.Tensor]]] = deque()
         try:
-            for name, tensor in gguf_weight_names(gguf).items():
-                weight = _read(data, tensor, dtype, gguf, size)
-                part = name.rsplit(".", 1)[0].split(".", 3)[-1]
-                if interleaved and part in heads:
-                    weight = _split_rotary_halves(weight, heads[part])
-                yield name, weight
+            for name, tensor in names.items():
+                waiting.append((name, pool.submit(read, name, tensor)))
+                if len(waiting) > _AHEAD:
+                    done, future = waiting.popleft()
+                    yield done, future.result()
+            while waiting:
+                done, future = waiting.popleft()
+                yield done, future.result()
         finally:
-            del data
+            pool.shutdown(cancel_futures=True)
 
 
 def _read(
