@@ -89,12 +89,19 @@ def tokenizer(tiny_model: Path) -> Any:
     return get_tokenizer(tiny_model)
 
 
+@pytest.fixture(autouse=True, scope="session")
+def debug_mode() -> Iterator[None]:
+    """Engines of these tests check their block pool whenever they are idle."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VLLM_KV_CACHE_DEBUG", "1")
+        yield
+
+
 @pytest.fixture(scope="module")
 def llm(tiny_model: Path) -> Iterator[LLM]:
-    """An engine in this process; pool checks after every idle moment."""
+    """An engine in this process."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-        patch.setenv("VLLM_KV_CACHE_DEBUG", "1")
         engine = LLM(str(tiny_model), **ENGINE_ARGS)
-        yield engine
-        engine.shutdown()
+    yield engine
+    engine.shutdown()

@@ -5,6 +5,7 @@ from importlib import import_module
 from typing import Any
 
 from vllm.config import VllmConfig
+from vllm.errors import ConfigError
 from vllm.v1.core.sched.output import GrammarOutput, SchedulerOutput
 from vllm.v1.executor.abstract import Executor
 from vllm.v1.outputs import ModelRunnerOutput
@@ -13,14 +14,25 @@ __all__ = ["UniProcExecutor", "resolve_worker_class"]
 
 
 def resolve_worker_class(vllm_config: VllmConfig) -> type[Any]:
-    """The class that ``--worker-cls`` names, or the platform's own."""
+    """The class that ``--worker-cls`` names, or the platform's own.
+
+    Raises:
+        ConfigError: there is no such class.
+    """
     path = vllm_config.parallel_config.worker_cls
     if path == "auto":
         from vllm.platforms import current_platform
 
         path = current_platform.worker_cls
     module, _, name = path.replace(":", ".").rpartition(".")
-    return getattr(import_module(module), name)
+    try:
+        return getattr(import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ConfigError(
+            f"--worker-cls {path} cannot be imported ({error}); give module.Class, or auto",
+            parameter="worker_cls",
+            value=path,
+        ) from error
 
 
 class UniProcExecutor(Executor):

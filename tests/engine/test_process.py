@@ -1,0 +1,205 @@
+"""The engine in its own process: same answers, clean ends, errors that arrive."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.engine.conftest import ENGINE_ARGS
+from vllm import LLM, SamplingParams
+from vllm.errors import CapacityError, ConfigError, EngineDeadError
+from vllm.v1.engine.core_client import SyncMPClient
+
+PROMPTS = ["The quick brown", "def main", [7, 8, 9] * 20]
+PARAMS = [
+    SamplingParams(temperature=0, max_tokens=16, ignore_eos=True),
+    SamplingParams(temperature=0.8, seed=3, n=2, max_tokens=16, logprobs=2, ignore_eos=True),
+    SamplingParams(temperature=0, max_tokens=16, prompt_logprobs=1, ignore_eos=True),
+]
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except FileNotFoundError:
+        return False
+    return state != "Z"
+
+
+def wait_gone(pid: int, seconds: float = 10.0) -> bool:
+    deadline = time.monotonic() + seconds
+    while is_alive(pid):
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.02)
+    return True
+
+
+def client_of(llm: LLM) -> SyncMPClient:
+    client = llm.llm_engine.client
+    assert isinstance(client, SyncMPClient)
+    return client
+
+
+@contextlib.contextmanager
+def started(model: Path, **kwargs: Any) -> Iterator[LLM]:
+    with LLM(str(model), **{**ENGINE_ARGS, **kwargs}) as llm:
+        yield llm
+
+
+def summary(llm: LLM) -> list[Any]:
+    return [
+        [
+            (c.token_ids, c.text, c.finish_reason, c.cumulative_logprob, c.logprobs)
+            for c in out.outputs
+        ]
+        + [out.prompt_logprobs, out.prompt_token_ids]
+        for out in llm.generate(PROMPTS, PARAMS, use_tqdm=False)
+    ]
+
+
+def test_a_process_gives_the_same_and_its_clean_end_leaves_nothing(
+    tiny_model: Path, llm: LLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    with started(tiny_model) as other:
+        client = client_of(other)
+        assert is_alive(client.pid)
+        # The sockets' directory is gone as soon as both sides are connected.
+        assert list(tmp_path.iterdir()) == []
+        assert client.facts.num_gpu_blocks > 1
+        assert other.collective_rpc("check_health") == [None]
+        assert other.reset_prefix_cache()
+        assert summary(other) == summary(llm)
+        # Ctrl-C and SIGTERM reach the whole group: only the front end acts on them.
+        for signum in (signal.SIGINT, signal.SIGTERM):
+            os.kill(client.pid, signum)
+        assert summary(other) == summary(llm)
+
+        client.call_utility("pause")
+        other.llm_engine.add_request("a", "x", SamplingParams(max_tokens=4, ignore_eos=True))
+        assert client.call_utility("is_paused") is True
+        assert not any(outputs.outputs for outputs in client._buffered)
+        client.call_utility("resume")
+        while not (outputs := other.llm_engine.step()):
+            pass
+        assert len(outputs[0].outputs[0].token_ids) >= 1
+    assert not is_alive(client.pid)
+    with pytest.raises(EngineDeadError, match="shut down"):
+        other.generate("x", use_tqdm=False)
+
+
+def test_a_killed_engine_is_reported_and_leaves_no_process(tiny_model: Path) -> None:
+    with started(tiny_model) as llm:
+        pid = client_of(llm).pid
+        llm.llm_engine.add_request("a", "x", SamplingParams(max_tokens=200, ignore_eos=True))
+        os.kill(pid, signal.SIGKILL)
+        with pytest.raises(EngineDeadError, match="SIGKILL"):
+            while True:
+                llm.llm_engine.step()
+        with pytest.raises(EngineDeadError, match="SIGKILL"):
+            llm.generate("x", use_tqdm=False)
+    assert wait_gone(pid)
+
+
+def test_an_exception_in_the_engine_is_logged_once_and_reaches_the_caller(
+    tiny_model: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with started(tiny_model) as llm:
+        pid = client_of(llm).pid
+        # A worker that has given back what it holds cannot run a step.
+        llm.collective_rpc("shutdown")
+        with pytest.raises(EngineDeadError, match="the engine process failed") as caught:
+            llm.generate("x", use_tqdm=False)
+    assert "\n" not in str(caught.value)
+    assert capfd.readouterr().err.count("Traceback") == 1
+    assert wait_gone(pid)
+
+
+SCRIPT = """
+import sys
+from vllm import LLM
+llm = LLM({model!r}, dtype="float32", kv_cache_memory_bytes=1 << 22)
+print(llm.llm_engine.client.pid, flush=True)
+out = llm.generate("The quick", use_tqdm=False)
+print(len(out[0].outputs[0].token_ids), flush=True)
+sys.stdin.read()
+"""
+
+
+@pytest.fixture
+def script(tiny_model: Path, tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
+    """A program without a ``__main__`` guard that waits, its engine running."""
+    path = tmp_path / "program.py"
+    path.write_text(SCRIPT.format(model=str(tiny_model)))
+    process = subprocess.Popen(
+        [sys.executable, str(path)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        env={**os.environ, "TMPDIR": str(tmp_path)},
+    )
+    yield process
+    process.kill()
+    process.wait()
+    assert process.stdout is not None
+    process.stdout.close()
+
+
+def test_the_engine_dies_with_its_parent(script: subprocess.Popen[str], tmp_path: Path) -> None:
+    assert script.stdout is not None
+    pid = int(script.stdout.readline())
+    assert int(script.stdout.readline()) > 0
+    assert is_alive(pid)
+    script.send_signal(signal.SIGKILL)
+    assert wait_gone(pid)
+    assert [path.name for path in tmp_path.iterdir()] == ["program.py"]
+
+
+def test_a_program_that_just_ends_leaves_no_engine(script: subprocess.Popen[str]) -> None:
+    assert script.stdout is not None
+    assert script.stdin is not None
+    pid = int(script.stdout.readline())
+    script.stdin.close()
+    assert script.wait(timeout=30) == 0
+    assert wait_gone(pid)
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "error", "message"),
+    [
+        ({"kv_cache_memory_bytes": 1 << 12}, CapacityError, "--max-model-len"),
+        ({"worker_cls": "nowhere.Worker"}, ConfigError, "--worker-cls nowhere.Worker"),
+    ],
+)
+def test_a_failure_to_start_arrives_as_it_was_raised(
+    tiny_model: Path,
+    kwargs: dict[str, Any],
+    error: type[Exception],
+    message: str,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    with pytest.raises(error, match=message) as caught, started(tiny_model, **kwargs):
+        pass
+    assert "\n" not in str(caught.value)
+    assert "Traceback" not in capfd.readouterr().err
+
+
+def test_the_queue_limit(tiny_model: Path) -> None:
+    from vllm.errors import QueueFullError
+
+    with started(tiny_model, max_num_queued_reqs=2, max_num_seqs=1) as llm:
+        with pytest.raises(QueueFullError):
+            llm.generate(["x"] * 12, SamplingParams(max_tokens=50, ignore_eos=True), use_tqdm=False)
+        assert not llm.llm_engine.has_unfinished_requests()
+        assert len(llm.generate("x", use_tqdm=False)) == 1
