@@ -53,9 +53,7 @@ def main() -> None:
     )  # fmt: skip
     prompt = [1000 + i for i in range(args.prompt)]
     seconds(llm, prompt, 8)
-    best = min(
-        seconds(llm, prompt, args.output + 8) - seconds(llm, prompt, 8) for _ in range(5)
-    )
+    best = min(seconds(llm, prompt, args.output + 8) - seconds(llm, prompt, 8) for _ in range(5))
     bytes_per_token = weight_bytes(llm)
     llm.shutdown()
     stream = max(float(str(before["stream_read_gb_s"])), machine.stream_read_gb_s())

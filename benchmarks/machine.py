@@ -1,6 +1,6 @@
 """What this machine can do at best, measured beside every figure: streaming reads and bf16 GEMM.
 
-    python benchmarks/machine.py
+python benchmarks/machine.py
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Time to the first token of a 1,000-token prompt, cold and with its prefix in the cache.
 
-    python benchmarks/prefix_cache.py [--model smollm2]
+python benchmarks/prefix_cache.py [--model smollm2]
 """
 
 from __future__ import annotations

@@ -60,9 +60,7 @@ def main() -> None:
             count = 8 if concurrency == 1 else 64
             runs = [client_run(server, args, concurrency, count) for _ in range(args.repeats)]
             rate = median(run["output_throughput"] for run in runs)
-            work = 2 * (
-                (args.input + args.output) * PARAMS_PER_TOKEN + args.output * PARAMS_HEAD
-            )
+            work = 2 * ((args.input + args.output) * PARAMS_PER_TOKEN + args.output * PARAMS_HEAD)
             rows.append(
                 {
                     "concurrency": concurrency,

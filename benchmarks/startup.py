@@ -1,6 +1,6 @@
 """Time until ``vllm serve`` answers, on the second start, and its resident memory.
 
-    python benchmarks/startup.py [--model smollm2] [--kv-gib 1]
+python benchmarks/startup.py [--model smollm2] [--kv-gib 1]
 """
 
 from __future__ import annotations

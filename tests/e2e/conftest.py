@@ -45,7 +45,28 @@ def judge(gguf_file: Path) -> Judge:
 def prompts() -> list[list[int]]:
     """20 prompts of 5 to 900 tokens; some share a prefix of 200 tokens."""
     rng = random.Random(20)
-    lengths = [5, 7, 11, 16, 17, 31, 32, 33, 48, 64, 100, 128, 129, 200, 255, 300, 420, 512, 700, 900]
+    lengths = [
+        5,
+        7,
+        11,
+        16,
+        17,
+        31,
+        32,
+        33,
+        48,
+        64,
+        100,
+        128,
+        129,
+        200,
+        255,
+        300,
+        420,
+        512,
+        700,
+        900,
+    ]
     shared = [rng.randrange(100, 49000) for _ in range(200)]
     made = []
     for index, length in enumerate(lengths):

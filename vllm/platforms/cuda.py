@@ -20,7 +20,7 @@ class CudaPlatform(Platform):
     dist_backend = "nccl"
     worker_cls = "vllm.v1.worker.gpu_worker.Worker"
     default_block_size = 16
-    attention_backend_priority = ("TORCH_REF",)
+    attention_backend_priority = ("TRITON_ATTN", "TORCH_REF")
 
     @classmethod
     def set_device(cls, local_rank: int) -> torch.device:

@@ -20,6 +20,7 @@ class AttentionBackendEnum(enum.Enum):
 
     CPU_ATTN = "vllm.v1.attention.backends.cpu_attn.CPUAttentionBackend"
     TORCH_REF = "vllm.v1.attention.backends.torch_ref.TorchRefBackend"
+    TRITON_ATTN = "vllm.v1.attention.backends.triton_attn.TritonAttentionBackend"
 
     def get_path(self) -> str:
         return _overrides.get(self.name, self.value)

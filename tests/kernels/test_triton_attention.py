@@ -1,0 +1,185 @@
+"""TRITON_ATTN against float64: on a GPU where there is one, else in the interpreter."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+
+import pytest
+import torch
+import triton
+
+from vllm import _torch_ops
+from vllm.v1.attention.backends.triton_attn import TritonAttentionBackend
+from vllm.v1.attention.ops.triton_kv_store import rotate_and_store
+from vllm.v1.attention.ops.triton_paged_attention import (
+    choose_chunk,
+    default_config,
+    paged_attention,
+)
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+TOLERANCE = {torch.float32: 1e-5, torch.float16: 3e-3, torch.bfloat16: 2e-2}
+# Physical orders of one layer's view, as permutations of (B, H, N, C).
+ORDERS = {"HND": (0, 1, 2, 3), "NHD": (0, 2, 1, 3)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """``lengths`` holds (tokens in the cache, of these new) per request."""
+
+    lengths: tuple[tuple[int, int], ...]
+    heads: int
+    kv_heads: int
+    head_size: int
+    page: int = 16
+    window: int = 0
+    soft_cap: float = 0.0
+    alibi: bool = False
+    sinks: bool = False
+    causal: bool = True
+    dtype: torch.dtype = torch.float32
+    order: str = "HND"
+    pad: int = 0
+
+
+def poisoned_cache(case: Case, blocks: int) -> torch.Tensor:
+    """NaN everywhere, in the case's physical order, blocks ``pad`` elements further apart."""
+    order = ORDERS[case.order]
+    logical = (blocks, case.kv_heads, case.page, 2 * case.head_size)
+    shape = [logical[axis] for axis in order]
+    dense = shape[1] * shape[2] * shape[3]
+    raw = torch.full((blocks * (dense + case.pad),), float("nan"), dtype=case.dtype, device=DEVICE)
+    strides = (dense + case.pad, shape[2] * shape[3], shape[3], 1)
+    inverse = [order.index(axis) for axis in range(4)]
+    return raw.as_strided(shape, strides).permute(inverse)
+
+
+def relative_error(case: Case, seed: int) -> float:
+    torch.manual_seed(seed)
+    seq_lens = torch.tensor([n for n, _ in case.lengths], dtype=torch.int32)
+    query_lens = torch.tensor([n for _, n in case.lengths])
+    starts = torch.zeros(len(case.lengths) + 1, dtype=torch.int32)
+    starts[1:] = query_lens.cumsum(0)
+    pages = [-(-n // case.page) for n, _ in case.lengths]
+    free = (torch.randperm(sum(pages) + 2) + 1).tolist()
+    table = torch.zeros(len(pages), max(pages), dtype=torch.int32)
+    cache = poisoned_cache(case, sum(pages) + 3)
+    for request, (length, _) in enumerate(case.lengths):
+        for page in range(pages[request]):
+            block = free.pop()
+            table[request, page] = block
+            used = min(case.page, length - page * case.page)
+            cache[block, :, :used] = torch.randn(
+                case.kv_heads, used, 2 * case.head_size, dtype=case.dtype
+            ).to(DEVICE)
+    tokens = int(starts[-1])
+    # A query inside a wider row, as a fused projection leaves it.
+    wide = torch.randn(tokens, case.heads + 2, case.head_size).to(case.dtype).to(DEVICE)
+    query = wide[:, 1:-1]
+    out = torch.full((tokens, case.heads, case.head_size), float("nan"), dtype=case.dtype)
+    out = out.to(DEVICE)
+    slopes = torch.rand(case.heads) / 2 if case.alibi else None
+    sinks = torch.randn(case.heads) if case.sinks else None
+    scale = case.head_size**-0.5
+    paged_attention(
+        query, cache, out,
+        query_start_loc=starts.to(DEVICE), seq_lens=seq_lens.to(DEVICE),
+        block_table=table.to(DEVICE), max_query_len=int(query_lens.max()),
+        max_seq_len=int(seq_lens.max()), total_seq_len=int(seq_lens.sum()), scale=scale,
+        has_decodes=bool((query_lens == 1).any()), window=case.window, soft_cap=case.soft_cap,
+        alibi_slopes=None if slopes is None else slopes.to(DEVICE),
+        sinks=None if sinks is None else sinks.to(DEVICE), causal=case.causal,
+    )  # fmt: skip
+    exact = torch.zeros(tokens, case.heads, case.head_size, dtype=torch.float64)
+    _torch_ops.paged_attention(
+        query.cpu().double(), torch.nan_to_num(cache.cpu().double()), exact, starts, seq_lens,
+        table, scale, causal=case.causal, sliding_window=case.window,
+        logits_soft_cap=case.soft_cap, alibi_slopes=slopes, sinks=sinks,
+    )  # fmt: skip
+    return float((out.cpu().double() - exact).norm() / exact.norm())
+
+
+MIXED = ((133, 20), (60, 60), (70, 1), (1, 1), (33, 2))
+CASES = {
+    "decode": Case(lengths=((33, 1), (1, 1), (300, 1)), heads=8, kv_heads=2, head_size=64),
+    "split": Case(lengths=((700, 1), (5, 1)), heads=3, kv_heads=1, head_size=32),
+    "prefill": Case(lengths=((33, 20), (90, 90)), heads=6, kv_heads=2, head_size=64),
+    "mixed": Case(lengths=MIXED, heads=9, kv_heads=3, head_size=64, order="NHD"),
+    "window": Case(lengths=MIXED, heads=4, kv_heads=4, head_size=80, page=32, window=24),
+    "long window": Case(lengths=((600, 1), (500, 40)), heads=4, kv_heads=2, head_size=16, window=290),
+    "soft cap": Case(lengths=MIXED, heads=4, kv_heads=1, head_size=48, soft_cap=20.0, pad=64),
+    "alibi": Case(lengths=MIXED, heads=7, kv_heads=1, head_size=32, alibi=True),
+    "sinks": Case(lengths=((600, 1), (90, 30)), heads=4, kv_heads=2, head_size=32, sinks=True),
+    "bidirectional": Case(lengths=((40, 40), (17, 17)), heads=4, kv_heads=4, head_size=32, causal=False),
+    "fp16": Case(lengths=MIXED, heads=8, kv_heads=2, head_size=128, page=64, dtype=torch.float16),
+    "wide": Case(lengths=((130, 1), (50, 9)), heads=2, kv_heads=1, head_size=256, pad=16),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_attention_equals_float64(name: str) -> None:
+    seed = random.randrange(1 << 30)
+    print("seed", seed)
+    assert relative_error(CASES[name], seed) < TOLERANCE[CASES[name].dtype]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_attention_equals_float64_in_half_precision(name: str, dtype: torch.dtype) -> None:
+    case = Case(**(vars(CASES[name]) | {"dtype": dtype}))
+    assert relative_error(case, random.randrange(1 << 30)) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("is_neox", [True, False], ids=["neox", "pairs"])
+@pytest.mark.parametrize("rotary", [64, 32, 0])
+@pytest.mark.parametrize("order", ORDERS)
+def test_rotating_and_storing_equals_the_plain_operators(
+    is_neox: bool, rotary: int, order: str
+) -> None:
+    case = Case(lengths=((9, 9),), heads=4, kv_heads=2, head_size=64, order=order, pad=32)
+    ours, theirs = poisoned_cache(case, 5), poisoned_cache(case, 5)
+    qkv = torch.randn(9, 8, 64, device=DEVICE)
+    query, key, value = qkv[:, :4].clone(), qkv[:, 4:6], qkv[:, 6:]
+    slots = torch.tensor([17, 3, -1, 40, 41, 79, 0, -1], device=DEVICE)
+    positions = torch.tensor([5, 0, 3, 9, 2, 7, 7, 1], device=DEVICE)
+    table = torch.randn(10, rotary, device=DEVICE)
+    expected = query.clone()
+    if rotary:
+        rotate_and_store(query, key, value, ours, slots, positions, table, is_neox)
+        _torch_ops.rope_and_store(
+            positions, expected[:8], key[:8].clone(), value[:8], table, is_neox, theirs, slots
+        )
+    else:
+        rotate_and_store(None, key, value, ours, slots)
+        _torch_ops.store_kv_cache(key, value, theirs, slots)
+    torch.testing.assert_close(query, expected)
+    torch.testing.assert_close(ours, theirs, equal_nan=True)
+
+
+def test_splits_are_short_enough_to_fill_the_device_and_even_out_one_long_request() -> None:
+    assert choose_chunk(32768 * 8, 32768 * 8, 1, 264) == 1024
+    assert choose_chunk(64 * 4096 * 8, 4096 * 8, 64, 264) == 4096
+    assert choose_chunk((31 * 4096 + 131072) * 8, 131072 * 8, 32, 264) == 2048
+    assert choose_chunk(1, 1, 1, 264) == 256
+
+
+@pytest.mark.parametrize("page", [16, 32, 48, 64, 128])
+@pytest.mark.parametrize("head_size", TritonAttentionBackend.get_supported_head_sizes())
+def test_every_declared_shape_has_a_configuration_that_the_copy_engine_can_read(
+    page: int, head_size: int
+) -> None:
+    config = default_config(page, head_size, torch.bfloat16, is_cuda=True)
+    if config.tma:
+        assert page % config.prefill_tile == 0
+        assert head_size & (head_size - 1) == 0
+
+
+def test_without_a_device_or_the_interpreter_it_declines(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    wanted = {"head_size": 64, "dtype": torch.float32}
+    monkeypatch.setattr(triton.knobs.runtime, "interpret", True)
+    assert TritonAttentionBackend.validate_configuration(**wanted) == []
+    monkeypatch.setattr(triton.knobs.runtime, "interpret", False)
+    assert "CUDA" in TritonAttentionBackend.validate_configuration(**wanted)[0]

@@ -1,0 +1,160 @@
+"""TRITON_ATTN: our own Triton kernels over the packed cache, on any layout.
+
+Decodes split their KV over the device; prompts run in tiles that share each page among the query
+heads of a KV head. Runs on NVIDIA GPUs, and on the CPU under TRITON_INTERPRET=1 for tests.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+import triton
+
+from vllm.v1.attention.backend import (
+    AttentionBackend,
+    AttentionMetadataBuilder,
+    CommonAttentionMetadata,
+    MultipleOf,
+)
+from vllm.v1.attention.backends.torch_ref import PagedAttentionImpl, PagedAttentionMetadata
+from vllm.v1.attention.ops.triton_kv_store import rotate_and_store
+from vllm.v1.attention.ops.triton_paged_attention import paged_attention
+from vllm.v1.kv_cache_interface import KVCacheSpec
+
+__all__ = ["TritonAttentionBackend", "TritonAttentionImpl", "TritonAttentionMetadata"]
+
+
+@dataclass(slots=True)
+class TritonAttentionMetadata(PagedAttentionMetadata):
+    """What the launch needs besides, known on the host without asking the device."""
+
+    total_seq_len: int
+    has_decodes: bool
+
+
+class TritonAttentionMetadataBuilder(AttentionMetadataBuilder[TritonAttentionMetadata]):
+    def build(
+        self,
+        common_prefix_len: int,
+        common_attn_metadata: CommonAttentionMetadata,
+        fast_build: bool = False,
+    ) -> TritonAttentionMetadata:
+        common = common_attn_metadata
+        query_lens = common.query_start_loc_cpu[1:] - common.query_start_loc_cpu[:-1]
+        return TritonAttentionMetadata(
+            num_actual_tokens=common.num_actual_tokens,
+            max_query_len=common.max_query_len,
+            max_seq_len=common.max_seq_len,
+            query_start_loc=common.query_start_loc,
+            seq_lens=common.seq_lens,
+            block_table=common.block_table_tensor,
+            slot_mapping=common.slot_mapping,
+            causal=common.causal,
+            total_seq_len=int(common.seq_lens_cpu.sum()),
+            has_decodes=bool((query_lens == 1).any()),
+        )
+
+
+class TritonAttentionImpl(PagedAttentionImpl):
+    def forward(
+        self,
+        layer: torch.nn.Module,
+        query: torch.Tensor,
+        key: torch.Tensor | None,
+        value: torch.Tensor | None,
+        kv_cache: torch.Tensor,
+        attn_metadata: TritonAttentionMetadata,  # type: ignore[override]
+        output: torch.Tensor,
+        output_scale: torch.Tensor | None = None,
+        output_block_scale: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        paged_attention(
+            query,
+            kv_cache,
+            output,
+            query_start_loc=attn_metadata.query_start_loc,
+            seq_lens=attn_metadata.seq_lens,
+            block_table=attn_metadata.block_table,
+            max_query_len=attn_metadata.max_query_len,
+            max_seq_len=attn_metadata.max_seq_len,
+            total_seq_len=attn_metadata.total_seq_len,
+            has_decodes=attn_metadata.has_decodes,
+            scale=self.scale,
+            window=self.sliding_window,
+            soft_cap=self.logits_soft_cap,
+            alibi_slopes=self.alibi_slopes,
+            sinks=self.sinks,
+            causal=attn_metadata.causal,
+        )
+        return output
+
+    def do_kv_cache_update(
+        self,
+        layer: torch.nn.Module,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        slot_mapping: torch.Tensor,
+    ) -> None:
+        rotate_and_store(None, key, value, kv_cache, slot_mapping)
+
+    def fused_rope_kvcache_supported(self) -> bool:
+        return True
+
+    def do_rope_and_kv_cache_update(
+        self,
+        layer: torch.nn.Module,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        positions: torch.Tensor,
+        cos_sin_cache: torch.Tensor,
+        is_neox: bool,
+        kv_cache: torch.Tensor,
+        slot_mapping: torch.Tensor,
+    ) -> None:
+        rotate_and_store(
+            query, key, value, kv_cache, slot_mapping, positions, cos_sin_cache, is_neox
+        )
+
+
+class TritonAttentionBackend(AttentionBackend):
+    supported_dtypes: ClassVar[list[torch.dtype]] = [torch.bfloat16, torch.float16, torch.float32]
+    supported_kv_cache_dtypes: ClassVar[list[str]] = ["auto", "bfloat16", "float16", "float32"]
+    forward_includes_kv_cache_update = False
+
+    @staticmethod
+    def get_name() -> str:
+        return "TRITON_ATTN"
+
+    @staticmethod
+    def get_impl_cls() -> type[TritonAttentionImpl]:
+        return TritonAttentionImpl
+
+    @staticmethod
+    def get_builder_cls() -> type[TritonAttentionMetadataBuilder]:
+        return TritonAttentionMetadataBuilder
+
+    @staticmethod
+    def get_supported_kernel_block_sizes(
+        kv_cache_spec: KVCacheSpec | None = None,
+    ) -> Sequence[int | MultipleOf]:
+        return [MultipleOf(16)]
+
+    @classmethod
+    def get_supported_head_sizes(cls) -> list[int]:
+        return list(range(16, 257, 16))
+
+    @classmethod
+    def supports_sink(cls) -> bool:
+        return True
+
+    @classmethod
+    def validate_configuration(cls, **wanted: Any) -> list[str]:
+        reasons = super().validate_configuration(**wanted)
+        if not torch.cuda.is_available() and not triton.knobs.runtime.interpret:
+            reasons.append("needs a CUDA device (or TRITON_INTERPRET=1)")
+        return reasons
