@@ -37,8 +37,17 @@ def stream_read_gb_s(repeats: int = 5) -> float:
     with tempfile.TemporaryDirectory() as folder:
         library = Path(folder) / "stream_read.so"
         subprocess.run(
-            ["gcc", "-O3", "-march=native", "-fopenmp", "-shared", "-fPIC"]
-            + ["-o", str(library), str(HERE / "stream_read.c")],
+            [
+                "gcc",
+                "-O3",
+                "-march=native",
+                "-fopenmp",
+                "-shared",
+                "-fPIC",
+                "-o",
+                str(library),
+                str(HERE / "stream_read.c"),
+            ],
             check=True,
         )
         read = ctypes.CDLL(str(library)).stream_read

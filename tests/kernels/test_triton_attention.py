@@ -107,14 +107,18 @@ CASES = {
     "prefill": Case(lengths=((33, 20), (90, 90)), heads=6, kv_heads=2, head_size=64),
     "mixed": Case(lengths=MIXED, heads=9, kv_heads=3, head_size=64, order="NHD"),
     "window": Case(lengths=MIXED, heads=4, kv_heads=4, head_size=80, page=32, window=24),
-    "long window": Case(lengths=((600, 1), (500, 40)), heads=4, kv_heads=2, head_size=16, window=290),
+    "long window": Case(
+        lengths=((600, 1), (500, 40)), heads=4, kv_heads=2, head_size=16, window=290
+    ),
     "soft cap": Case(lengths=MIXED, heads=4, kv_heads=1, head_size=48, soft_cap=20.0, pad=64),
     "alibi": Case(lengths=MIXED, heads=7, kv_heads=1, head_size=32, alibi=True),
     "sinks": Case(lengths=((600, 1), (90, 30)), heads=4, kv_heads=2, head_size=32, sinks=True),
-    "bidirectional": Case(lengths=((40, 40), (17, 17)), heads=4, kv_heads=4, head_size=32, causal=False),
+    "bidirectional": Case(
+        lengths=((40, 40), (17, 17)), heads=4, kv_heads=4, head_size=32, causal=False
+    ),
     "fp16": Case(lengths=MIXED, heads=8, kv_heads=2, head_size=128, page=64, dtype=torch.float16),
     "wide": Case(lengths=((130, 1), (50, 9)), heads=2, kv_heads=1, head_size=256, pad=16),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", CASES)
