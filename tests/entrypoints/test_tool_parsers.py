@@ -1,5 +1,6 @@
 """Tool parsers on answers as models write them: whole, and in every cut of a stream."""
 
+import itertools
 import json
 import textwrap
 
@@ -164,7 +165,7 @@ def test_every_cut_of_a_stream_gives_the_same(case, data):
     name, answer, content, calls = case
     cuts = sorted(data.draw(st.sets(st.integers(1, max(1, len(answer) - 1)), max_size=12)))
     bounds = [0, *[cut for cut in cuts if cut < len(answer)], len(answer)]
-    pieces = [answer[a:b] for a, b in zip(bounds, bounds[1:], strict=False)]
+    pieces = [answer[a:b] for a, b in itertools.pairwise(bounds)]
     shown, found = streamed(ToolParserManager.get_tool_parser(name)(None), pieces)
     assert shown == (content or "")
     assert [(call, json.loads(arguments)) for call, arguments in found] == calls
@@ -251,5 +252,5 @@ def test_a_plugin_file_registers_its_parser(tmp_path):
 def test_a_broken_plugin_is_refused_by_option(tmp_path):
     path = tmp_path / "broken.py"
     path.write_text("import no_such_module_at_all")
-    with pytest.raises(ConfigError, match="--tool-parser-plugin: .*no_such_module_at_all"):
+    with pytest.raises(ConfigError, match=r"--tool-parser-plugin: .*no_such_module_at_all"):
         ToolParserManager.import_tool_parser(str(path))

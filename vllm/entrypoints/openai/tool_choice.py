@@ -64,7 +64,7 @@ def tool_constraint(request: ChatCompletionRequest) -> StructuredOutputsParams |
     functions = {tool.function.name: tool.function for tool in request.tools}
     if isinstance(choice, ChatCompletionNamedToolChoiceParam):
         named = functions[choice.function.name].parameters
-        return StructuredOutputsParams(json=named or _ANY_ARGUMENTS)
+        return StructuredOutputsParams(json=named or _ANY_ARGUMENTS, disable_any_whitespace=True)
     definitions: dict[str, Any] = {}
     calls = [_call_schema(function, definitions) for function in functions.values()]
     schema: dict[str, Any] = {
@@ -76,7 +76,7 @@ def tool_constraint(request: ChatCompletionRequest) -> StructuredOutputsParams |
         schema["maxItems"] = 1
     if definitions:
         schema["$defs"] = definitions
-    return StructuredOutputsParams(json=schema)
+    return StructuredOutputsParams(json=schema, disable_any_whitespace=True)
 
 
 def _call_schema(function: FunctionDefinition, definitions: dict[str, Any]) -> dict[str, Any]:

@@ -1,0 +1,120 @@
+"""A real server as a process: started, watched, ended."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import psutil
+
+MODEL = "smollm2"
+# Two layers of random weights: starts in a few seconds, and computes a token in no time.
+TINY = ("--load-format", "dummy", "--hf-overrides", '{"num_hidden_layers": 2}')
+SMALL = ("--max-model-len", "1024", "--kv-cache-memory-bytes", "128M")
+_START_SECONDS = 120
+
+
+def free_port() -> int:
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return sock.getsockname()[1]
+
+
+def serve_command(*options: str) -> list[str]:
+    return [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", MODEL, *options]
+
+
+class Server:
+    """``vllm serve smollm2`` on a free port; a context manager that leaves nothing behind."""
+
+    def __init__(self, log: Path, *options: str, api_key: str | None = None) -> None:
+        self.port = free_port()
+        self.url = f"http://127.0.0.1:{self.port}"
+        self._log = log
+        headers = {"authorization": f"Bearer {api_key}"} if api_key else {}
+        self._http = httpx.Client(base_url=self.url, headers=headers, timeout=60)
+        self._api_key = api_key or "none"
+        with log.open("wb") as file:
+            self.process = subprocess.Popen(
+                serve_command("--port", str(self.port), *options),
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                env={**os.environ, "PYTHONUNBUFFERED": "1"},
+            )
+        self.tree = psutil.Process(self.process.pid)
+
+    def __enter__(self) -> Server:
+        deadline = time.monotonic() + _START_SECONDS
+        while time.monotonic() < deadline:
+            if self.process.poll() is not None:
+                raise AssertionError(f"the server ended while starting:\n{self.log()}")
+            try:
+                if httpx.get(f"{self.url}/health", timeout=_START_SECONDS).status_code == 200:
+                    return self
+            except httpx.TransportError:
+                time.sleep(0.1)
+        raise AssertionError(f"the server did not start:\n{self.log()}")
+
+    def __exit__(self, *_: object) -> None:
+        self._http.close()
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGTERM)
+            try:
+                self.process.wait(20)
+            except subprocess.TimeoutExpired:
+                self.process.kill()
+        self.process.wait()
+
+    def log(self) -> str:
+        return self._log.read_text(errors="replace")
+
+    @property
+    def client(self) -> openai.OpenAI:
+        return openai.OpenAI(base_url=f"{self.url}/v1", api_key=self._api_key, max_retries=0)
+
+    @property
+    def async_client(self) -> openai.AsyncOpenAI:
+        return openai.AsyncOpenAI(base_url=f"{self.url}/v1", api_key=self._api_key, max_retries=0)
+
+    def get(self, path: str, **kwargs: Any) -> httpx.Response:
+        return self._http.get(path, **kwargs)
+
+    def post(self, path: str, json: object = None, **kwargs: Any) -> httpx.Response:
+        return self._http.post(path, json=json, **kwargs)
+
+    def metric(self, name: str) -> float:
+        """The value of a metric, summed over its labels."""
+        found = re.findall(
+            rf"^{re.escape(name)}(?:{{.*}})? (\S+)$", self.get("/metrics").text, re.M
+        )
+        assert found, f"no metric {name}"
+        return sum(map(float, found))
+
+    def wait_until_idle(self, seconds: float = 10) -> None:
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline:
+            if (
+                self.metric("vllm:num_requests_running")
+                == 0
+                == self.metric("vllm:num_requests_waiting")
+            ):
+                return
+            time.sleep(0.05)
+        raise AssertionError("requests are still running")
+
+    def children(self) -> list[psutil.Process]:
+        return self.tree.children(recursive=True)
+
+    def engine(self) -> psutil.Process:
+        """The engine's process."""
+        (engine,) = [child for child in self.children() if "core_proc" in " ".join(child.cmdline())]
+        return engine

@@ -1,0 +1,343 @@
+"""How a server starts, fills up, loses clients, drains and ends."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import socket
+import subprocess
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import openai
+import psutil
+import pytest
+
+from tests.entrypoints.server import MODEL, SMALL, TINY, Server, serve_command
+
+KEY = "sesame"
+LONG = {"model": MODEL, "prompt": "Once", "max_tokens": 1000, "extra_body": {"ignore_eos": True}}
+
+
+@pytest.fixture(scope="module")
+def guarded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """One request at a time, two may wait, and a key is needed."""
+    log = tmp_path_factory.mktemp("guarded") / "log"
+    options = (
+        *TINY,
+        *SMALL,
+        "--max-num-seqs",
+        "1",
+        "--max-num-queued-reqs",
+        "2",
+        "--scheduling-policy",
+        "priority",
+        "--api-key",
+        KEY,
+        "another",
+        "--root-path",
+        "/proxied",
+        "--enable-server-load-tracking",
+        "--disable-fastapi-docs",
+        "--response-role",
+        "helper",
+        "--enable-force-include-usage",
+        "--trust-request-chat-template",
+        "--disable-access-log-for-endpoints",
+        "/health,/metrics",
+        "--enable-log-requests",
+        "--enable-log-outputs",
+        "--max-log-len",
+        "20",
+    )
+    with Server(log, *options, api_key=KEY) as server:
+        yield server
+
+
+def all_gone(processes: list[psutil.Process], seconds: float = 10) -> bool:
+    _, alive = psutil.wait_procs(processes, timeout=seconds)
+    return not alive
+
+
+# Keys and options
+
+
+def test_a_key_is_needed(guarded: Server):
+    def status(path: str, key: str | None) -> int:
+        headers = {} if key is None else {"authorization": key}
+        return httpx.get(guarded.url + path, headers=headers).status_code
+
+    assert status("/v1/models", None) == 401
+    assert status("/v1/models", "Bearer wrong") == 401
+    assert status("/v1/models", f"Basic {KEY}") == 401
+    assert status("/v1/models", f"Bearer {KEY}") == 200
+    assert status("/v1/models", "bearer another") == 200
+    assert status("/tokenize", None) == 401
+    for path in ("/health", "/ping", "/version", "/load", "/metrics"):
+        assert status(path, None) == 200
+    with pytest.raises(openai.AuthenticationError, match="API key"):
+        openai.OpenAI(base_url=f"{guarded.url}/v1", api_key="no", max_retries=0).models.list()
+
+
+def test_options_of_the_front_end_work(guarded: Server):
+    assert guarded.get("/docs").status_code == 404
+    assert guarded.get("/proxied/v1/models").status_code == 200
+    body = {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 2, "stream": True}
+    text = guarded.post("/v1/chat/completions", body).text
+    assert '"role":"helper"' in text
+    assert '"usage":{"prompt_tokens"' in text
+    template = {**body, "stream": False, "chat_template": "{{ messages[0].content.upper() }}"}
+    answer = guarded.post("/v1/chat/completions", {**template, "return_prompt_text": True})
+    assert answer.json()["prompt_text"] == "HI"
+    broken = {**template, "chat_template": "{{ raise_exception('no such chat') }}"}
+    answer = guarded.post("/v1/chat/completions", broken)
+    assert answer.status_code == 400
+    assert "no such chat" in answer.json()["error"]["message"]
+    broken = {**template, "chat_template": "{% if %}"}
+    assert guarded.post("/v1/chat/completions", broken).status_code == 400
+
+
+def test_the_log_holds_requests_but_no_polling(guarded: Server):
+    guarded.post("/v1/completions", {"prompt": "x" * 100, "max_tokens": 1, "request_id": "seen"})
+    log = guarded.log()
+    assert "Received request cmpl-seen: prompt: 'xxxxxxxxxxxxxxxxxxxx', " in log
+    assert "Request cmpl-seen: output:" in log
+    assert '"POST /v1/completions' in log
+    assert "/health" not in log
+    assert "/metrics" not in log
+
+
+# Full
+
+
+def test_a_full_queue_answers_503_and_goes_on(guarded: Server):
+    async def flood() -> list[object]:
+        async with guarded.async_client as client:
+            first = asyncio.create_task(client.completions.create(**{**LONG, "max_tokens": 600}))
+            await asyncio.sleep(0.5)
+            rest = [client.completions.create(**{**LONG, "max_tokens": 2}) for _ in range(6)]
+            streamed = client.completions.create(**{**LONG, "stream": True})
+            return await asyncio.gather(first, *rest, streamed, return_exceptions=True)
+
+    answers = asyncio.run(flood())
+    refused = [a for a in answers if isinstance(a, openai.InternalServerError)]
+    assert len(refused) == 5
+    assert all(answer.status_code == 503 for answer in refused)
+    assert all("--max-num-queued-reqs" in answer.message for answer in refused)
+    assert isinstance(answers[-1], openai.InternalServerError), "a stream gets a status, too"
+    guarded.wait_until_idle()
+    assert guarded.post("/v1/completions", {"prompt": "Hi", "max_tokens": 1}).status_code == 200
+
+
+def test_priority_reorders(guarded: Server):
+    ended: list[str] = []
+
+    async def one(client: openai.AsyncOpenAI, name: str, priority: int, num_tokens: int) -> None:
+        body = {"ignore_eos": True, "priority": priority}
+        asked = {"model": MODEL, "prompt": name, "max_tokens": num_tokens, "extra_body": body}
+        await client.completions.create(**asked)
+        ended.append(name)
+
+    async def race() -> None:
+        async with guarded.async_client as client:
+            blocker = asyncio.create_task(one(client, "blocker", -1, 600))
+            await asyncio.sleep(0.3)
+            late = asyncio.create_task(one(client, "low", 5, 2))
+            await asyncio.sleep(0.1)
+            early = asyncio.create_task(one(client, "high", 1, 2))
+            assert guarded.get("/load").json() == {"server_load": 3}
+            await asyncio.gather(blocker, late, early)
+
+    asyncio.run(race())
+    assert ended == ["blocker", "high", "low"]
+    assert guarded.get("/load").json() == {"server_load": 0}
+
+
+# Clients that leave
+
+
+def test_an_aborted_stream_gives_its_blocks_back(server: Server):
+    stream = server.client.completions.create(stream=True, **LONG)
+    next(iter(stream))
+    assert server.metric("vllm:num_requests_running") == 1
+    assert server.metric("vllm:kv_cache_usage_perc") > 0
+    stream.close()
+    server.wait_until_idle(seconds=5)
+    assert server.metric("vllm:kv_cache_usage_perc") == 0
+    text = server.get("/metrics").text
+    assert any(
+        'finished_reason="abort"' in line and not line.endswith(" 0.0")
+        for line in text.splitlines()
+        if line.startswith("vllm:request_success_total")
+    )
+
+
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
+def test_a_client_that_stops_waiting_aborts_its_request(server: Server, path: str):
+    body = {"max_tokens": 900, "ignore_eos": True, "prompt": "Once"}
+    if "chat" in path:
+        body["messages"] = [{"role": "user", "content": body.pop("prompt")}]
+    with pytest.raises(httpx.ReadTimeout):
+        httpx.post(server.url + path, json=body, timeout=1.0)
+    server.wait_until_idle(seconds=5)
+
+
+def test_leaving_one_of_several_prompts_leaves_all(server: Server):
+    asked = {**LONG, "prompt": ["One", "Two", "Three"], "stream": True}
+    stream = server.client.completions.create(**asked)
+    next(iter(stream))
+    stream.close()
+    server.wait_until_idle(seconds=5)
+
+
+# Ends
+
+
+def test_sigterm_aborts_what_runs_and_exits_well(tmp_path: Path):
+    with Server(tmp_path / "log", *TINY, *SMALL) as server:
+        children = server.children()
+        stream = server.client.completions.create(stream=True, **LONG)
+        next(iter(stream))
+        server.process.send_signal(signal.SIGTERM)
+        reasons = [chunk.choices[0].finish_reason for chunk in stream]
+        assert reasons[-1] == "abort"
+        assert server.process.wait(10) == 0
+        assert all_gone(children)
+        assert server.log().count("shutting down") == 1
+
+
+def test_shutdown_timeout_lets_requests_end(tmp_path: Path):
+    options = (*TINY, *SMALL, "--shutdown-timeout", "60")
+    with Server(tmp_path / "log", *options) as server:
+        answers: list[httpx.Response] = []
+        body = {"prompt": "Once", "max_tokens": 800, "ignore_eos": True}
+        asking = threading.Thread(
+            target=lambda: answers.append(
+                httpx.post(f"{server.url}/v1/completions", json=body, timeout=60)
+            )
+        )
+        asking.start()
+        time.sleep(0.3)
+        idle = httpx.Client(base_url=server.url)
+        assert idle.get("/health").status_code == 200
+        server.process.send_signal(signal.SIGINT)
+        time.sleep(0.2)
+        # A connection that is open already is told; a new one finds nobody.
+        if server.process.poll() is None and asking.is_alive():
+            assert idle.post("/v1/completions", json=body).status_code == 503
+        asking.join()
+        assert answers[0].json()["usage"]["completion_tokens"] == 800
+        assert server.process.wait(10) == 0
+
+
+def test_a_second_signal_ends_at_once(tmp_path: Path):
+    options = (*TINY, *SMALL, "--shutdown-timeout", "60")
+    with Server(tmp_path / "log", *options) as server:
+        children = server.children()
+        stream = server.client.completions.create(stream=True, **{**LONG, "n": 8})
+        next(iter(stream))
+        server.process.send_signal(signal.SIGTERM)
+        time.sleep(0.3)
+        server.process.send_signal(signal.SIGTERM)
+        assert server.process.wait(10) == 128 + signal.SIGTERM
+        assert all_gone(children)
+
+
+def test_a_killed_engine_turns_into_errors_and_an_exit_status(tmp_path: Path):
+    with Server(tmp_path / "log", *TINY, *SMALL) as server:
+        stream = server.client.completions.create(stream=True, **LONG)
+        next(iter(stream))
+        server.engine().kill()
+        with pytest.raises(openai.APIError, match="engine process has died"):
+            list(stream)
+        assert server.get("/health").status_code == 503
+        answer = server.post("/v1/completions", {"prompt": "Hi"})
+        assert answer.status_code == 500
+        assert answer.json()["error"]["type"] == "InternalServerError"
+        assert server.process.wait(15) == 1
+        assert not server.log().count("Traceback")
+
+
+def test_a_killed_server_leaves_no_engine(tmp_path: Path):
+    with Server(tmp_path / "log", *TINY, *SMALL) as server:
+        children = server.children()
+        assert children
+        server.process.kill()
+        assert all_gone(children)
+
+
+# What keeps a server from starting
+
+
+def ends(*options: str) -> tuple[int, str]:
+    done = subprocess.run(
+        serve_command(*options), capture_output=True, text=True, timeout=60, check=False
+    )
+    return done.returncode, done.stderr
+
+
+def test_a_port_in_use_is_one_line():
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        sock.listen()
+        port = sock.getsockname()[1]
+        status, printed = ends("--port", str(port))
+    assert status == 1
+    assert printed.strip().splitlines()[-1] == (
+        f"vllm serve: error: --port {port} is in use on 127.0.0.1; choose another, or 0 for a "
+        "free one"
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (("--enable-auto-tool-choice",), "--tool-call-parser"),
+        (("--tool-call-parser", "hermess"), "hermes"),
+        (("--chat-template", "/no/such/file.jinja"), "--chat-template"),
+        (("--chat-template", "{% if %}"), "--chat-template: line 1"),
+        (("--ssl-certfile", "/no/such/cert.pem"), "--ssl-certfile"),
+        (("--host", "256.1.1.1"), "--host 256.1.1.1"),
+        (("--middleware", "no.such.thing"), "--middleware"),
+        (
+            ("--tool-parser-plugin", "/no/such.py", "--tool-call-parser", "x"),
+            "--tool-parser-plugin",
+        ),
+        (("--uds", str(Path(__file__))), "no socket"),
+    ],
+)
+def test_a_wrong_option_is_one_line_before_anything_is_loaded(options, words):
+    status, printed = ends("--port", "0", *options)
+    assert status != 0
+    last = printed.strip().splitlines()[-1]
+    assert last.startswith("vllm serve: error: ")
+    assert words in last
+    assert "Traceback" not in printed
+    assert "Start-up" not in printed
+
+
+def test_the_servers_process_never_imports_torch(server: Server):
+    """torch alone maps hundreds of libraries' worth of memory; the engine's process has it."""
+    mapped = {Path(m.path).name for m in server.tree.memory_maps()}
+    assert not any(name.startswith("libtorch") for name in mapped)
+    assert any(Path(m.path).name.startswith("libtorch") for m in server.engine().memory_maps())
+
+
+def test_a_unix_socket_serves(tmp_path: Path):
+    path = str(tmp_path / "vllm.sock")
+    process = subprocess.Popen(
+        serve_command(*TINY, *SMALL, "--uds", path), stderr=subprocess.DEVNULL
+    )
+    try:
+        deadline = time.monotonic() + 60
+        while not Path(path).exists() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        with httpx.Client(transport=httpx.HTTPTransport(uds=path), timeout=60) as client:
+            assert client.get("http://server/v1/models").json()["data"][0]["id"] == MODEL
+    finally:
+        process.terminate()
+    assert process.wait(15) == 0
+    assert not Path(path).exists()
