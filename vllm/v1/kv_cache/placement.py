@@ -58,22 +58,25 @@ def place_layers(
 
 
 def _alike(names: Sequence[str], specs: Specs) -> list[list[str]]:
-    """Layers of one group with one shape and dtype lie together."""
+    """Layers of one group whose pages are cut alike lie together, in one tensor."""
 
-    def shape(name: str) -> tuple[Any, ...]:
+    def cut(name: str) -> tuple[Any, ...]:
         spec = specs[name]
         return (
+            spec.kind,
+            spec.content_format,
+            spec.storage_dtype,
             spec.num_heads,
             spec.num_states,
             spec.state_content_size_bytes,
+            spec.unpadded_page_size_bytes,
             spec.page_size_bytes,
-            spec.storage_dtype,
-            spec.view_alignment,
+            spec.state_table,
         )
 
-    first_seen = {key: i for i, key in reversed(list(enumerate(map(shape, names))))}
-    ordered = sorted(names, key=lambda name: first_seen[shape(name)])
-    return [list(part) for _, part in groupby(ordered, key=shape)]
+    first_seen = {key: i for i, key in reversed(list(enumerate(map(cut, names))))}
+    ordered = sorted(names, key=lambda name: first_seen[cut(name)])
+    return [list(part) for _, part in groupby(ordered, key=cut)]
 
 
 def _strides(

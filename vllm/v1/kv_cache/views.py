@@ -180,17 +180,23 @@ def group_kernel_blocks(cache: torch.Tensor, num_blocks: int) -> torch.Tensor:
     ratio = cache.shape[0] // num_blocks
     if ratio == 1:
         return cache
-    return cache.view(num_blocks, ratio, *cache.shape[1:])
+    stride = cache.stride(0)
+    return cache.as_strided(
+        (num_blocks, ratio, *cache.shape[1:]), (stride * ratio, *cache.stride())
+    )
 
 
 def map_kv_caches_to_kernel_blocks(
     kv_caches: Mapping[str, torch.Tensor], kernel_blocks_per_block: Mapping[str, int]
 ) -> dict[str, torch.Tensor]:
     """Undo ``group_kernel_blocks`` for each layer: ``(B, r, ...)`` to ``(B * r, ...)``."""
-    return {
-        name: cache.view(-1, *cache.shape[2:]) if kernel_blocks_per_block[name] > 1 else cache
-        for name, cache in kv_caches.items()
-    }
+
+    def mapped(cache: torch.Tensor, ratio: int) -> torch.Tensor:
+        if ratio == 1:
+            return cache
+        return cache.as_strided((cache.shape[0] * ratio, *cache.shape[2:]), cache.stride()[1:])
+
+    return {name: mapped(cache, kernel_blocks_per_block[name]) for name, cache in kv_caches.items()}
 
 
 def canonicalize_singleton_dim_strides(tensor: torch.Tensor) -> torch.Tensor:
