@@ -189,11 +189,13 @@ class KVCacheManager:
         if num_needed > self.block_pool.get_num_free_blocks() - num_reserved_blocks:
             return None
 
-        new_blocks = []
-        capacity = 1 << 62
+        # Every group's hits are held before any group takes blocks that might be among them.
         for manager, row in zip(self.managers, hits, strict=True):
             if request_id not in manager.req_to_blocks:
                 manager.start_row(request_id, row, total_computed)
+        new_blocks = []
+        capacity = 1 << 62
+        for manager in self.managers:
             length = num_encoder_tokens if manager.counts_encoder_tokens else num_tokens
             new_blocks.append(manager.allocate_new_blocks(request_id, length))
             row_length = len(manager.req_to_blocks[request_id])

@@ -205,14 +205,6 @@ class Scheduler(SchedulerInterface):
                 parameter="prompt",
                 value=num_prompt,
             )
-        if not self._chunked and num_prompt > self.max_num_scheduled_tokens:
-            raise VLLMValidationError(
-                f"the prompt has {num_prompt} tokens, and without chunked prefill one step takes "
-                f"{self.max_num_scheduled_tokens}: shorten the prompt, raise "
-                "--max-num-batched-tokens or set --enable-chunked-prefill",
-                parameter="prompt",
-                value=num_prompt,
-            )
 
     def finish_requests(
         self, request_ids: str | Iterable[str] | None, finished_status: RequestStatus
@@ -349,7 +341,7 @@ class Scheduler(SchedulerInterface):
             if num_new != 1:
                 if num_new <= 0 or request.status is not RequestStatus.RUNNING:
                     continue
-                num_new = self._limit_chunk(request, num_computed, num_new, budget)
+                num_new = self._limit_chunk(num_computed, num_new, budget)
                 if num_new == 0:
                     continue
             if budget < 1:
@@ -370,14 +362,13 @@ class Scheduler(SchedulerInterface):
             budget -= num_new
         step.budget = budget
 
-    def _limit_chunk(self, request: Request, num_computed: int, num_new: int, budget: int) -> int:
+    def _limit_chunk(self, num_computed: int, num_new: int, budget: int) -> int:
         """How many of ``num_new`` uncomputed tokens a step may take; 0 where it can't yet."""
         threshold = self._long_prefill_threshold
         if 0 < threshold < num_new:
             num_new = threshold
         if num_new > budget:
-            # A preempted request may have outgrown a step; it is taken in pieces at any rate.
-            if not self._chunked and request.num_tokens <= self.max_num_scheduled_tokens:
+            if not self._chunked:
                 return 0
             num_new = budget
         block = self._state_block_size
@@ -484,7 +475,7 @@ class Scheduler(SchedulerInterface):
         num_new = 0
         if not load_async:
             uncomputed = request.num_tokens - num_computed
-            num_new = self._limit_chunk(request, num_computed, uncomputed, step.budget)
+            num_new = self._limit_chunk(num_computed, uncomputed, step.budget)
             if num_new == 0:
                 return False
         new_blocks = kv.allocate_slots(
