@@ -1,0 +1,117 @@
+"""Environment variables: read in one place, checked, and never ignored."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+import vllm.envs as envs
+from vllm.errors import ConfigError, UnsupportedError
+
+
+@pytest.fixture(autouse=True)
+def no_variables(monkeypatch):
+    for name in list(os.environ):
+        if name.startswith("VLLM_"):
+            monkeypatch.delenv(name)
+
+
+def test_defaults():
+    envs.validate_environ()
+    assert envs.VLLM_CPU_KVCACHE_SPACE == 0
+    assert envs.VLLM_ENABLE_V1_MULTIPROCESSING is True
+    assert envs.VLLM_LOGGING_LEVEL == "INFO"
+    assert envs.VLLM_API_KEY is None
+
+
+@pytest.mark.parametrize("name", ["VLLM_ATTENTION_BACKEND", "VLLM_NIXL_SIDE_CHANNEL_PORT"])
+def test_what_vllm_has_and_this_engine_lacks_is_refused(monkeypatch, name):
+    monkeypatch.setenv(name, "1")
+    with pytest.raises(UnsupportedError, match=f"{name}: vLLM has this; this engine does not yet"):
+        envs.validate_environ()
+
+
+def test_unknown_variables_are_refused_with_the_nearest(monkeypatch):
+    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPASE", "4")
+    monkeypatch.setenv("VLLM_WHATEVER", "4")
+    with pytest.raises(UnsupportedError) as error:
+        envs.validate_environ()
+    lines = str(error.value).splitlines()
+    assert lines == [
+        "VLLM_CPU_KVCACHE_SPASE: unknown environment variable; "
+        "did you mean VLLM_CPU_KVCACHE_SPACE?",
+        "VLLM_WHATEVER: unknown environment variable; unset it",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "good", "bad"),
+    [
+        ("VLLM_NO_USAGE_STATS", "1", "0"),
+        ("VLLM_USE_V1", "1", "0"),
+        ("VLLM_WORKER_MULTIPROC_METHOD", "spawn", "fork"),
+    ],
+)
+def test_values_that_change_nothing_pass(monkeypatch, name, good, bad):
+    monkeypatch.setenv(name, good)
+    envs.validate_environ()
+    monkeypatch.setenv(name, bad)
+    with pytest.raises(UnsupportedError, match=f"{name}={bad}: vLLM has this"):
+        envs.validate_environ()
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("VLLM_CPU_KVCACHE_SPACE", "lots"),
+        ("VLLM_CPU_KVCACHE_SPACE", "-1"),
+        ("VLLM_CPU_KVCACHE_SPACE", "nan"),
+        ("VLLM_CPU_KVCACHE_SPACE", "inf"),
+        ("VLLM_ENGINE_READY_TIMEOUT_S", "0"),
+        ("VLLM_ENGINE_READY_TIMEOUT_S", "soon"),
+        ("VLLM_KV_CACHE_LAYOUT", "HDN"),
+        ("VLLM_KV_CACHE_DEBUG", "maybe"),
+        ("VLLM_LOGGING_LEVEL", "LOUD"),
+    ],
+)
+def test_a_bad_value_names_the_variable(monkeypatch, name, value):
+    monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError, match=name):
+        envs.validate_environ()
+
+
+@pytest.mark.parametrize(
+    ("text", "value"), [("1", True), ("true", True), ("0", False), ("", False)]
+)
+def test_switches(monkeypatch, text, value):
+    monkeypatch.setenv("VLLM_KV_CACHE_DEBUG", text)
+    assert envs.VLLM_KV_CACHE_DEBUG is value
+
+
+def test_cache_root_follows_the_standard(monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", "/cache")
+    assert envs.VLLM_CACHE_ROOT == "/cache/vllm"
+    monkeypatch.setenv("VLLM_CACHE_ROOT", "/elsewhere")
+    assert envs.VLLM_CACHE_ROOT == "/elsewhere"
+
+
+def test_unknown_attribute():
+    with pytest.raises(AttributeError, match="VLLM_NOPE"):
+        envs.VLLM_NOPE  # noqa: B018
+
+
+@pytest.mark.parametrize("command", [["serve", "smollm2"], ["chat", "-q", "x"]])
+def test_the_command_refuses_before_it_starts(command):
+    result = subprocess.run(
+        [sys.executable, "-m", "vllm.entrypoints.cli.main", *command],
+        env={**os.environ, "VLLM_WHATEVER": "1"},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert result.returncode == 2
+    assert result.stderr == (
+        f"vllm {command[0]}: error: VLLM_WHATEVER: unknown environment variable; unset it\n"
+    )
