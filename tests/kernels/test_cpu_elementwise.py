@@ -1,0 +1,81 @@
+"""RMSNorm, SiLU * mul, argmax and RoPE against PyTorch in float64."""
+
+import pytest
+import torch
+
+from vllm import _custom_ops as ops
+from vllm import _torch_ops
+
+pytestmark = pytest.mark.skipif(not ops.has_extension(), reason="vllm._C is not built")
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}
+
+
+def close(actual: torch.Tensor, expected: torch.Tensor) -> bool:
+    tolerance = TOLERANCE[actual.dtype]
+    return torch.allclose(actual.double(), expected.double(), atol=tolerance, rtol=tolerance)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(1, 576), (3, 5), (200, 576), (7, 3, 64)])
+def test_rms_norm_over_strided_rows(
+    isa: str, seed: int, dtype: torch.dtype, shape: tuple[int, ...]
+) -> None:
+    x = torch.randn(*shape[:-1], shape[-1] + 4).to(dtype)[..., : shape[-1]]
+    weight = torch.randn(shape[-1]).to(dtype)
+    expected = _torch_ops.rms_norm(x.double(), weight.double(), 1e-5)
+    assert close(ops.rms_norm(x, weight, 1e-5), expected)
+    assert ops.rms_norm(x, weight, 1e-5, out=x) is x
+    assert close(x, expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rows", [1, 90])
+def test_the_residual_is_added_before_the_norm(
+    isa: str, seed: int, dtype: torch.dtype, rows: int
+) -> None:
+    x, residual = torch.randn(rows, 580).to(dtype)[:, :576], torch.randn(rows, 576).to(dtype)
+    weight = torch.randn(576).to(dtype)
+    total = (x.double() + residual.double()).to(dtype)
+    ops.fused_add_rms_norm(x, residual, weight, 1e-6)
+    assert torch.equal(residual, total)
+    assert close(x, _torch_ops.rms_norm(total.double(), weight.double(), 1e-6))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(1, 8), (5, 3072), (40, 3070)])
+def test_silu_and_mul(isa: str, seed: int, dtype: torch.dtype, shape: tuple[int, int]) -> None:
+    x = (torch.randn(shape) * 8).to(dtype)
+    x[0, 0], x[0, 1] = 100, -100  # e^100 overflows a float
+    assert close(ops.silu_and_mul(x), _torch_ops.silu_and_mul(x.double()))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_argmax_takes_the_first_of_equal_values(isa: str, seed: int, dtype: torch.dtype) -> None:
+    logits = torch.randn(20, 4999).to(dtype)
+    logits[3, 100] = logits[3, 4000] = 50
+    logits[4] = float("-inf")
+    logits[5] = float("-inf")
+    logits[5, 4998] = -3
+    logits[6, 1] = float("inf")
+    logits[7, 2500] = float("nan")
+    assert torch.equal(ops.argmax(logits), logits.float().argmax(dim=-1))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("is_neox", [True, False])
+@pytest.mark.parametrize("rotary_dim", [8, 24, 128])
+def test_rope_rotates_query_and_key_in_place(
+    isa: str, seed: int, dtype: torch.dtype, is_neox: bool, rotary_dim: int
+) -> None:
+    qkv = torch.randn(9, 7 * 128).to(dtype)
+    query, key, _ = qkv.split([4 * 128, 2 * 128, 128], dim=-1)
+    positions = torch.randint(0, 50, (9,))
+    table = torch.randn(50, rotary_dim)
+    expected = query.double(), key.double()
+    rest = qkv[:, 6 * 128 :].clone()
+    ops.rotary_embedding(positions, query, key, 128, table, is_neox)
+    _torch_ops.rotary_embedding(positions, *expected, 128, table.double(), is_neox)
+    assert close(query, expected[0]) and close(key, expected[1])
+    assert torch.equal(qkv[:, 6 * 128 :], rest)
