@@ -20,13 +20,13 @@ class Qwen3Attention(LlamaAttention):
         self.k_norm = RMSNorm(self.head_dim, eps=config.rms_norm_eps)
 
     def forward(self, positions: torch.Tensor, hidden_states: torch.Tensor) -> torch.Tensor:
-        qkv = self.qkv_proj(hidden_states)
-        query, key, value = qkv.split(self.split_sizes, dim=-1)
+        qkv = self.qkv_proj.forward(hidden_states)
+        query, key, value = torch.split_with_sizes(qkv, self.split_sizes, dim=-1)
         # Views of qkv: the norms write into it.
         self.q_norm.forward_in_place(query.unflatten(-1, (self.num_heads, self.head_dim)))
         self.k_norm.forward_in_place(key.unflatten(-1, (self.num_kv_heads, self.head_dim)))
-        output = self.attn(query, key, value, positions=positions, rotary_emb=self.rotary_emb)
-        return self.o_proj(output)
+        output = self.attn.forward(query, key, value, None, positions, self.rotary_emb)
+        return self.o_proj.forward(output)
 
 
 class Qwen3DecoderLayer(LlamaDecoderLayer):
