@@ -43,15 +43,16 @@ def _rotate_and_store_kernel(
         cos = tl.load(at, mask=rotated, other=1.0).to(tl.float32)
         sin = tl.load(at + HALF, mask=rotated, other=0.0).to(tl.float32)
         sin = tl.where(first, -sin, sin)
-    if head < Q_HEADS:
-        row = q_ptr + token * stride_q_t + head * stride_q_h
-        x = tl.load(row + dims, mask=valid, other=0.0)
-        other = tl.load(row + partner, mask=rotated, other=0.0)
-        y = x * cos + other * sin
-        # Every thread has read its partner before any writes it.
-        tl.debug_barrier()
-        tl.store(row + dims, y, mask=rotated)
-    else:
+    if Q_HEADS > 0:  # noqa: SIM102 (a constexpr prunes the branch: there may be no query)
+        if head < Q_HEADS:
+            row = q_ptr + token * stride_q_t + head * stride_q_h
+            x = tl.load(row + dims, mask=valid, other=0.0)
+            other = tl.load(row + partner, mask=rotated, other=0.0)
+            y = x * cos + other * sin
+            # Every thread has read its partner before any writes it.
+            tl.debug_barrier()
+            tl.store(row + dims, y, mask=rotated)
+    if head >= Q_HEADS:
         kv_head = head - Q_HEADS
         slot = tl.load(slots_ptr + token)
         if slot >= 0:
