@@ -85,7 +85,7 @@ class Platform:
         """
 
     @classmethod
-    def init_threads(cls) -> int:
+    def init_threads(cls, local_rank: int = 0, local_world_size: int = 1) -> int:
         """Set the host threads of this process up; returns how many compute threads it has."""
         return 1
 
