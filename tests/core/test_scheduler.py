@@ -83,9 +83,11 @@ def test_without_chunks_a_prompt_waits_for_a_step_that_takes_it_whole():
     )
     scheduler.add_request(distinct("a", 40, max_tokens=4))
     scheduler.add_request(distinct("b", 30, max_tokens=4))
-    assert scheduled(first := scheduler.schedule()) == {"a": 40}
+    first = scheduler.schedule()
+    assert scheduled(first) == {"a": 40}
     scheduler.update_from_output(first, model.execute(first))
-    assert scheduled(second := scheduler.schedule()) == {"a": 1, "b": 30}
+    second = scheduler.schedule()
+    assert scheduled(second) == {"a": 1, "b": 30}
     scheduler.update_from_output(second, model.execute(second))
     assert {name: len(tokens) for name, tokens in model.run().items()} == {"a": 2, "b": 3}
 
@@ -245,7 +247,8 @@ def test_the_watermark_stays_free_but_never_blocks_a_lone_request():
     scheduler, model = setup(11, watermark=0.3)
     scheduler.add_request(distinct("a", 90, max_tokens=2))
     scheduler.add_request(distinct("b", 30, max_tokens=2))
-    assert scheduled(output := scheduler.schedule()) == {"a": 90}
+    output = scheduler.schedule()
+    assert scheduled(output) == {"a": 90}
     scheduler.update_from_output(output, model.execute(output))
     tokens = model.run()
     assert len(tokens["a"]) == 1 and len(tokens["b"]) == 2
@@ -394,7 +397,8 @@ def test_requests_of_one_step_share_what_it_computes():
     scheduler, model = setup()
     scheduler.add_request(make_request("a", 100, max_tokens=2))
     scheduler.add_request(make_request("b", 100, max_tokens=2))
-    assert scheduled(output := scheduler.schedule()) == {"a": 100, "b": 4}
+    output = scheduler.schedule()
+    assert scheduled(output) == {"a": 100, "b": 4}
     model.execute(output)
 
 
@@ -421,7 +425,8 @@ def test_no_caching_computes_everything():
     scheduler, model = setup(prefix_caching=False)
     for name in "ab":
         scheduler.add_request(make_request(name, 64, max_tokens=1))
-        assert scheduled(output := scheduler.schedule()) == {name: 64}
+        output = scheduler.schedule()
+        assert scheduled(output) == {name: 64}
         scheduler.update_from_output(output, model.execute(output))
     assert scheduler.block_hasher is None
 

@@ -437,10 +437,23 @@ class Scheduler(SchedulerInterface):
             admitted = self._try_admit(request, step)
             if admitted is None:
                 undecided.append(waiting.pop_request())
-            elif not admitted:
+            elif not admitted and (self.running or not self._reclaim_blocks(request)):
                 break
         if undecided:
             waiting.prepend_requests(undecided)
+
+    def _reclaim_blocks(self, for_request: Request) -> bool:
+        """Take the blocks of the last waiting request that has loaded some; False without one.
+
+        When nothing runs, nobody else would ever give any back.
+        """
+        for request in reversed(list(self.waiting)):
+            if request.num_computed_tokens > 0 and request is not for_request:
+                self.kv_cache_manager.free(request)
+                request.num_computed_tokens = 0
+                self._stuck = None
+                return True
+        return False
 
     def _is_stuck(self, request: Request) -> bool:
         if self._stuck is None:
