@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,7 @@ from vllm.v1.structured_output.backend_types import (
     StructuredOutputBackend,
     StructuredOutputGrammar,
 )
+from vllm.v1.structured_output.json_schema import check_json_schema
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -23,8 +25,10 @@ __all__ = ["XgrammarBackend", "XgrammarGrammar"]
 
 _COMPILE_THREADS = 2
 _COMPILED_CACHE_BYTES = 256 << 20
-# From here on a batched fill on several threads is quicker than one row after the other.
-_BATCHED_FILL_FROM = 4
+# A small model may otherwise put out blanks until max_tokens; this leaves room to indent.
+_MAX_WHITESPACE = 32
+# "[12:00:00] /path/file.cc:123: " before the compiler's own words.
+_SOURCE_PREFIX = re.compile(r"^\[[\d:]+\] \S+:\d+: ")
 
 
 class XgrammarGrammar(StructuredOutputGrammar):
@@ -70,7 +74,6 @@ class XgrammarBackend(StructuredOutputBackend):
         self._special_ids = frozenset(tokenizer.all_special_ids)
         self._own_stop_ids = tuple(info.stop_token_ids)
         self._disable_any_whitespace = disable_any_whitespace
-        self._batch = xgr.BatchGrammarMatcher(max_threads=_COMPILE_THREADS)
 
     def compile(
         self, params: StructuredOutputsParams, stop_token_ids: Sequence[int]
@@ -83,30 +86,18 @@ class XgrammarBackend(StructuredOutputBackend):
     def fill_bitmask(
         self, grammars: Sequence[StructuredOutputGrammar], bitmask: np.ndarray
     ) -> None:
-        matchers = [grammar.matcher for grammar in grammars if isinstance(grammar, XgrammarGrammar)]
-        assert len(matchers) == len(grammars)
-        if len(matchers) >= _BATCHED_FILL_FROM:
-            self._batch.batch_fill_next_token_bitmask(matchers, bitmask)
-            return
-        for index, matcher in enumerate(matchers):
-            matcher.fill_next_token_bitmask(bitmask, index)
+        for index, grammar in enumerate(grammars):
+            assert isinstance(grammar, XgrammarGrammar)
+            grammar.matcher.fill_next_token_bitmask(bitmask, index)
 
     def _compile(self, params: StructuredOutputsParams) -> xgr.CompiledGrammar:
         compiler = self._compiler
-        any_whitespace = not (params.disable_any_whitespace or self._disable_any_whitespace)
         if params.json is not None:
-            schema = _json_text("json", params.json)
-            return _compiled(
-                "json",
-                lambda: compiler.compile_json_schema(schema, any_whitespace=any_whitespace),
-            )
+            schema = _parse_json("json", params.json)
+            check_json_schema(schema)
+            return self._compile_schema("json", schema, params)
         if params.json_object:
-            return _compiled(
-                "json_object",
-                lambda: compiler.compile_json_schema(
-                    '{"type": "object"}', any_whitespace=any_whitespace
-                ),
-            )
+            return self._compile_schema("json_object", {"type": "object"}, params)
         if params.regex is not None:
             regex = params.regex
             return _compiled("regex", lambda: compiler.compile_regex(regex))
@@ -123,6 +114,19 @@ class XgrammarBackend(StructuredOutputBackend):
             parameter="structured_outputs",
         )
 
+    def _compile_schema(
+        self, field: str, schema: Any, params: StructuredOutputsParams
+    ) -> xgr.CompiledGrammar:
+        any_whitespace = not (params.disable_any_whitespace or self._disable_any_whitespace)
+        return _compiled(
+            field,
+            lambda: self._compiler.compile_json_schema(
+                json.dumps(schema),
+                any_whitespace=any_whitespace,
+                max_whitespace_cnt=_MAX_WHITESPACE if any_whitespace else None,
+            ),
+        )
+
     def _compile_grammar(self, grammar: str) -> xgr.CompiledGrammar:
         # EBNF and GBNF define rules with "::=", Lark with ":".
         if "::=" in grammar:
@@ -130,9 +134,10 @@ class XgrammarBackend(StructuredOutputBackend):
         return self._compiler.compile_lark(grammar)
 
     def _compile_structural_tag(self, text: str) -> xgr.CompiledGrammar:
-        tag = json.loads(_json_text("structural_tag", text))
+        tag = _parse_json("structural_tag", text)
         if isinstance(tag, dict) and "structures" in tag:
             tag = _modern_structural_tag(tag)
+        _check_schemas_inside(tag)
         return _compiled("structural_tag", lambda: self._compiler.compile_structural_tag(tag))
 
 
@@ -141,25 +146,37 @@ def _compiled(field: str, compile_it: Callable[[], xgr.CompiledGrammar]) -> xgr.
     try:
         return compile_it()
     except (RuntimeError, ValueError, TypeError) as error:
-        reason = " ".join(str(error).split())
+        reason = " ".join(_SOURCE_PREFIX.sub("", str(error)).split())
         raise VLLMValidationError(
-            f"structured_outputs.{field} cannot be compiled: {reason[:500]}",
+            f"structured_outputs.{field} cannot be compiled: {reason[:300]}",
             parameter="structured_outputs",
         ) from error
 
 
-def _json_text(field: str, value: str | dict[str, Any]) -> str:
-    """``value`` as JSON text, checked to be JSON."""
+def _parse_json(field: str, value: str | dict[str, Any]) -> Any:
+    """JSON text as what it stands for; anything else as it is."""
     if not isinstance(value, str):
-        return json.dumps(value)
+        return value
     try:
-        json.loads(value)
-    except ValueError as error:
+        return json.loads(value)
+    except (ValueError, RecursionError) as error:
         raise VLLMValidationError(
             f"structured_outputs.{field} is not valid JSON: {error}",
             parameter="structured_outputs",
         ) from error
-    return value
+
+
+def _check_schemas_inside(node: Any) -> None:
+    """Check every JSON schema that a structural tag holds."""
+    stack = [node]
+    while stack:
+        node = stack.pop()
+        if isinstance(node, list):
+            stack.extend(node)
+        elif isinstance(node, dict):
+            if "json_schema" in node:
+                check_json_schema(node["json_schema"], "structured_outputs.structural_tag")
+            stack.extend(value for key, value in node.items() if key != "json_schema")
 
 
 def _ebnf_literal(text: str) -> str:

@@ -20,27 +20,39 @@ class GrammarMask:
     """
 
     def __init__(self, grammar_output: GrammarOutput, row_of: Mapping[str, int]) -> None:
-        pairs = [
-            (row_of[req_id], i)
-            for i, req_id in enumerate(grammar_output.structured_output_request_ids)
-            if req_id in row_of
-        ]
-        self._rows = np.array([row for row, _ in pairs], dtype=np.int64)
-        self._masks = grammar_output.grammar_bitmask[[i for _, i in pairs]]
+        ids = grammar_output.structured_output_request_ids
+        picked = [i for i, req_id in enumerate(ids) if req_id in row_of]
+        self._req_ids = [ids[i] for i in picked]
+        self._rows = np.array([row_of[req_id] for req_id in self._req_ids], dtype=np.int64)
+        self._words = np.ascontiguousarray(grammar_output.grammar_bitmask[picked])
+
+    def allow_nothing_but(self, token_ids: Mapping[str, np.ndarray]) -> set[str]:
+        """Of these requests, those whose mask allows none but the given tokens."""
+        found = set()
+        for req_id, words in zip(self._req_ids, self._words, strict=True):
+            ids = token_ids.get(req_id)
+            if ids is not None:
+                others = words.view(np.uint32).copy()
+                np.bitwise_and.at(
+                    others, ids // 32, ~(np.uint32(1) << (ids % 32).astype(np.uint32))
+                )
+                if not others.any():
+                    found.add(req_id)
+        return found
 
     def __call__(self, logits: torch.Tensor) -> torch.Tensor:
         """Mask ``logits`` (``(R, V)``, any float dtype) in place and return it."""
         if not self._rows.size:
             return logits
-        words = np.ascontiguousarray(self._masks)
-        bits = np.unpackbits(words.view(np.uint8), axis=1, bitorder="little")
-        # Entries past the mask's width belong to no token: they stay forbidden.
         width = logits.shape[-1]
-        if bits.shape[1] < width:
-            bits = np.pad(bits, ((0, 0), (0, width - bits.shape[1])))
-        forbidden = torch.from_numpy(bits[:, :width] == 0).to(logits.device)
+        forbidden = np.unpackbits((~self._words).view(np.uint8), axis=1, bitorder="little")
+        # Entries past the mask's width belong to no token.
+        if forbidden.shape[1] < width:
+            missing = width - forbidden.shape[1]
+            forbidden = np.pad(forbidden, ((0, 0), (0, missing)), constant_values=1)
+        mask = torch.from_numpy(forbidden[:, :width].view(np.bool_)).to(logits.device)
         if self._rows.size == logits.shape[0] and (np.diff(self._rows) == 1).all():
-            return logits.masked_fill_(forbidden, float("-inf"))
+            return logits.masked_fill_(mask, float("-inf"))
         index = torch.from_numpy(self._rows).to(logits.device)
-        logits[index] = logits[index].masked_fill(forbidden, float("-inf"))
+        logits[index] = logits[index].masked_fill(mask, float("-inf"))
         return logits

@@ -7,6 +7,7 @@ one ends, a new request or the last row takes its place. Knows nothing of models
 
 from __future__ import annotations
 
+from collections.abc import Set
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -110,13 +111,14 @@ class InputBatch:
         self._biased: dict[str, tuple[np.ndarray, np.ndarray]] = {}
         self._allowed: dict[str, np.ndarray] = {}
         self._bad_words: dict[str, CachedRequestState] = {}
-        self._min_tokens_stop_ids: dict[str, np.ndarray] = {}
+        self.min_tokens_stop_ids: dict[str, np.ndarray] = {}
+        """Of requests with ``min_tokens``: the tokens that would end them."""
         self._sparse: tuple[dict, ...] = (
             self._penalised,
             self._biased,
             self._allowed,
             self._bad_words,
-            self._min_tokens_stop_ids,
+            self.min_tokens_stop_ids,
         )
         self._summary: _Summary | None = None
 
@@ -184,7 +186,7 @@ class InputBatch:
         stop_ids = _stop_token_ids(params)
         self.min_tokens[row] = params.min_tokens if stop_ids.size else 0
         if self.min_tokens[row]:
-            self._min_tokens_stop_ids[req_id] = stop_ids
+            self.min_tokens_stop_ids[req_id] = stop_ids
 
     def remove(self, req_id: str) -> int:
         """Take a request out and return its row, which ``replace`` or ``condense`` must fill."""
@@ -233,8 +235,13 @@ class InputBatch:
 
     # ---- what the sampler needs -------------------------------------------------------------
 
-    def sampling_metadata(self, rows: np.ndarray) -> SamplingMetadata:
-        """How to sample ``rows`` (int64 ``(R,)``, ascending) of the batch."""
+    def sampling_metadata(
+        self, rows: np.ndarray, may_stop: Set[str] = frozenset()
+    ) -> SamplingMetadata:
+        """How to sample ``rows`` (int64 ``(R,)``, ascending) of the batch.
+
+        ``may_stop``: requests that may end before their ``min_tokens``.
+        """
         summary = self._summary
         if summary is None:
             summary = self._summary = self._summarise()
@@ -253,7 +260,7 @@ class InputBatch:
             metadata.num_logprobs = wanted
         if summary.sparse:
             index = {self.req_ids[row]: i for i, row in enumerate(rows.tolist())}
-            self._describe_sparse(metadata, index)
+            self._describe_sparse(metadata, index, may_stop)
         return metadata
 
     def _summarise(self) -> _Summary:
@@ -268,7 +275,9 @@ class InputBatch:
             sparse=any(self._sparse),
         )
 
-    def _describe_sparse(self, metadata: SamplingMetadata, index: dict[str, int]) -> None:
+    def _describe_sparse(
+        self, metadata: SamplingMetadata, index: dict[str, int], may_stop: Set[str]
+    ) -> None:
         """Fill in what few rows need. ``index``: request id to row of the logits."""
         penalised = [s for req_id, s in self._penalised.items() if req_id in index]
         if penalised:
@@ -286,8 +295,8 @@ class InputBatch:
         metadata.allowed = {index[r]: ids for r, ids in self._allowed.items() if r in index}
         banned = [
             (index[r], ids, ids)
-            for r, ids in self._min_tokens_stop_ids.items()
-            if r in index and self._is_short(r)
+            for r, ids in self.min_tokens_stop_ids.items()
+            if r in index and r not in may_stop and self._is_short(r)
         ]
         for req_id, state in self._bad_words.items():
             if req_id in index:

@@ -242,14 +242,17 @@ class ModelRunner:
     def _sample(
         self, logits: torch.Tensor, step: StepInputs, grammar_output: GrammarOutput | None
     ) -> SamplerOutput:
-        metadata = self.batch.sampling_metadata(step.sample_rows)
-        mask = None
+        batch, mask, may_stop = self.batch, None, frozenset[str]()
         if grammar_output is not None and grammar_output.structured_output_request_ids:
-            row_of = {self.batch.req_ids[r]: i for i, r in enumerate(step.sample_rows.tolist())}
+            row_of = {batch.req_ids[r]: i for i, r in enumerate(step.sample_rows.tolist())}
             mask = GrammarMask(grammar_output, row_of)
+            if batch.min_tokens_stop_ids:
+                # A grammar that is complete leaves nothing else to do, however short the output.
+                may_stop = frozenset(mask.allow_nothing_but(batch.min_tokens_stop_ids))
+        metadata = batch.sampling_metadata(step.sample_rows, may_stop)
         if not self.logits_processors:
             return self.sampler(logits, metadata, mask)
-        edits = self.logits_processors.edits_for(self.batch.num_reqs, step.sample_rows)
+        edits = self.logits_processors.edits_for(batch.num_reqs, step.sample_rows)
         return self.sampler(logits, metadata, mask, *edits)
 
     def _publish(self, step: _OpenStep, sampled: SamplerOutput | None) -> ModelRunnerOutput:
