@@ -203,27 +203,12 @@ class EngineArgs:
         Kind.SWITCH,
         "Show a progress bar while weights load.",
     )
-    model_loader_extra_config: dict[str, Any] = arg(
-        {},
-        "LoadConfig",
-        Kind.JSON,
-        "Settings of the loader of --load-format.",
-    )
-
     # AttentionConfig
     attention_backend: str | None = arg(
         None,
         "AttentionConfig",
         Kind.STR,
         "Attention backend; by default the platform chooses.",
-    )
-
-    # StructuredOutputsConfig
-    reasoning_parser: str = arg(
-        "",
-        "StructuredOutputsConfig",
-        Kind.STR,
-        "Parser that separates a model's reasoning from its answer.",
     )
 
     # ParallelConfig
@@ -397,8 +382,7 @@ class EngineArgs:
         {},
         "VllmConfig",
         Kind.JSON,
-        'Structured outputs: {"backend": "auto" | "xgrammar", "disable_any_whitespace": BOOL, '
-        '"reasoning_parser": NAME}.',
+        'Structured outputs: {"backend": "auto" | "xgrammar", "disable_any_whitespace": BOOL}.',
     )
     additional_config: dict[str, Any] = arg(
         {},
@@ -515,7 +499,6 @@ class EngineArgs:
                 load_format=self.load_format,
                 download_dir=self.download_dir,
                 use_tqdm_on_load=self.use_tqdm_on_load,
-                model_loader_extra_config=dict(self.model_loader_extra_config),
             ),
             device_config=DeviceConfig(device_type=current_platform.device_type),
             attention_config=AttentionConfig(backend=self._attention_backend()),
@@ -673,7 +656,7 @@ class EngineArgs:
         from vllm.config import StructuredOutputsConfig
 
         given = self.structured_outputs_config
-        known = ("backend", "disable_any_whitespace", "reasoning_parser")
+        known = ("backend", "disable_any_whitespace")
         _only_keys("structured_outputs_config", given, known)
         backend = given.get("backend", "auto")
         if backend not in ("auto", "xgrammar"):
@@ -685,7 +668,6 @@ class EngineArgs:
             )
         return StructuredOutputsConfig(
             backend="xgrammar",
-            reasoning_parser=self.reasoning_parser or given.get("reasoning_parser", ""),
             disable_any_whitespace=bool(given.get("disable_any_whitespace", False)),
         )
 

@@ -95,6 +95,7 @@ _VALUES: dict[str, dict[str, str]] = {
     },
     "LoadConfig": {
         "ignore-patterns": "",
+        "model-loader-extra-config": "{}",
         "pt-load-map-location": "cpu",
         "safetensors-load-strategy": "lazy",
         "safetensors-prefetch-block-size": "",
@@ -105,7 +106,7 @@ _VALUES: dict[str, dict[str, str]] = {
         "mamba-cache-philox-rounds": "",
         "mamba-ssu-algorithm": "auto",
     },
-    "StructuredOutputsConfig": {"reasoning-parser-plugin": ""},
+    "StructuredOutputsConfig": {"reasoning-parser": "", "reasoning-parser-plugin": ""},
     "ParallelConfig": {
         "all2all-backend": "",
         "cp-kv-cache-interleave-size": "1",

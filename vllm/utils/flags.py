@@ -299,7 +299,7 @@ class NotYet:
         if not self.takes_value:
             spelling = self.option if value else "--no-" + self.option[2:]
             return value is None or spelling in self.off
-        if value is None:
+        if value is None or value == "":
             return True
         if isinstance(value, dict | list | tuple) and not value:
             return True

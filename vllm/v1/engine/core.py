@@ -11,6 +11,7 @@ import vllm.envs as envs
 from vllm.config import VllmConfig
 from vllm.errors import VLLMError, VLLMValidationError
 from vllm.logger import init_logger
+from vllm.utils.import_utils import import_class
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.engine import (
     EngineCoreOutput,
@@ -79,7 +80,11 @@ class EngineCore:
         self.structured_output_manager = StructuredOutputManager(
             vllm_config, lambda: tokenizer_from_config(vllm_config.model_config)
         )
-        self.scheduler = Scheduler(
+        scheduler_path = vllm_config.scheduler_config.scheduler_cls
+        scheduler_class = (
+            import_class(scheduler_path, "--scheduler-cls") if scheduler_path else Scheduler
+        )
+        self.scheduler = scheduler_class(
             vllm_config,
             kv_cache_config,
             self.structured_output_manager,

@@ -1,11 +1,10 @@
 """One worker in the engine core's own process."""
 
 from collections.abc import Callable
-from importlib import import_module
 from typing import Any
 
 from vllm.config import VllmConfig
-from vllm.errors import ConfigError
+from vllm.utils.import_utils import import_class
 from vllm.v1.core.sched.output import GrammarOutput, SchedulerOutput
 from vllm.v1.executor.abstract import Executor
 from vllm.v1.outputs import ModelRunnerOutput
@@ -24,15 +23,7 @@ def resolve_worker_class(vllm_config: VllmConfig) -> type[Any]:
         from vllm.platforms import current_platform
 
         path = current_platform.worker_cls
-    module, _, name = path.replace(":", ".").rpartition(".")
-    try:
-        return getattr(import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ConfigError(
-            f"--worker-cls {path} cannot be imported ({error}); give module.Class, or auto",
-            parameter="worker_cls",
-            value=path,
-        ) from error
+    return import_class(path, "--worker-cls")
 
 
 class UniProcExecutor(Executor):
