@@ -30,6 +30,7 @@ from vllm.v1.engine.serial import UtilityCall, decode_outputs, encode
 __all__ = ["AsyncMPClient", "EngineCoreClient", "InprocClient", "SyncMPClient"]
 
 _HELLO_TIMEOUT_MS = 10_000
+_MESSAGES_PER_TURN = 4
 
 
 class EngineCoreClient(ABC):
@@ -291,27 +292,37 @@ class AsyncMPClient:
         loop.remove_reader(self._connection.process.status_fd)
 
     def _drain(self) -> None:
-        assert self._on_outputs is not None
-        while self._loop is not None:
-            outputs = self._connection.receive()
-            if outputs is None:
+        """Take in what has arrived: some of it, so that readers of the streams get a turn."""
+        for _ in range(_MESSAGES_PER_TURN):
+            if not self._take_one():
                 return
-            answer = outputs.utility_output
-            if answer is None:
-                self._on_outputs(outputs)
-                continue
-            future = self._calls.pop(answer.call_id, None)
-            if future is None or future.done():
-                continue
-            if answer.failure_message is not None:
-                future.set_exception(EngineGenerateError(answer.failure_message))
-            else:
-                future.set_result(answer.result)
+        if self._loop is not None:
+            self._loop.call_soon(self._drain)
+
+    def _take_one(self) -> bool:
+        """Take in a message; False where there is none."""
+        assert self._on_outputs is not None
+        outputs = self._connection.receive() if self._loop is not None else None
+        if outputs is None:
+            return False
+        answer = outputs.utility_output
+        if answer is None:
+            self._on_outputs(outputs)
+            return True
+        future = self._calls.pop(answer.call_id, None)
+        if future is None or future.done():
+            return True
+        if answer.failure_message is not None:
+            future.set_exception(EngineGenerateError(answer.failure_message))
+        else:
+            future.set_result(answer.result)
+        return True
 
     def _died(self) -> None:
         assert self._on_death is not None
         # What the engine sent before it ended is still good.
-        self._drain()
+        while self._take_one():
+            pass
         error = self._connection.die()
         self._detach()
         self._fail_calls(error)

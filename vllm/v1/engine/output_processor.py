@@ -9,7 +9,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import vllm.errors
-from vllm.errors import EngineGenerateError, QueueFullError
+from vllm.errors import (
+    EngineGenerateError,
+    QueueFullError,
+    VLLMError,
+    VLLMValidationError,
+)
 from vllm.outputs import CompletionOutput, RequestMetrics, RequestOutput
 from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine import EngineCoreOutput, EngineCoreRequest, FinishReason
@@ -24,7 +29,9 @@ __all__ = ["OutputProcessor", "OutputQueue", "ProcessedOutputs", "error_of"]
 def error_of(output: EngineCoreOutput) -> Exception:
     """The exception that an output with ``finish_reason`` ERROR stands for."""
     message = output.error or "the request failed in the engine"
-    cls = getattr(vllm.errors, output.error_type or "", EngineGenerateError)
+    cls = getattr(vllm.errors, output.error_type or "", None)
+    if not isinstance(cls, type) or not issubclass(cls, VLLMError | VLLMValidationError):
+        cls = EngineGenerateError
     return cls(message)
 
 
