@@ -77,6 +77,16 @@ def test_writes_between_steps_are_found(cache):
         debugger.begin_step({0: [1]})
 
 
+def test_blocks_written_from_outside_are_accepted_by_name(cache):
+    debugger = KVCacheDebugger(cache)
+    cache["l.0"][1] = 0.0
+    debugger.accept_blocks([1])
+    debugger.begin_step({})
+    cache["l.0"][2] = 0.0
+    with pytest.raises(AssertionError, match="block 2"):
+        debugger.end_step()
+
+
 def test_what_was_never_written_reads_as_nan(cache):
     KVCacheDebugger(cache)
     assert torch.isnan(cache["l.1"]).all()

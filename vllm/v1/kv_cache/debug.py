@@ -10,7 +10,7 @@ The canary's bytes are NaN in bf16, fp16, fp32 and fp8: what is read before it i
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 
@@ -18,7 +18,7 @@ from vllm import envs
 from vllm.v1.kv_cache.allocate import AllocatedKVCache
 from vllm.v1.kv_cache.blocks import KVBlockZeroer, run_rows
 from vllm.v1.kv_cache.config import KVCacheConfig
-from vllm.v1.kv_cache.runs import block_runs, runs_by_layer
+from vllm.v1.kv_cache.runs import ByteRun, block_runs, runs_by_layer
 
 __all__ = ["KVCacheDebugger", "NullKVCacheDebugger", "make_kv_cache_debugger"]
 
@@ -34,6 +34,9 @@ class NullKVCacheDebugger:
 
     def end_step(self) -> None:
         """The step is over."""
+
+    def accept_blocks(self, block_ids: Sequence[int]) -> None:
+        """These blocks were zeroed, copied to or loaded from outside, and whole."""
 
 
 class KVCacheDebugger(NullKVCacheDebugger):
@@ -78,13 +81,20 @@ class KVCacheDebugger(NullKVCacheDebugger):
             AssertionError: other bytes changed; names the first, its block, owner and layer.
         """
         for group_id, blocks in self._writing.items():
-            ids = torch.tensor(blocks, dtype=torch.int64, device=self._backing.device)
-            for run in self._runs[group_id]:
-                now = run_rows(self._backing, run, self._config.num_blocks)
-                expected = run_rows(self._expected, run, self._config.num_blocks)
-                expected.index_copy_(1, ids, now.index_select(1, ids))
+            self._accept(self._runs[group_id], blocks)
         self._writing = {}
         self._check("in the step")
+
+    def accept_blocks(self, block_ids: Sequence[int]) -> None:
+        """Take what any group may own of these blocks as it is now."""
+        self._accept(block_runs(self._config), block_ids)
+
+    def _accept(self, runs: Iterable[ByteRun], block_ids: Sequence[int]) -> None:
+        ids = torch.tensor(block_ids, dtype=torch.int64, device=self._backing.device)
+        for run in runs:
+            now = run_rows(self._backing, run, self._config.num_blocks)
+            expected = run_rows(self._expected, run, self._config.num_blocks)
+            expected.index_copy_(1, ids, now.index_select(1, ids))
 
     def _check(self, when: str) -> None:
         if torch.equal(self._backing, self._expected):
