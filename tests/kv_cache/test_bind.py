@@ -136,9 +136,8 @@ def test_states_and_latents_are_unpacked_by_their_layers(num_blocks, layout):
     """With any number of blocks: two rows are not a pair of states."""
     latent = MLAAttentionSpec(block_size=16, num_kv_heads=1, head_size=20, dtype="bfloat16")
     groups = [{"l.0": mamba(), "l.1": mamba()}, {"l.2": latent, "l.3": latent}]
-    config = placed(
-        [{**groups[0]}] if layout == "LBHNC" else groups, KVCacheLayout(layout), num_blocks
-    )
+    used = groups[:1] if layout == "LBHNC" else groups
+    config = placed(used, KVCacheLayout(layout), num_blocks)
     cache = allocate_kv_cache(config)
     layers = {
         name: (StateLayer if spec is groups[0].get(name) else LatentLayer)(spec)
@@ -152,10 +151,8 @@ def test_states_and_latents_are_unpacked_by_their_layers(num_blocks, layout):
         bound = layers[name].kv_cache
         if name in groups[0]:
             assert isinstance(bound, tuple)
-            assert [tuple(state.shape) for state in bound] == [
-                (num_blocks, 3, 8),
-                (num_blocks, 2, 4),
-            ]
+            conv, ssm = bound
+            assert (conv.shape, ssm.shape) == ((num_blocks, 3, 8), (num_blocks, 2, 4))
             assert bound[0].data_ptr() == raw.data_ptr()
         else:
             assert bound.shape == (num_blocks, 16, 20)
@@ -184,7 +181,7 @@ def test_layers_that_share_a_cache():
     bind_kv_cache(cache, layers, [])
     assert layers["l.1"].kv_cache is layers["l.0"].kv_cache
     assert cache.config.kv_cache_groups[0].layer_names == ["l.0", "l.1"]
-    with pytest.raises(ConfigError, match="'l.9', which does not exist"):
+    with pytest.raises(ConfigError, match=r"'l\.9', which does not exist"):
         get_kv_sharing_targets({"l.0": Layer(None, "l.9")})
     chain = {"l.0": Layer(), "l.1": Layer(None, "l.0"), "l.2": Layer(None, "l.1")}
     with pytest.raises(ConfigError, match=r"l\.1, which has none itself"):

@@ -133,7 +133,7 @@ def test_unify_follows_its_rules():
 
 def test_a_latent_page_is_never_padded():
     latent = MLAAttentionSpec(block_size=16, num_kv_heads=1, head_size=9, dtype="bfloat16")
-    with pytest.raises(ConfigError, match="cannot be padded to the 1024.*BLHNC"):
+    with pytest.raises(ConfigError, match=r"cannot be padded to the 1024.*BLHNC"):
         unify_kv_cache_spec_page_size({"a": full(), "b": latent})
 
 

@@ -17,10 +17,11 @@ from vllm.v1.kv_cache_layout import KVCacheLayout
 L = KVCacheLayout
 UNIFORM = {f"l.{i}": full() for i in range(4)}
 MIXED = hybrid(12, 4, full(4, 12), sliding(3, 12))
+ANY_SIXTEEN = (MultipleOf(16),)
 OURS = CacheMovement(connector="NixlConnector", takes_descriptors=True)
 
 
-def reads(*layouts, sizes=(MultipleOf(16),), backend="X"):
+def reads(*layouts, sizes=ANY_SIXTEEN, backend="X"):
     return BackendConstraints(
         backend=backend, layouts=layouts or None, kernel_block_sizes=tuple(sizes)
     )
@@ -83,7 +84,9 @@ def test_or_refused_with_what_works():
 
 def test_no_layout_at_all():
     limits = {"l.0": reads(L.LBHNC, backend="A"), "l.1": reads(L.LBNHC, backend="B")}
-    with pytest.raises(ConfigError, match=r"no KV cache layout serves.*A reads only.*B reads"):
+    with pytest.raises(
+        ConfigError, match=r"no KV cache layout serves.*backend B reads only.*backend A reads"
+    ):
         resolve_layout(UNIFORM, make_config(), limits)
 
 
