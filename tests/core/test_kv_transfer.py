@@ -93,7 +93,7 @@ def test_a_synchronous_load_counts_as_computed():
 
 def test_the_last_token_is_computed_even_if_all_could_be_loaded():
     connector = StoreConnector(tokens=64)
-    scheduler, model = setup(connector)
+    scheduler, _ = setup(connector)
     scheduler.add_request(make_request("a", 64, max_tokens=1))
     output = scheduler.schedule()
     assert output.num_scheduled_tokens == {"a": 1}

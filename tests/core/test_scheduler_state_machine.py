@@ -98,7 +98,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         try:
             self.scheduler.add_request(request)
         except QueueFullError:
-            assert waiting == 8
+            assert waiting >= 8
         except VLLMValidationError:
             length = shared + own
             assert length == 0 or length >= self.scheduler.max_request_tokens
