@@ -93,6 +93,7 @@ def start_worker(config: VllmConfig) -> CPUWorker:
         [worker.determine_available_memory()],
         [worker.get_kv_cache_constraints()],
     )
+    worker.kv_cache_config = kv_cache_config
     worker.initialize_from_config(kv_cache_config)
     worker.compile_or_warm_up_model()
     return worker

@@ -16,6 +16,7 @@ from vllm.v1.worker.worker_base import WorkerBase
 if TYPE_CHECKING:
     from torch import nn
 
+    from vllm.config import VllmConfig
     from vllm.v1.core.sched.output import GrammarOutput, SchedulerOutput
     from vllm.v1.kv_cache.planner import BackendConstraints
     from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheSpec
@@ -32,6 +33,17 @@ _WARM_UP_TOKENS = 16
 
 
 class CPUWorker(WorkerBase):
+    def __init__(
+        self,
+        vllm_config: VllmConfig,
+        local_rank: int,
+        rank: int,
+        distributed_init_method: str,
+        is_driver_worker: bool = True,
+    ) -> None:
+        super().__init__(vllm_config, local_rank, rank, distributed_init_method, is_driver_worker)
+        self.model_runner = ModelRunner(vllm_config, CPUDeviceLayer())
+
     def init_device(self) -> None:
         from vllm.distributed.parallel_state import (
             init_distributed_environment,
@@ -49,7 +61,6 @@ class CPUWorker(WorkerBase):
         )
         initialize_model_parallel(parallel.tensor_parallel_size, parallel.pipeline_parallel_size)
         current_platform.seed_everything(self.model_config.seed)
-        self.model_runner = ModelRunner(self.vllm_config, CPUDeviceLayer())
 
     def load_model(self) -> None:
         self.model_runner.load_model()
@@ -104,5 +115,4 @@ class CPUWorker(WorkerBase):
         return self.model_runner.get_model()
 
     def shutdown(self) -> None:
-        if self.model_runner is not None:
-            self.model_runner.close()
+        self.model_runner.close()

@@ -26,11 +26,11 @@ if TYPE_CHECKING:
     from vllm.v1.worker.input_preparation import StepInputs
 
 __all__ = [
+    "ActiveConnectorStep",
     "BlockZeroing",
     "ConnectorStep",
     "WriteWatch",
     "make_block_zeroing",
-    "make_connector_step",
     "make_write_watch",
 ]
 
@@ -117,7 +117,7 @@ class ConnectorStep:
         """Stop all transfers."""
 
 
-class _ActiveConnectorStep(ConnectorStep):
+class ActiveConnectorStep(ConnectorStep):
     """Calls the worker half of a connector in the order that its interface asks for."""
 
     def __init__(self, connector: KVConnectorBase_V1) -> None:
@@ -150,7 +150,3 @@ class _ActiveConnectorStep(ConnectorStep):
 
     def close(self) -> None:
         self._connector.shutdown()
-
-
-def make_connector_step(connector: KVConnectorBase_V1 | None) -> ConnectorStep:
-    return ConnectorStep() if connector is None else _ActiveConnectorStep(connector)

@@ -39,8 +39,9 @@ from vllm.v1.worker.device import DeviceLayer
 from vllm.v1.worker.input_batch import CachedRequestState, InputBatch
 from vllm.v1.worker.input_preparation import InputPreparer, StepInputs
 from vllm.v1.worker.kv_hooks import (
+    ActiveConnectorStep,
+    ConnectorStep,
     make_block_zeroing,
-    make_connector_step,
     make_write_watch,
 )
 from vllm.v1.worker.prompt_logprobs import PromptLogprobs
@@ -70,14 +71,15 @@ class ModelRunner:
 
     Args:
         device: copies and buffers of the device that the model runs on.
-        connector: the worker half of a KV connector, if one is configured.
+        make_connector: makes the worker half of a KV connector for the planned cache, if one is
+            configured.
     """
 
     def __init__(
         self,
         vllm_config: VllmConfig,
         device: DeviceLayer,
-        connector: KVConnectorBase_V1 | None = None,
+        make_connector: Callable[[KVCacheConfig], KVConnectorBase_V1] | None = None,
     ) -> None:
         self.vllm_config = vllm_config
         self.device = device
@@ -93,7 +95,9 @@ class ModelRunner:
         self._seeds = np.random.Generator(np.random.PCG64(model_config.seed))
         self.kv_caches: list[torch.Tensor] = []
         self._open: _OpenStep | None = None
-        self._connector = make_connector_step(connector)
+        self._make_connector = make_connector
+        self._connector = ConnectorStep()
+        self.layers: dict[str, AttentionLayerBase] = {}
 
     # ---- start-up -----------------------------------------------------------------------------
 
@@ -107,7 +111,7 @@ class ModelRunner:
         the layers that own caches.
         """
         self.model = model
-        self.layers: dict[str, AttentionLayerBase] = model.static_forward_context
+        self.layers = model.static_forward_context
         self._compute_logits: Callable[[torch.Tensor], torch.Tensor] = model.compute_logits
         self.prompt_logprobs = PromptLogprobs(
             model.compute_logits,
@@ -132,6 +136,8 @@ class ModelRunner:
         bind_kv_cache(caches, self.layers, self.kv_caches)
         self._zeroing = make_block_zeroing(caches, kv_cache_config)
         self._write_watch = make_write_watch(caches, kv_cache_config)
+        if self._make_connector is not None:
+            self._connector = ActiveConnectorStep(self._make_connector(kv_cache_config))
         self._connector.register(
             {
                 name: group_kernel_blocks(cache, kv_cache_config.num_blocks)
