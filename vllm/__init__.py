@@ -14,6 +14,7 @@ _EXPORTS = {
     "CompletionOutput": "vllm.outputs",
     "EngineArgs": "vllm.engine.arg_utils",
     "LLM": "vllm.entrypoints.llm",
+    "LLMEngine": "vllm.v1.engine.llm_engine",
     "ModelRegistry": "vllm.model_executor.models.registry",
     "PromptType": "vllm.inputs",
     "RequestOutput": "vllm.outputs",

@@ -180,8 +180,9 @@ class AsyncLLM:
         if self.dead_error is not None:
             raise self.dead_error
         self.client.attach()
-        if self._stats_task is None and self.log_stats:
-            self._stats_task = asyncio.create_task(self._log_stats_forever())
+        interval = envs.VLLM_LOG_STATS_INTERVAL
+        if self._stats_task is None and self.log_stats and interval > 0:
+            self._stats_task = asyncio.create_task(self._log_stats_every(interval))
 
     def _add(
         self,
@@ -273,9 +274,9 @@ class AsyncLLM:
         """Log the line of statistics now, if anything happened since the last."""
         self.stat_loggers.log()
 
-    async def _log_stats_forever(self) -> None:
+    async def _log_stats_every(self, seconds: float) -> None:
         while True:
-            await asyncio.sleep(envs.VLLM_LOG_STATS_INTERVAL)
+            await asyncio.sleep(seconds)
             self.stat_loggers.log()
 
     def shutdown(self, timeout: float = 5.0) -> None:

@@ -1,0 +1,5 @@
+"""vLLM's module for the engine's exceptions; they live in ``vllm.errors``."""
+
+from vllm.errors import EngineDeadError, EngineGenerateError
+
+__all__ = ["EngineDeadError", "EngineGenerateError"]
