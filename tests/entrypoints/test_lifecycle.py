@@ -141,15 +141,21 @@ def test_priority_reorders(guarded: Server):
         await client.completions.create(**asked)
         ended.append(name)
 
+    async def until_load_is(count: int) -> None:
+        async with httpx.AsyncClient() as http:
+            while (await http.get(f"{guarded.url}/load")).json() != {"server_load": count}:
+                await asyncio.sleep(0.01)
+
     async def race() -> None:
-        async with guarded.async_client as client:
-            blocker = asyncio.create_task(one(client, "blocker", -1, 600))
-            await asyncio.sleep(0.3)
-            late = asyncio.create_task(one(client, "low", 5, 2))
-            await asyncio.sleep(0.1)
-            early = asyncio.create_task(one(client, "high", 1, 2))
-            assert guarded.get("/load").json() == {"server_load": 3}
-            await asyncio.gather(blocker, late, early)
+        requests = [("blocker", -1, 900), ("low", 5, 2), ("high", 1, 2)]
+        async with (
+            guarded.async_client as client,
+            asyncio.timeout(30),
+            asyncio.TaskGroup() as group,
+        ):
+            for count, request in enumerate(requests, start=1):
+                group.create_task(one(client, *request))
+                await until_load_is(count)
 
     asyncio.run(race())
     assert ended == ["blocker", "high", "low"]

@@ -19,6 +19,8 @@ from typing import TYPE_CHECKING, Any
 
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.entrypoints.openai.cli_args import DEFAULT_HOST, FrontendArgs
+from vllm.entrypoints.openai.plugins import load_middleware
+from vllm.entrypoints.openai.tool_parsers.manager import ToolParserManager
 from vllm.errors import VLLMError
 from vllm.logger import init_logger
 
@@ -108,6 +110,25 @@ def build_app(engine: AsyncLLM, frontend: FrontendArgs | None = None) -> FastAPI
     return make_app(make_context(engine, frontend or FrontendArgs()))
 
 
+def _check_options(frontend: FrontendArgs) -> None:
+    """Refuse what cannot work before anything is loaded.
+
+    Raises:
+        ConfigError: naming the option.
+    """
+    frontend.check()
+    if frontend.chat_template:
+        from vllm.entrypoints.chat_utils import load_chat_template
+
+        load_chat_template(frontend.chat_template)
+    if frontend.tool_parser_plugin:
+        ToolParserManager.import_tool_parser(frontend.tool_parser_plugin)
+    if frontend.tool_call_parser:
+        ToolParserManager.check(frontend.tool_call_parser)
+    for path in frontend.middleware:
+        load_middleware(path)
+
+
 def _stop_starting(signum: int, _frame: Any) -> None:
     logger.info("%s while starting: nothing to drain", signal.Signals(signum).name)
     raise SystemExit(0)
@@ -122,7 +143,7 @@ def run_server(args: argparse.Namespace) -> int:
     """
     begin = time.monotonic()
     frontend = FrontendArgs.from_namespace(args)
-    frontend.check()
+    _check_options(frontend)
     sock = (
         _bind_unix(frontend.uds)
         if frontend.uds

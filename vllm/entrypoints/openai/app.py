@@ -3,10 +3,8 @@
 Owns which path is answered by what. Knows nothing of processes, sockets or signals.
 """
 
-import asyncio
-import importlib
 import inspect
-from typing import Any
+from typing import Any, cast
 
 from fastapi import FastAPI, Request
 from fastapi.middleware.cors import CORSMiddleware
@@ -26,6 +24,7 @@ from vllm.entrypoints.openai.middleware import (
     LoadMiddleware,
     RequestIdMiddleware,
 )
+from vllm.entrypoints.openai.plugins import load_middleware
 from vllm.entrypoints.openai.protocol import (
     ChatCompletionRequest,
     ChatCompletionResponse,
@@ -43,7 +42,7 @@ from vllm.entrypoints.openai.serving_chat import OpenAIServingChat
 from vllm.entrypoints.openai.serving_completion import OpenAIServingCompletion
 from vllm.entrypoints.openai.serving_engine import ServerContext
 from vllm.entrypoints.openai.serving_tokenization import OpenAIServingTokenization
-from vllm.errors import ConfigError, EngineDeadError, VLLMError, VLLMValidationError
+from vllm.errors import EngineDeadError, VLLMError, VLLMValidationError
 from vllm.logger import init_logger
 from vllm.v1.metrics.prometheus import get_prometheus_registry
 
@@ -159,8 +158,9 @@ def _add_tokenizer_routes(app: FastAPI, context: ServerContext, prompts: ChatPro
 
     async def tokenize(raw: Request) -> Response:
         body = await read_object(raw)
-        model = TokenizeChatRequest if "messages" in body else TokenizeCompletionRequest
-        return await serving.tokenize(validate(model, "tokenize", body))
+        if "messages" in body:
+            return await serving.tokenize(validate(TokenizeChatRequest, "tokenize", body))
+        return await serving.tokenize(validate(TokenizeCompletionRequest, "tokenize", body))
 
     async def detokenize(raw: Request) -> Response:
         return await serving.detokenize(await parse_request(raw, DetokenizeRequest, "detokenize"))
@@ -220,32 +220,17 @@ def _add_error_handlers(app: FastAPI, log_stack: bool) -> None:
     app.add_exception_handler(Exception, unexpected)
 
 
-def _add_user_middleware(app: FastAPI, path: str) -> None:
-    module_name, _, attribute = path.rpartition(".")
-    try:
-        middleware = getattr(importlib.import_module(module_name), attribute)
-    except (ImportError, AttributeError, ValueError) as exc:
-        raise ConfigError(
-            f"--middleware: cannot import {path!r}: {exc}", parameter="--middleware"
-        ) from exc
-    if inspect.isclass(middleware):
-        app.add_middleware(middleware)
-    elif asyncio.iscoroutinefunction(middleware):
-        app.middleware("http")(middleware)
-    else:
-        raise ConfigError(
-            f"--middleware: {path} must be a class or an async function",
-            parameter="--middleware",
-        )
-
-
 def _add_layers(app: FastAPI, context: ServerContext) -> None:
     """The last one added is outermost."""
     frontend = context.frontend
     if frontend.enable_server_load_tracking:
         app.add_middleware(LoadMiddleware, context=context)
     for path in frontend.middleware:
-        _add_user_middleware(app, path)
+        middleware: Any = load_middleware(path)
+        if inspect.isclass(middleware):
+            app.add_middleware(cast(Any, middleware))
+        else:
+            app.middleware("http")(middleware)
     if frontend.api_keys:
         app.add_middleware(AuthenticationMiddleware, keys=frontend.api_keys)
     app.add_middleware(

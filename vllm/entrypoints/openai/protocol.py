@@ -175,7 +175,7 @@ class StructuredOutputsRequest(_Strict):
         Raises:
             VLLMValidationError: more than one kind is given.
         """
-        kinds = {
+        kinds: dict[str, Any] = {
             "json": self.json_,
             "regex": self.regex,
             "choice": self.choice,

@@ -6,7 +6,7 @@ line here goes and a field in ``protocol.py`` comes.
 """
 
 import difflib
-from collections.abc import Collection
+from collections.abc import Collection, Set
 from typing import Any
 
 from vllm.errors import UnsupportedError, VLLMValidationError
@@ -84,7 +84,7 @@ def _same(value: Any, neutral: Any) -> bool:
     return value == neutral and isinstance(value, bool) == isinstance(neutral, bool)
 
 
-def drop_neutral_fields(body: dict[str, Any], kind: str, known: Collection[str]) -> dict[str, Any]:
+def drop_neutral_fields(body: dict[str, Any], kind: str, known: Set[str]) -> dict[str, Any]:
     """``body`` with only the fields of ``known``.
 
     Args:

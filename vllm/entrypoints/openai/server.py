@@ -24,7 +24,6 @@ from vllm.entrypoints.openai.cli_args import FrontendArgs
 from vllm.entrypoints.openai.middleware import AccessLogFilter
 from vllm.entrypoints.openai.serving_engine import ServerContext
 from vllm.entrypoints.openai.serving_models import OpenAIServingModels
-from vllm.entrypoints.openai.tool_parsers import ToolParserManager
 from vllm.logger import init_logger
 from vllm.v1.engine.async_llm import AsyncLLM
 
@@ -42,8 +41,6 @@ _BACKLOG = 2048
 
 def make_context(engine: AsyncLLM, frontend: FrontendArgs) -> ServerContext:
     """What the endpoints share."""
-    if frontend.tool_parser_plugin:
-        ToolParserManager.import_tool_parser(frontend.tool_parser_plugin)
     return ServerContext(
         engine=engine, frontend=frontend, models=OpenAIServingModels(engine.model_config)
     )

@@ -29,7 +29,8 @@ from vllm.entrypoints.openai.serving_engine import (
 )
 from vllm.entrypoints.openai.streaming import ChunkWriter, delta_fields
 from vllm.entrypoints.openai.tool_choice import AnswerReader, tool_constraint
-from vllm.entrypoints.openai.tool_parsers import ToolParser, ToolParserManager
+from vllm.entrypoints.openai.tool_parsers.abstract_tool_parser import ToolParser
+from vllm.entrypoints.openai.tool_parsers.manager import ToolParserManager
 from vllm.errors import VLLMValidationError
 from vllm.outputs import CompletionOutput, RequestOutput
 from vllm.sampling_params import SamplingParams

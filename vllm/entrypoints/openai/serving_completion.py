@@ -208,7 +208,7 @@ class OpenAIServingCompletion(OpenAIServing):
         request = job.request
         text = "" if request.echoes_only else output.text
         token_ids: list[int] = [] if request.echoes_only else output.token_ids
-        positions = list(output.logprobs or ())[: len(token_ids)]
+        positions: PromptLogprobs = [*(output.logprobs or ())][: len(token_ids)]
         token_text: dict[int, str] = {}
         if echo and request.echo:
             text = job.echo_texts[prompt_index] + text

@@ -11,6 +11,7 @@ import hashlib
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from starlette.requests import Request
@@ -109,13 +110,13 @@ async def merge_outputs(
             async for output in stream:
                 queue.put_nowait((index, output))
 
-    def ended(index: int, task: asyncio.Task[None]) -> None:
+    def on_end(index: int, task: asyncio.Task[None]) -> None:
         queue.put_nowait((index, None if task.cancelled() else task.exception()))
 
     tasks = []
     for index, stream in enumerate(streams):
         task = asyncio.create_task(pump(index, stream))
-        task.add_done_callback(lambda task, index=index: ended(index, task))
+        task.add_done_callback(partial(on_end, index))
         tasks.append(task)
     try:
         running = len(tasks)

@@ -1,15 +1,11 @@
-"""What a tool parser is, and where parsers are registered by name.
+"""What a tool parser is.
 
 The interface is vLLM's, so that a plug-in file written for it loads here. Parsers of this package
 derive from ``ScanningToolParser``: one scanner serves whole answers and streams, so both give the
 same calls. Knows nothing of HTTP.
 """
 
-import importlib
-import importlib.util
 import json
-import os
-import sys
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -24,6 +20,7 @@ from vllm.entrypoints.openai.protocol import (
     ToolCall,
     random_uuid,
 )
+from vllm.entrypoints.openai.tool_parsers.manager import ToolParserManager
 from vllm.entrypoints.openai.tool_parsers.scanners import (
     CallArguments,
     CallStart,
@@ -31,7 +28,6 @@ from vllm.entrypoints.openai.tool_parsers.scanners import (
     Scanner,
     Text,
 )
-from vllm.errors import ConfigError
 
 __all__ = ["ScanningToolParser", "ToolParser", "ToolParserManager", "make_tool_call_id"]
 
@@ -195,105 +191,3 @@ def to_delta(
     if not content and not calls:
         return None, num_calls
     return DeltaMessage(content=content or None, tool_calls=list(calls.values())), num_calls
-
-
-class ToolParserManager:
-    """Parsers by name. Those of this package are imported when first asked for."""
-
-    _lazy: dict[str, str] = {
-        "hermes": "hermes_tool_parser:HermesToolParser",
-        "qwen2_5": "hermes_tool_parser:HermesToolParser",
-        "llama3_json": "llama_tool_parser:Llama3JsonToolParser",
-        "llama4_json": "llama_tool_parser:Llama3JsonToolParser",
-        "mistral": "mistral_tool_parser:MistralToolParser",
-        "pythonic": "pythonic_tool_parser:PythonicToolParser",
-        "llama4_pythonic": "pythonic_tool_parser:Llama4PythonicToolParser",
-        "qwen3_coder": "qwen3coder_tool_parser:Qwen3CoderToolParser",
-        "qwen3_xml": "qwen3coder_tool_parser:Qwen3CoderToolParser",
-    }
-    tool_parsers: dict[str, type[ToolParser]] = {}
-
-    @classmethod
-    def get_tool_parser(cls, name: str) -> type[ToolParser]:
-        """The parser registered as ``name``.
-
-        Raises:
-            ConfigError: nobody has registered the name.
-        """
-        if name not in cls.tool_parsers and name in cls._lazy:
-            module, _, attribute = cls._lazy[name].partition(":")
-            package = __name__.rpartition(".")[0]
-            cls.tool_parsers[name] = getattr(
-                importlib.import_module(f"{package}.{module}"), attribute
-            )
-        if name not in cls.tool_parsers:
-            raise ConfigError(
-                f"--tool-call-parser: no parser named {name!r}; there are "
-                f"{', '.join(cls.list_registered())}",
-                parameter="--tool-call-parser",
-                value=name,
-            )
-        return cls.tool_parsers[name]
-
-    @classmethod
-    def list_registered(cls) -> list[str]:
-        return sorted({*cls._lazy, *cls.tool_parsers})
-
-    @classmethod
-    def register_module(
-        cls,
-        name: str | list[str] | None = None,
-        force: bool = True,
-        module: type[ToolParser] | None = None,
-    ) -> Any:
-        """Register ``module`` as ``name``, or decorate a class so: ``@register_module("mine")``.
-
-        Raises:
-            KeyError: the name is taken and ``force`` is off.
-            TypeError: the class is no ToolParser.
-        """
-
-        def register(parser: type[ToolParser]) -> type[ToolParser]:
-            if not (isinstance(parser, type) and issubclass(parser, ToolParser)):
-                raise TypeError(f"{parser!r} must derive from ToolParser")
-            names = [name] if isinstance(name, str) else name or [parser.__name__]
-            for each in names:
-                if not force and each in cls.list_registered():
-                    raise KeyError(f"a tool parser named {each!r} is registered already")
-                cls.tool_parsers[each] = parser
-            return parser
-
-        return register if module is None else register(module)
-
-    @classmethod
-    def register_lazy_module(cls, name: str, module_path: str, class_name: str) -> None:
-        """Register a class that is imported when first asked for."""
-
-        class_path = f"{module_path}:{class_name}"
-        cls._lazy[name] = class_path
-
-    @classmethod
-    def import_tool_parser(cls, plugin_path: str) -> None:
-        """Run the Python file ``plugin_path``, which registers its parsers.
-
-        Raises:
-            ConfigError: the file cannot be imported.
-        """
-        name = os.path.splitext(os.path.basename(plugin_path))[0]
-        spec = importlib.util.spec_from_file_location(name, plugin_path)
-        if spec is None or spec.loader is None:
-            raise ConfigError(
-                f"--tool-parser-plugin: not a Python file: {plugin_path}",
-                parameter="--tool-parser-plugin",
-                value=plugin_path,
-            )
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[name] = module
-        try:
-            spec.loader.exec_module(module)
-        except (ImportError, SyntaxError, OSError, AttributeError, TypeError, KeyError) as exc:
-            raise ConfigError(
-                f"--tool-parser-plugin: {plugin_path} cannot be imported: {exc}",
-                parameter="--tool-parser-plugin",
-                value=plugin_path,
-            ) from exc
