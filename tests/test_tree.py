@@ -21,6 +21,7 @@ PARTS = {
     "vllm._custom_ops": 0,
     "vllm._C": 0,
     "vllm.config": 1,
+    "vllm.beam_search": 1,
     "vllm.sampling_params": 1,
     "vllm.inputs": 1,
     "vllm.outputs": 1,
