@@ -6,11 +6,17 @@ import subprocess
 import sys
 
 import pytest
+from gguf import GGUFWriter
 
 from tests.loader.gguf_writer import write_gguf
 from tests.models.checkpoints import CLASSES, SHAPE, make_hf_model
 from vllm.errors import ConfigError, UnsupportedError
-from vllm.transformers_utils.config import derive_max_model_len, load_hf_config, resolve_model
+from vllm.transformers_utils.config import (
+    derive_max_model_len,
+    load_generation_config,
+    load_hf_config,
+    resolve_model,
+)
 from vllm.transformers_utils.hf_config import MODEL_TYPE_DEFAULTS, fill_in_config
 
 LLAMA = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 64}
@@ -178,6 +184,27 @@ def test_the_default_model(smollm2_gguf):
     assert config.rms_norm_eps == 1e-5
     assert config.tie_word_embeddings
     assert config.eos_token_id == 2
+
+
+def test_a_chat_models_end_of_turn_ends_an_answer(tmp_path):
+    path = write_gguf(
+        tmp_path / "m.gguf",
+        make_hf_model("llama"),
+        metadata={"tokenizer.ggml.eos_token_id": 2, "tokenizer.ggml.eot_token_id": 9},
+    )
+    assert load_generation_config(path)["eos_token_id"] == [2, 9]
+    assert load_hf_config(path).eos_token_id == 2
+
+
+def test_gguf_without_what_every_model_needs(tmp_path):
+    writer = GGUFWriter(str(tmp_path / "m.gguf"), "llama")
+    writer.add_block_count(2)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with pytest.raises(ConfigError, match=r"lacks llama\.embedding_length, llama\.feed_forward"):
+        load_hf_config(tmp_path / "m.gguf")
 
 
 def test_gguf_scaling_forms(tmp_path):

@@ -106,3 +106,22 @@ def test_embeddings_can_be_given_instead_of_ids(tmp_path):
     )()
     assert torch.equal(paged.logits(TOKENS), expected)
     assert torch.equal(embeds, kept), "the caller's embeddings were written to"
+
+
+def test_a_replaced_child_is_the_one_that_runs(tmp_path):
+    """Children are kept as plain attributes for speed; a replacement must not be missed."""
+    paged = PagedModel(make_config(save(make_hf_model("llama"), tmp_path)))
+    layer = paged.model.model.layers[0]
+    inner = layer.mlp
+
+    class Zeros(torch.nn.Module):
+        def forward(self, x):
+            return inner(x) * 0
+
+    before = paged.logits(TOKENS)
+    layer.mlp = Zeros()
+    assert not torch.allclose(paged.logits(TOKENS), before)
+    del layer.mlp
+    assert not hasattr(layer, "mlp")
+    layer.mlp = inner
+    assert torch.equal(paged.logits(TOKENS), before)

@@ -5,7 +5,12 @@ import sys
 
 import pytest
 
+from tests.models.checkpoints import make_hf_model, save
+from tests.models.harness import PagedModel, make_config
+from tests.models.test_llama import TOKENS, assert_logits_equal, reference
 from vllm.errors import ConfigError
+from vllm.model_executor.models.interfaces import VllmModelForTextGeneration
+from vllm.model_executor.models.llama import LlamaForCausalLM
 from vllm.model_executor.models.registry import ModelRegistry, _ModelRegistry
 
 
@@ -47,3 +52,21 @@ def test_near_misses():
         ModelRegistry.choose_arch(["Qwen3ForCausalML"])
     with pytest.raises(ConfigError, match="Zzz is not supported; this engine serves: LlamaForC"):
         ModelRegistry.choose_arch("Zzz")
+
+
+class ScaledLlama(LlamaForCausalLM):
+    """A plug-in's model: Llama whose logits are doubled."""
+
+    def compute_logits(self, hidden_states):
+        return super().compute_logits(hidden_states) * 2
+
+
+def test_a_plug_ins_model_is_served(tmp_path, monkeypatch):
+    monkeypatch.setattr(ModelRegistry, "_models", dict(ModelRegistry._models))
+    ModelRegistry.register_model("ScaledLlamaForCausalLM", f"{__name__}:ScaledLlama")
+    hf = make_hf_model("llama")
+    save(hf, tmp_path)
+    overrides = {"architectures": ["ScaledLlamaForCausalLM"]}
+    paged = PagedModel(make_config(tmp_path, hf_overrides=overrides))
+    assert isinstance(paged.model, VllmModelForTextGeneration)
+    assert_logits_equal(paged.logits(TOKENS) / 2, reference(hf))

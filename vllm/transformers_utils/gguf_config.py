@@ -6,7 +6,7 @@ import mmap
 import struct
 from typing import Any
 
-from vllm.errors import UnsupportedError
+from vllm.errors import ConfigError, UnsupportedError
 from vllm.transformers_utils.gguf_file import GGUFFile
 
 __all__ = ["GGUF_ARCHITECTURES", "gguf_config_values", "gguf_generation_config"]
@@ -18,6 +18,13 @@ GGUF_ARCHITECTURES = {
 }
 """``general.architecture`` -> (class, model_type); Mistral's files say llama."""
 
+_REQUIRED = (
+    "embedding_length",
+    "feed_forward_length",
+    "attention.head_count",
+    "block_count",
+    "context_length",
+)
 _F32_FILE, _F16_FILE = 0, 1
 _ROPE_FACTORS = "rope_freqs.weight"
 
@@ -26,6 +33,7 @@ def gguf_config_values(gguf: GGUFFile) -> dict[str, Any]:
     """What ``config.json`` would hold.
 
     Raises:
+        ConfigError: metadata that every model needs is absent.
         UnsupportedError: the file's architecture or rotary scaling is not served.
     """
     if gguf.architecture not in GGUF_ARCHITECTURES:
@@ -33,6 +41,12 @@ def gguf_config_values(gguf: GGUFFile) -> dict[str, Any]:
             f"--model {gguf.path}: GGUF architecture {gguf.architecture!r} is not supported; "
             f"these are: {', '.join(sorted(GGUF_ARCHITECTURES))}",
             parameter="model",
+        )
+    absent = [key for key in _REQUIRED if gguf.get(key) is None]
+    if absent:
+        names = ", ".join(f"{gguf.architecture}.{key}" for key in absent)
+        raise ConfigError(
+            f"--model {gguf.path}: the GGUF metadata lacks {names}", parameter="model"
         )
     architecture, model_type = GGUF_ARCHITECTURES[gguf.architecture]
     heads = gguf.get("attention.head_count")
@@ -67,7 +81,12 @@ def gguf_config_values(gguf: GGUFFile) -> dict[str, Any]:
 
 
 def gguf_generation_config(gguf: GGUFFile) -> dict[str, Any]:
-    return {"_from_model_config": True, **_special_token_ids(gguf)}
+    """What ``generation_config.json`` would hold; a chat model's end of turn ends an answer."""
+    values = {"_from_model_config": True, **_special_token_ids(gguf)}
+    eos, turn = values["eos_token_id"], gguf.metadata.get("tokenizer.ggml.eot_token_id")
+    if turn is not None and turn != eos:
+        values["eos_token_id"] = [turn] if eos is None else [eos, turn]
+    return values
 
 
 def _special_token_ids(gguf: GGUFFile) -> dict[str, Any]:

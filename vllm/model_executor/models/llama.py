@@ -16,6 +16,7 @@ from torch import nn
 from vllm.config import VllmConfig
 from vllm.errors import UnsupportedError
 from vllm.model_executor.layers.attention import Attention
+from vllm.model_executor.layers.fused_decoder_layer import FusedDecoderLayer
 from vllm.model_executor.layers.layernorm import RMSNorm
 from vllm.model_executor.layers.linear import (
     MergedColumnParallelLinear,
@@ -164,6 +165,24 @@ class LlamaDecoderLayer(HotModule):
         )
         self.post_attention_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.mlp = LlamaMLP(config, prefix=f"{prefix}.mlp")
+        # False until the first step, when the weights are there: then the kernel, or None.
+        self.fused: FusedDecoderLayer | None | bool = False
+
+    def fuse(self) -> FusedDecoderLayer | None:
+        """This layer as one kernel, where there is one."""
+        attention = self.self_attn
+        return FusedDecoderLayer.of(
+            input_norm=self.input_layernorm,
+            qkv_proj=attention.qkv_proj,
+            q_norm=getattr(attention, "q_norm", None),
+            k_norm=getattr(attention, "k_norm", None),
+            rotary_emb=attention.rotary_emb,
+            attn=attention.attn,
+            o_proj=attention.o_proj,
+            post_norm=self.post_attention_layernorm,
+            gate_up_proj=self.mlp.gate_up_proj,
+            down_proj=self.mlp.down_proj,
+        )
 
     def forward(
         self,
@@ -172,6 +191,12 @@ class LlamaDecoderLayer(HotModule):
         residual: torch.Tensor | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The branch's output and the stream that it is still to be added to."""
+        if self.fused is False:
+            self.fused = self.fuse()
+        if isinstance(self.fused, FusedDecoderLayer):
+            fused = self.fused.forward(positions, hidden_states, residual)
+            if fused is not None:
+                return fused
         if residual is None:
             residual = hidden_states
             hidden_states = self.input_layernorm.forward(hidden_states)
