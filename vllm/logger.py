@@ -27,6 +27,17 @@ def init_logger(name: str) -> logging.Logger:
     return logging.getLogger(name)
 
 
+def set_level(level: str) -> None:
+    """Log from ``level`` on, in this process and in those that it starts.
+
+    Args:
+        level: "DEBUG", "INFO", "WARNING", "ERROR" or "CRITICAL".
+    """
+    envs.export("VLLM_LOGGING_LEVEL", level)
+    _configure_root()
+    _root.setLevel(level)
+
+
 def log_once(logger: logging.Logger, level: int, message: str) -> None:
     """Log ``message`` the first time it comes up in this process."""
     if (logger.name, message) not in _seen:

@@ -9,6 +9,7 @@ import vllm.envs as envs
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.entrypoints.openai.cli_args import FrontendArgs
 from vllm.errors import ConfigError
+from vllm.logger import set_level
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 from vllm.utils.flags import Kind, arg, flags_of
 
@@ -78,7 +79,7 @@ def run(args: argparse.Namespace) -> int:
     """
     _name_model(args)
     if args.log_level is not None:
-        envs.export("VLLM_LOGGING_LEVEL", args.log_level)
+        set_level(args.log_level)
     envs.validate_environ()
     from vllm.entrypoints.openai.api_server import run_server
 
