@@ -86,3 +86,16 @@ def test_without_a_tokenizer_ids_only(tiny_model: Path) -> None:
 def test_params_of_another_class_are_refused(processor: InputProcessor) -> None:
     with pytest.raises(VLLMValidationError, match="must be SamplingParams, not dict"):
         processor.process("r", "x", {"n": 1})  # type: ignore[arg-type]
+
+
+def test_custom_logits_processors_check_their_own_parameters(
+    tiny_model: Path, tokenizer: Any
+) -> None:
+    args = EngineArgs(
+        model=str(tiny_model), logits_processors=["tests.worker.processors:ForceNext"]
+    )
+    processor = InputProcessor(args.create_engine_config(), tokenizer)
+    processor.process("r", [5, 6], SamplingParams(extra_args={"force": 3}))
+    with pytest.raises(VLLMValidationError, match=r"extra_args\.force") as caught:
+        processor.process("r", [5, 6], SamplingParams(extra_args={"force": "three"}))
+    assert caught.value.parameter == "extra_args"

@@ -13,7 +13,6 @@ from vllm.v1.sample.logits_processor import (
     MoveDirectionality,
     NullBatchUpdateBuilder,
     load_logits_processors,
-    validate_logits_processors_parameters,
 )
 
 
@@ -24,11 +23,6 @@ class AddRowNumber(LogitsProcessor):
 
     def __init__(self, vllm_config=None, device=None, is_pin_memory=False) -> None:
         self.shapes: list[tuple[int, ...]] = []
-
-    @classmethod
-    def validate_params(cls, sampling_params: SamplingParams) -> None:
-        if (sampling_params.extra_args or {}).get("row") == "bad":
-            raise ValueError("extra_args.row must not be bad")
 
     def apply(self, logits: torch.Tensor) -> torch.Tensor:
         self.shapes.append(tuple(logits.shape))
@@ -108,10 +102,3 @@ def test_invariant_processors_run_after_temperature_only():
     first, second = processors.edits_for(2, np.array([0, 1]))
     assert first is None
     assert second(torch.zeros(2, 2)).tolist() == [[0.0, 0.0], [1.0, 0.0]]
-
-
-def test_parameters_are_shown_to_each_class():
-    classes = [AddRowNumber, Invariant]
-    validate_logits_processors_parameters(classes, SamplingParams(extra_args={"row": "fine"}))
-    with pytest.raises(ValueError, match=r"extra_args\.row"):
-        validate_logits_processors_parameters(classes, SamplingParams(extra_args={"row": "bad"}))

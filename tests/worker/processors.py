@@ -14,6 +14,12 @@ class ForceNext(LogitsProcessor):
     def __init__(self, vllm_config, device: torch.device, is_pin_memory: bool) -> None:
         self.rows: dict[int, tuple[int, list[int]]] = {}
 
+    @classmethod
+    def validate_params(cls, sampling_params: SamplingParams) -> None:
+        force = cls._force(sampling_params)
+        if force is not None and not isinstance(force, int):
+            raise ValueError(f"extra_args.force must be a token id, not {force!r}")
+
     def is_argmax_invariant(self) -> bool:
         return False
 

@@ -7,6 +7,7 @@ tokenizer: stop ids, bad words as ids, default ``max_tokens``. Runs in the front
 import copy
 import time
 from collections.abc import Mapping, Sequence
+from importlib.metadata import entry_points
 from typing import Any, NamedTuple
 
 from vllm.config import VllmConfig
@@ -48,6 +49,17 @@ class InputProcessor:
         self._vocab_size = self.model_config.get_vocab_size()
         self.eos_token_id, self._other_eos_ids = self._eos_ids()
         self._connector = vllm_config.kv_transfer_config
+        self._logits_processors = self._load_logits_processors()
+
+    def _load_logits_processors(self) -> list[Any]:
+        """The custom logits processors, which check their own parameters; torch only for them."""
+        if not (
+            self.model_config.logits_processors or entry_points(group="vllm.logits_processors")
+        ):
+            return []
+        from vllm.v1.sample.logits_processor import load_logits_processors
+
+        return load_logits_processors(self.vllm_config)
 
     def _eos_ids(self) -> tuple[int | None, list[int]]:
         """The model's main end-of-sequence id, and the further ones of its generation config."""
@@ -262,6 +274,11 @@ class InputProcessor:
         return params
 
     def _check_params(self, params: SamplingParams) -> None:
+        for processor in self._logits_processors:
+            try:
+                processor.validate_params(params)
+            except ValueError as error:
+                raise VLLMValidationError(str(error), parameter="extra_args") from error
         self._check_logprobs("logprobs", params.logprobs)
         self._check_logprobs("prompt_logprobs", params.prompt_logprobs)
         if params.stop_token_ids:

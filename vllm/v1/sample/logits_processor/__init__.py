@@ -14,7 +14,6 @@ from vllm.v1.sample.logits_processor.state import (
     LogitsProcessors,
     NullBatchUpdateBuilder,
     load_logits_processors,
-    validate_logits_processors_parameters,
 )
 
 __all__ = [
@@ -29,5 +28,4 @@ __all__ = [
     "NullBatchUpdateBuilder",
     "RemovedRequest",
     "load_logits_processors",
-    "validate_logits_processors_parameters",
 ]

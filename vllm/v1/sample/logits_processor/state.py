@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from functools import partial
 from importlib.metadata import entry_points
 from typing import TYPE_CHECKING
@@ -30,7 +30,6 @@ __all__ = [
     "LogitsProcessors",
     "NullBatchUpdateBuilder",
     "load_logits_processors",
-    "validate_logits_processors_parameters",
 ]
 
 LogitsEdit = Callable[[torch.Tensor], torch.Tensor]
@@ -157,11 +156,3 @@ def load_logits_processors(vllm_config: VllmConfig) -> list[type[LogitsProcessor
     paths = [point.value for point in entry_points(group=ENTRY_POINT_GROUP)]
     paths += vllm_config.model_config.logits_processors
     return [_load_class(path) for path in paths]
-
-
-def validate_logits_processors_parameters(
-    classes: Sequence[type[LogitsProcessor]], sampling_params: SamplingParams
-) -> None:
-    """Let each class look at a request's parameters; the ValueErrors are the user's."""
-    for cls in classes:
-        cls.validate_params(sampling_params)
