@@ -88,6 +88,8 @@ class KVCacheSpec:
 
     def get_num_kernel_states(self, kernel_block_size: int) -> int:
         """States of a kernel block of ``kernel_block_size`` tokens."""
+        if self.tokens_per_state == 1:
+            return kernel_block_size
         states = Fraction(kernel_block_size) / Fraction(self.tokens_per_state)
         if states.denominator != 1 or states < 1:
             raise ConfigError(

@@ -240,7 +240,7 @@ def _group_spec(names: Sequence[str], specs: Specs) -> KVCacheSpec:
     }
     same_dtype = len({spec.storage_dtype for spec in members}) == 1
     if len(shapes) == 1 and same_dtype and len(set(members)) == 1:
-        return members[0]
+        return members[0].with_layer_name("")
     if len(shapes) == 1 and same_dtype and type(members[0]) is FullAttentionSpec:
         return FullAttentionSpec.merge(members)
     return UniformTypeKVCacheSpecs(
