@@ -1,5 +1,6 @@
 """The ``vllm`` command itself: subcommands, start-up cost, reports."""
 
+import os
 import subprocess
 import sys
 
@@ -46,6 +47,22 @@ def test_help_imports_nothing_heavy(argv):
 def test_version(vllm_command):
     assert vllm_command("--version").out == f"{__version__}\n"
     assert vllm_command("-v").out == f"{__version__}\n"
+
+
+@pytest.mark.parametrize("argv", [["--version"], ["serve", "--help=all"]], ids=" ".join)
+def test_a_reader_that_leaves_early_is_no_error(argv):
+    read_end, write_end = os.pipe()
+    os.close(read_end)
+    result = subprocess.run(
+        [sys.executable, "-m", "vllm.entrypoints.cli.main", *argv],
+        stdout=write_end,
+        stderr=subprocess.PIPE,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    os.close(write_end)
+    assert (result.returncode, result.stderr) == (1, "")
 
 
 def test_without_a_command_usage_is_shown(vllm_command):

@@ -7,6 +7,7 @@ options. Only the parser's module is imported before the options are known to be
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -105,7 +106,18 @@ def _dispatch(
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run ``vllm`` with ``argv`` (the process's by default); returns the exit status."""
-    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        try:
+            return _main(list(sys.argv[1:] if argv is None else argv))
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        # The reader of our output, such as head, has had enough; nothing more can be flushed.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+
+
+def _main(arguments: list[str]) -> int:
     if arguments and arguments[0] in ("-v", "--version"):
         from vllm import __version__
 
