@@ -8,6 +8,7 @@
 
 #include <new>
 
+#include "decoder_layer.h"
 #include "dispatch.h"
 #include "pool.h"
 
@@ -65,6 +66,18 @@ PyObject* run(const Reader& reader, void (*kernel)(const Args&), const Args& arg
   Py_END_ALLOW_THREADS
   if (out_of_memory) return PyErr_NoMemory();
   Py_RETURN_NONE;
+}
+
+// False, with an exception set, if a position has no row in the table of cosines and sines.
+bool positions_fit(const Reader& r, const int64_t* positions, int64_t count, int64_t limit) {
+  for (int64_t i = 0; r.ok() && positions && i < count; ++i) {
+    if (positions[i] < 0 || positions[i] >= limit) {
+      PyErr_Format(PyExc_IndexError, "position %lld is not below %lld",
+                   static_cast<long long>(positions[i]), static_cast<long long>(limit));
+      return false;
+    }
+  }
+  return true;
 }
 
 #define ENTRY(name) PyObject* name(PyObject*, PyObject* const* argv, Py_ssize_t argc)
@@ -185,14 +198,64 @@ ENTRY(rope_store) {
   a.dtype = static_cast<int>(r.number());
   a.cache_dtype = static_cast<int>(r.number());
   a.max_position = r.number();
-  for (int64_t i = 0; r.ok() && a.positions && i < a.num_tokens; ++i) {
-    if (a.positions[i] < 0 || a.positions[i] >= a.max_position) {
-      return PyErr_Format(PyExc_IndexError, "position %lld is not below %lld",
-                          static_cast<long long>(a.positions[i]),
-                          static_cast<long long>(a.max_position));
-    }
-  }
+  if (!positions_fit(r, a.positions, a.num_tokens, a.max_position)) return nullptr;
   return run(r, kernels().rope_store, a);
+}
+
+ENTRY(decoder_layer) {
+  Reader r(argv, argc, 49);
+  DecoderLayerArgs a;
+  a.hidden_size = r.number();
+  a.inner_size = r.number();
+  a.num_heads = r.number();
+  a.num_kv_heads = r.number();
+  a.head_size = r.number();
+  a.dtype = static_cast<int>(r.number());
+  a.eps = r.real();
+  a.input_norm = r.pointer<void>();
+  a.post_norm = r.pointer<void>();
+  a.query_norm = r.pointer<void>();
+  a.key_norm = r.pointer<void>();
+  a.qkv = r.pointer<void>();
+  a.qkv_bias = r.pointer<void>();
+  a.output = r.pointer<void>();
+  a.output_bias = r.pointer<void>();
+  a.gate_up = r.pointer<void>();
+  a.gate_up_bias = r.pointer<void>();
+  a.down = r.pointer<void>();
+  a.down_bias = r.pointer<void>();
+  a.cos_sin = r.pointer<void>();
+  a.cos_sin_stride = r.number();
+  a.rotary_dim = r.number();
+  a.max_position = r.number();
+  a.is_neox = static_cast<int>(r.number());
+  a.cos_sin_dtype = static_cast<int>(r.number());
+  a.alibi_slopes = r.pointer<float>();
+  a.sinks = r.pointer<float>();
+  a.scale = r.real();
+  a.soft_cap = r.real();
+  a.window = r.number();
+  a.cache = r.pointer<void>();
+  a.cache_block_stride = r.number();
+  a.cache_head_stride = r.number();
+  a.cache_token_stride = r.number();
+  a.block_size = r.number();
+  a.cache_dtype = static_cast<int>(r.number());
+  a.hidden = r.pointer<void>();
+  a.has_branch = static_cast<int>(r.number());
+  a.residual = r.pointer<void>();
+  a.num_tokens = r.number();
+  a.positions = r.pointer<int64_t>();
+  a.slots = r.pointer<int64_t>();
+  a.num_slots = r.number();
+  a.query_start = r.pointer<int32_t>();
+  a.seq_lens = r.pointer<int32_t>();
+  a.block_table = r.pointer<int32_t>();
+  a.block_table_stride = r.number();
+  a.num_requests = r.number();
+  a.causal = static_cast<int>(r.number());
+  if (!positions_fit(r, a.positions, a.num_tokens, a.max_position)) return nullptr;
+  return run(r, vllm_cpu::decoder_layer, a);
 }
 
 ENTRY(rms_norm) {
@@ -308,6 +371,7 @@ PyMethodDef methods[] = {
     FAST(unpack),
     FAST(embedding),
     FAST(attention),
+    FAST(decoder_layer),
     FAST(rope_store),
     FAST(rms_norm),
     FAST(silu_mul),

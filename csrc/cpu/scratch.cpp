@@ -35,9 +35,9 @@ struct ThreadBuffer : Buffer {
   ~ThreadBuffer() { free(data); }
 };
 
-// Two, since attention plans in one and merges in the other. Not freed at exit: helpers may be at
-// work still.
-constexpr int kKept = 2;
+// Three: a decoder layer holds one while attention plans in another and merges in the last. Not
+// freed at exit: helpers may be at work still.
+constexpr int kKept = 3;
 Buffer kept[kKept];
 std::atomic<bool> in_use[kKept];
 

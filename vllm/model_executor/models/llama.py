@@ -166,7 +166,7 @@ class LlamaDecoderLayer(HotModule):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.mlp = LlamaMLP(config, prefix=f"{prefix}.mlp")
         # False until the first step, when the weights are there: then the kernel, or None.
-        self.fused: FusedDecoderLayer | None | bool = False
+        self.fused: FusedDecoderLayer | bool | None = False
 
     def fuse(self) -> FusedDecoderLayer | None:
         """This layer as one kernel, where there is one."""

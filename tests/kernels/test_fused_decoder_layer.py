@@ -1,0 +1,158 @@
+"""The decoder layer in one call gives, bit for bit, what its operators give one by one."""
+
+import random
+from dataclasses import dataclass
+
+import pytest
+import torch
+
+from tests.kernels.test_cpu_attention import Batch, Step, make_step
+from vllm import _custom_ops as ops
+
+pytestmark = pytest.mark.skipif(not ops.has_extension(), reason="vllm._C is not built")
+
+
+@dataclass
+class Layer:
+    """Random weights of one layer."""
+
+    hidden: int
+    inner: int
+    heads: int
+    kv_heads: int
+    head_size: int
+    dtype: torch.dtype
+    bias: bool
+    head_norms: bool
+    is_neox: bool = True
+
+    def __post_init__(self) -> None:
+        def random_weight(n: int, k: int) -> ops.PackedWeight:
+            return ops.pack_weight((torch.randn(n, k) / k**0.5).to(self.dtype))
+
+        def vector(n: int, there: bool = True) -> torch.Tensor | None:
+            return torch.randn(n).to(self.dtype) if there else None
+
+        width = (self.heads + 2 * self.kv_heads) * self.head_size
+        self.weights = (
+            random_weight(width, self.hidden),
+            random_weight(self.hidden, self.heads * self.head_size),
+            random_weight(2 * self.inner, self.hidden),
+            random_weight(self.hidden, self.inner),
+        )
+        self.biases = tuple(vector(weight.n, self.bias) for weight in self.weights)
+        self.norms = (vector(self.hidden), vector(self.hidden))
+        self.per_head = tuple(vector(self.head_size, self.head_norms) for _ in range(2))
+        self.table = torch.randn(1000, self.head_size)
+
+    def kernel(self) -> ops.DecoderLayerKernel | None:
+        return ops.DecoderLayerKernel.make(
+            num_heads=self.heads,
+            num_kv_heads=self.kv_heads,
+            head_size=self.head_size,
+            eps=1e-5,
+            norms=self.norms,
+            head_norms=self.per_head,
+            weights=self.weights,
+            biases=self.biases,
+            cos_sin_cache=self.table,
+            is_neox=self.is_neox,
+            alibi_slopes=None,
+            sinks=None,
+            scale=0.2,
+            logits_soft_cap=0.0,
+            sliding_window=70,
+        )
+
+    def one_by_one(
+        self, x: torch.Tensor | None, residual: torch.Tensor, positions: torch.Tensor, step: Step
+    ) -> torch.Tensor:
+        if x is None:
+            x = ops.rms_norm(residual, self.norms[0], 1e-5)
+        else:
+            ops.fused_add_rms_norm(x, residual, self.norms[0], 1e-5)
+        qkv = ops.linear(x, self.weights[0], self.biases[0])
+        widths = [n * self.head_size for n in (self.heads, self.kv_heads, self.kv_heads)]
+        parts = [p.unflatten(-1, (-1, self.head_size)) for p in qkv.split(widths, dim=-1)]
+        for part, weight in zip(parts[:2], self.per_head, strict=True):
+            if weight is not None:
+                ops.rms_norm(part, weight, 1e-5, out=part)
+        ops.rope_and_store(
+            positions, *parts, self.table, self.is_neox, step.cache, step.slot_mapping
+        )
+        out = torch.empty(x.shape[0], self.heads, self.head_size, dtype=self.dtype)
+        tables = (step.query_start_loc, step.seq_lens, step.block_table)
+        ops.paged_attention(parts[0], step.cache, out, *tables, 0.2, sliding_window=70)
+        x = ops.linear(out.flatten(1), self.weights[1], self.biases[1])
+        ops.fused_add_rms_norm(x, residual, self.norms[1], 1e-5)
+        if self.bias:
+            x = ops.silu_and_mul(ops.linear(x, self.weights[2], self.biases[2]))
+        else:
+            x = ops.gate_up_silu(x, self.weights[2])
+        return ops.linear(x, self.weights[3], self.biases[3])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("head_norms", [False, True])
+def test_one_call_equals_the_operators(
+    isa: str, rng: random.Random, dtype: torch.dtype, bias: bool, head_norms: bool
+) -> None:
+    layer = Layer(
+        hidden=rng.choice([64, 100]),
+        inner=rng.choice([96, 72]),  # 72 is no whole number of panels
+        heads=6,
+        kv_heads=2,
+        head_size=16,
+        dtype=dtype,
+        bias=bias,
+        head_norms=head_norms,
+        is_neox=rng.random() < 0.5,
+    )
+    kernel = layer.kernel()
+    assert kernel is not None
+    for batch in (Batch([1, 1], [33, 190]), Batch([1, 80, 5], [10, 0, 100])):
+        step = make_step(
+            batch,
+            dtype=dtype,
+            cache_dtype=dtype,
+            heads=6,
+            kv_heads=2,
+            head_size=16,
+            block_size=16,
+            layout="BHLNC",
+        )
+        tokens = sum(batch.new)
+        positions = torch.randint(0, 1000, (tokens,))
+        untouched = step.cache.clone()
+        for has_branch in (False, True):
+            hidden = torch.randn(tokens, layer.hidden).to(dtype)
+            residual = torch.randn(tokens, layer.hidden).to(dtype)
+            step.cache.copy_(untouched)
+            expected_residual = residual.clone()
+            branch = hidden.clone() if has_branch else None
+            expected = layer.one_by_one(branch, expected_residual, positions, step)
+            expected_cache = step.cache.clone()
+            step.cache.copy_(untouched)
+            kernel(
+                hidden,
+                has_branch,
+                residual,
+                positions,
+                step.cache,
+                step.slot_mapping,
+                step.query_start_loc,
+                step.seq_lens,
+                step.block_table,
+                True,
+            )
+            assert torch.equal(hidden, expected)
+            assert torch.equal(residual, expected_residual)
+            assert torch.equal(step.cache.nan_to_num(5), expected_cache.nan_to_num(5))
+
+
+def test_weights_that_are_not_packed_have_no_kernel(seed: int) -> None:
+    layer = Layer(64, 64, 2, 1, 16, torch.float32, bias=False, head_norms=False)
+    plain = ops.PackedWeight(n=64, k=64, dtype=torch.float32, plain=torch.randn(64, 64))
+    layer.weights = (*layer.weights[:3], plain)
+    assert layer.kernel() is None
