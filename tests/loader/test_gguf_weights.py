@@ -119,6 +119,21 @@ def test_a_float_file_gives_the_logits_of_the_model_it_came_from(model_type, ove
     assert_logits_equal(PagedModel(make_config(path)).logits(TOKENS), reference(hf))
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+def test_the_loaded_model_holds_weights_rounded_once(dtype, tmp_path):
+    hf = make_hf_model("llama")
+    path = write_gguf(tmp_path / "m.gguf", hf, quantization=GGMLQuantizationType.Q4_1)
+    model = get_model(make_config(path, dtype=dtype))
+    wide = dict(read_weights(read_gguf(path), torch.float32))
+    layer = model.model.layers[1]
+    expected = torch.cat([wide[f"model.layers.1.self_attn.{p}_proj.weight"] for p in "qkv"])
+    assert torch.equal(
+        layer.self_attn.qkv_proj.packed_weight.unpack(), expected.to(getattr(torch, dtype))
+    )
+    down = wide["model.layers.1.mlp.down_proj.weight"].to(getattr(torch, dtype))
+    assert torch.equal(layer.mlp.down_proj.packed_weight.unpack(), down)
+
+
 def test_frequency_factors_are_llama3s_scaling(tmp_path):
     rope = {
         "rope_type": "llama3",

@@ -42,8 +42,6 @@ def get_model(vllm_config: VllmConfig) -> Any:
     with (
         set_current_vllm_config(vllm_config),
         collect_layers() as layers,
-        _default_dtype(model_config.dtype),
-        torch.device(vllm_config.device_config.device_type),
         _one_thread_per_operator(),
         torch.no_grad(),
     ):
@@ -55,16 +53,6 @@ def get_model(vllm_config: VllmConfig) -> Any:
     _return_free_memory()
     logger.info("Loading weights took %.2f s", time.perf_counter() - started)
     return model
-
-
-@contextlib.contextmanager
-def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    previous = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(previous)
 
 
 @contextlib.contextmanager

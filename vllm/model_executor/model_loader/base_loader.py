@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from importlib import import_module
@@ -37,9 +38,22 @@ class BaseModelLoader(ABC):
         from vllm.model_executor.models.registry import ModelRegistry
 
         model_cls, _ = ModelRegistry.resolve_model_cls(model_config.architecture)
-        model = model_cls(vllm_config=vllm_config, prefix="")
+        device = torch.device(vllm_config.device_config.device_type)
+        with _default_dtype(model_config.dtype), device:
+            model = model_cls(vllm_config=vllm_config, prefix="")
         self.load_weights(model, model_config)
         return model
+
+
+@contextlib.contextmanager
+def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """Holds for construction only: a loader's own arithmetic names its dtypes and devices."""
+    previous = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(previous)
 
 
 _LOADER = "vllm.model_executor.model_loader"

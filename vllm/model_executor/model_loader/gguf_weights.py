@@ -174,7 +174,7 @@ def _read(
     weight = torch.empty(count // block, block, dtype=dtype)
     rows = _CHUNK // block
     expand = _EXPANDERS.get(kind)
-    wide = torch.empty(min(rows, len(blocks)), block)
+    wide = torch.empty(min(rows, len(blocks)), block, dtype=torch.float32)
     for start in range(0, len(blocks), rows):
         part = blocks[start : start + rows]
         if expand is not None:
