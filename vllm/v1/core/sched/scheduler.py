@@ -11,7 +11,6 @@ detokenising and stop strings are others'.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
@@ -19,22 +18,14 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import NullKVConnector
 from vllm.errors import ConfigError, QueueFullError, VLLMValidationError
 from vllm.v1.core.kv_cache_manager import KVCacheBlocks, KVCacheManager
 from vllm.v1.core.kv_cache_utils import make_block_hasher
+from vllm.v1.core.sched.integrity import check_integrity
 from vllm.v1.core.sched.interface import GrammarManager, SchedulerInterface
 from vllm.v1.core.sched.kv_transfer import KVTransferTracker
-from vllm.v1.core.sched.output import (
-    CachedRequestData,
-    GrammarOutput,
-    NewRequestData,
-    SchedulerOutput,
-)
+from vllm.v1.core.sched.output import GrammarOutput, SchedulerOutput
 from vllm.v1.core.sched.request_queue import SchedulingPolicy, create_request_queue
-from vllm.v1.core.sched.utils import check_stop, logprobs_rows
-from vllm.v1.engine import (
-    EngineCoreEventType,
-    EngineCoreOutput,
-    EngineCoreOutputs,
-    SchedulerStats,
-)
+from vllm.v1.core.sched.results import StepResults
+from vllm.v1.core.sched.step import Step
+from vllm.v1.engine import EngineCoreEventType, EngineCoreOutputs, SchedulerStats
 from vllm.v1.kv_cache_interface import MambaSpec
 from vllm.v1.request import Request, RequestStatus
 
@@ -45,31 +36,6 @@ if TYPE_CHECKING:
     from vllm.v1.outputs import ModelRunnerOutput
 
 __all__ = ["Scheduler"]
-
-
-class _Step:
-    """A step while it is put together."""
-
-    __slots__ = (
-        "admitted",
-        "admitted_counts",
-        "blocks",
-        "budget",
-        "counts",
-        "preempted",
-        "running",
-    )
-
-    def __init__(self, budget: int) -> None:
-        self.budget = budget
-        # Running requests that take part; how many tokens; block ids added, per group, or None.
-        self.running: list[Request] = []
-        self.counts: list[int] = []
-        self.blocks: list[tuple[list[int], ...] | None] = []
-        # Requests that begin or resume.
-        self.admitted: list[Request] = []
-        self.admitted_counts: list[int] = []
-        self.preempted: set[str] = set()
 
 
 class Scheduler(SchedulerInterface):
@@ -136,15 +102,13 @@ class Scheduler(SchedulerInterface):
         """Every request that has not ended, by id."""
         self.waiting = create_request_queue(self.policy)
         self.running: list[Request] = []
-        self._waiting_for_grammar: dict[str, Request] = {}
+        self.waiting_for_grammar: dict[str, Request] = {}
         self._num_structured = 0
         self.kv_transfer = KVTransferTracker(self, connector or NullKVConnector())
         self.finished_req_ids: set[str] = set()
         """Ended since the last step; the workers hear of them in the next."""
         self._preempted_req_ids: set[str] = set()
-        self._finished_by_client: dict[int, set[str]] = {}
-        self._unsent: dict[int, list[EngineCoreOutput]] = {}
-        """Outputs of requests that ended outside a step, by client."""
+        self.results = StepResults(self)
         # The request that did not fit, and the free blocks there were: no use in trying again
         # before more are free.
         self._stuck: tuple[str, int] | None = None
@@ -177,7 +141,7 @@ class Scheduler(SchedulerInterface):
                 )
             self.structured_output_manager.grammar_init(request)
             request.status = RequestStatus.WAITING_FOR_STRUCTURED_OUTPUT_GRAMMAR
-            self._waiting_for_grammar[request.request_id] = request
+            self.waiting_for_grammar[request.request_id] = request
         else:
             self.waiting.add_request(request)
         self.requests[request.request_id] = request
@@ -222,24 +186,24 @@ class Scheduler(SchedulerInterface):
             any_running |= request.status is RequestStatus.RUNNING
             self._leave_queue(request)
             request.status = finished_status
-            self._finish(request)
+            self.finish(request)
         if any_running:
-            self._drop_finished_from_running()
+            self.drop_finished_from_running()
 
     def _leave_queue(self, request: Request) -> None:
         """Take ``request`` out of what it waits in; ``running`` is left to the caller."""
         if request.status is RequestStatus.WAITING_FOR_STRUCTURED_OUTPUT_GRAMMAR:
-            del self._waiting_for_grammar[request.request_id]
+            del self.waiting_for_grammar[request.request_id]
         elif request.status is RequestStatus.WAITING_FOR_REMOTE_KVS:
             self.kv_transfer.leave_loading(request)
         elif request.status is not RequestStatus.RUNNING:
             self.waiting.remove_request(request)
 
-    def _drop_finished_from_running(self) -> None:
+    def drop_finished_from_running(self) -> None:
         running = RequestStatus.RUNNING
         self.running = [request for request in self.running if request.status is running]
 
-    def _finish(self, request: Request) -> dict[str, Any] | None:
+    def finish(self, request: Request) -> dict[str, Any] | None:
         """Forget a request whose status is final; returns its kv_transfer_params."""
         request_id = request.request_id
         if request.status is not RequestStatus.FINISHED_ERROR:
@@ -253,7 +217,7 @@ class Scheduler(SchedulerInterface):
         self._num_structured -= request.use_structured_output
         self.finished_req_ids.add(request_id)
         if self.include_finished_set:
-            self._finished_by_client.setdefault(request.client_index, set()).add(request_id)
+            self.results.add_finished(request)
         return params
 
     def fail_request(self, request: Request, message: str, error_type: str) -> None:
@@ -261,20 +225,18 @@ class Scheduler(SchedulerInterface):
         was_running = request.status is RequestStatus.RUNNING
         self._leave_queue(request)
         request.fail(message, error_type)
-        params = self._finish(request)
+        params = self.finish(request)
         if was_running:
-            self._drop_finished_from_running()
-        output = self._make_last_output(request, [])
-        output.kv_transfer_params = params
-        self._unsent.setdefault(request.client_index, []).append(output)
+            self.drop_finished_from_running()
+        self.results.add_ended(request, params)
 
     # A step
 
     def schedule(self) -> SchedulerOutput:
         self.kv_cache_manager.publish_blocks()
-        if self._waiting_for_grammar:
+        if self.waiting_for_grammar:
             self._promote_compiled()
-        step = _Step(self.max_num_scheduled_tokens)
+        step = Step(self.max_num_scheduled_tokens)
         if not self._schedule_decodes(step):
             self._schedule_running(step)
         if not step.preempted:
@@ -283,7 +245,7 @@ class Scheduler(SchedulerInterface):
 
     def _promote_compiled(self) -> None:
         """Requests whose grammar is there may be admitted; those whose isn't legal end."""
-        for request in reversed(list(self._waiting_for_grammar.values())):
+        for request in reversed(list(self.waiting_for_grammar.values())):
             state = request.structured_output_request
             assert state is not None
             if not state.is_grammar_ready:
@@ -292,11 +254,11 @@ class Scheduler(SchedulerInterface):
                 error_type = getattr(state, "error_type", None) or "VLLMValidationError"
                 self.fail_request(request, state.error, error_type)
                 continue
-            del self._waiting_for_grammar[request.request_id]
+            del self.waiting_for_grammar[request.request_id]
             request.status = RequestStatus.WAITING
             self.waiting.prepend_request(request)
 
-    def _schedule_decodes(self, step: _Step) -> bool:
+    def _schedule_decodes(self, step: Step) -> bool:
         """The common step at a third of the cost: all that run compute one token each.
 
         False, with nothing done, where one has more to compute or blocks might run out.
@@ -327,7 +289,7 @@ class Scheduler(SchedulerInterface):
             step.blocks[index] = blocks.get_block_ids()
         return True
 
-    def _schedule_running(self, step: _Step) -> None:
+    def _schedule_running(self, step: Step) -> None:
         budget = step.budget
         add_request, add_count = step.running.append, step.counts.append
         add_blocks = step.blocks.append
@@ -380,7 +342,7 @@ class Scheduler(SchedulerInterface):
         return num_new
 
     def _allocate_or_preempt(
-        self, request: Request, num_new: int, step: _Step
+        self, request: Request, num_new: int, step: Step
     ) -> KVCacheBlocks | None:
         """Blocks for ``request``, at others' expense; None where it had to go itself."""
         while True:
@@ -397,16 +359,11 @@ class Scheduler(SchedulerInterface):
             if victim is request:
                 return None
 
-    def _unschedule(self, request: Request, step: _Step) -> None:
+    def _unschedule(self, request: Request, step: Step) -> None:
         """Take ``request`` out of the step, if it is in it."""
-        if request not in step.running:
-            return
-        index = step.running.index(request)
-        del step.running[index]
-        del step.blocks[index]
-        step.budget += step.counts.pop(index)
-        # Its new blocks were made findable for this step's sake.
-        self.kv_cache_manager.uncache_blocks(request, request.num_computed_tokens)
+        if step.remove(request):
+            # Its new blocks were made findable for this step's sake.
+            self.kv_cache_manager.uncache_blocks(request, request.num_computed_tokens)
 
     def preempt(self, request: Request, *, cache: bool = True) -> None:
         """A running request gives its blocks back and will compute its tokens again.
@@ -427,7 +384,7 @@ class Scheduler(SchedulerInterface):
             request.record_event(EngineCoreEventType.PREEMPTED)
         self.waiting.prepend_request(request)
 
-    def _schedule_waiting(self, step: _Step) -> None:
+    def _schedule_waiting(self, step: Step) -> None:
         waiting = self.waiting
         undecided: list[Request] = []
         while waiting and step.budget > 0 and len(self.running) < self.max_num_running_reqs:
@@ -468,7 +425,7 @@ class Scheduler(SchedulerInterface):
         self._stuck = None
         return False
 
-    def _try_admit(self, request: Request, step: _Step) -> bool | None:
+    def _try_admit(self, request: Request, step: Step) -> bool | None:
         """Let the first waiting request run, or start loading its KV.
 
         False: there is no room for it. None: its connector doesn't know yet what it can load.
@@ -531,61 +488,27 @@ class Scheduler(SchedulerInterface):
             kv.prefix_cache_stats.record(request.num_tokens, num_local)
         self.kv_transfer.record(request.num_tokens - num_local, num_external)
 
-    def _make_scheduler_output(self, step: _Step) -> SchedulerOutput:
-        running, counts = step.running, step.counts
-        req_ids = [request.request_id for request in running]
-        num_scheduled_tokens = dict(zip(req_ids, counts, strict=True))
-        cached = CachedRequestData(
-            req_ids=req_ids,
-            new_block_ids=step.blocks,
-            num_computed_tokens=[request.num_computed_tokens for request in running],
-            num_output_tokens=[
-                request.num_tokens - request.num_prompt_tokens for request in running
-            ],
-        )
-        new_reqs: list[NewRequestData] = []
-        for request, count in zip(step.admitted, step.admitted_counts, strict=True):
-            request_id = request.request_id
-            num_scheduled_tokens[request_id] = count
-            block_ids = self.kv_cache_manager.get_block_ids(request_id)
-            if request.num_preemptions:
-                cached.resumed_req_ids.add(request_id)
-                cached.all_token_ids[request_id] = request.all_token_ids.copy()
-                cached.req_ids.append(request_id)
-                cached.new_block_ids.append(block_ids)
-                cached.num_computed_tokens.append(request.num_computed_tokens)
-                cached.num_output_tokens.append(request.num_output_tokens)
-            else:
-                new_reqs.append(
-                    NewRequestData(
-                        request_id,
-                        request.prompt_token_ids,
-                        request.sampling_params,
-                        block_ids,
-                        request.num_computed_tokens,
-                    )
-                )
+    def _make_scheduler_output(self, step: Step) -> SchedulerOutput:
+        new_reqs, cached_reqs = step.make_request_data(self.kv_cache_manager)
         num_tokens = self.max_num_scheduled_tokens - step.budget
         self._num_scheduled_tokens += num_tokens
         output = SchedulerOutput(
             scheduled_new_reqs=new_reqs,
-            scheduled_cached_reqs=cached,
-            num_scheduled_tokens=num_scheduled_tokens,
+            scheduled_cached_reqs=cached_reqs,
+            num_scheduled_tokens=step.num_scheduled_tokens(),
             total_num_scheduled_tokens=num_tokens,
             num_common_prefix_blocks=self._common_prefix_blocks(),
             finished_req_ids=self.finished_req_ids,
             preempted_req_ids=self._preempted_req_ids,
             new_block_ids_to_zero=self.kv_cache_manager.take_new_block_ids_to_zero(),
-            has_structured_output_requests=self._num_structured > 0
-            and any(r.use_structured_output for r in (*running, *step.admitted)),
+            has_structured_output_requests=(
+                self._num_structured > 0 and step.has_structured_output_requests
+            ),
         )
         self.finished_req_ids = set()
         self._preempted_req_ids = set()
         output.kv_connector_metadata = self.kv_transfer.connector.build_connector_meta(output)
-        for request, count in zip(running, counts, strict=True):
-            request.num_computed_tokens += count
-        for request, count in zip(step.admitted, step.admitted_counts, strict=True):
-            request.num_computed_tokens += count
+        step.advance()
         return output
 
     def _common_prefix_blocks(self) -> list[int]:
@@ -628,153 +551,17 @@ class Scheduler(SchedulerInterface):
             request = self.requests.get(request_id)
             if request is not None:
                 self.fail_request(request, message, "EngineGenerateError")
-        outputs, self._unsent = self._unsent, {}
-        self._take_samples(model_runner_output, discarded, outputs)
+        self.results.take_samples(model_runner_output, discarded)
         if connector_output is not None:
             self.kv_transfer.update(connector_output)
-            # What could not be loaded has ended in between.
-            for client, late in self._unsent.items():
-                outputs.setdefault(client, []).extend(late)
-            self._unsent = {}
-        return self._make_engine_core_outputs(outputs)
-
-    def _take_samples(
-        self,
-        result: ModelRunnerOutput,
-        discarded: frozenset[str] | set[str],
-        outputs: dict[int, list[EngineCoreOutput]],
-    ) -> None:
-        """Append sampled tokens to their requests, and what clients are told to ``outputs``."""
-        requests = self.requests
-        logprobs, prompt_logprobs = result.logprobs, result.prompt_logprobs_dict
-        any_stopped = False
-        for request_id, token_ids in zip(result.req_ids, result.sampled_token_ids, strict=True):
-            # The request may have been aborted meanwhile.
-            request = requests.get(request_id)
-            if request is None or not token_ids or request_id in discarded:
-                continue
-            if len(token_ids) == 1 and not request.use_structured_output:
-                request.append_output_token_id(token_ids[0])
-                stopped = (
-                    token_ids[0] in request.stop_ids
-                    or request.num_tokens >= request.max_total_tokens
-                ) and check_stop(request)
-            else:
-                stopped = self._append_and_check(request, token_ids)
-            if stopped:
-                output, was_running = self._end_from_step(request, token_ids)
-                any_stopped |= was_running
-            else:
-                # (request_id, new_token_ids, new_logprobs, new_prompt_logprobs, finish_reason,
-                # stop_reason, events, kv_transfer_params, num_cached_tokens, num_preemptions)
-                output = EngineCoreOutput(
-                    request_id,
-                    token_ids,
-                    None,
-                    None,
-                    None,
-                    None,
-                    request.take_events() if request.events else None,
-                    None,
-                    request.num_cached_tokens,
-                    request.num_preemptions,
-                )
-            if logprobs and request_id in logprobs:
-                output.new_logprobs = logprobs_rows(logprobs[request_id])[: len(token_ids)]
-            # A preempted prompt is computed again; its client has been told.
-            if (
-                prompt_logprobs
-                and request_id in prompt_logprobs
-                and request.num_output_tokens == len(token_ids)
-            ):
-                output.new_prompt_logprobs = logprobs_rows(prompt_logprobs[request_id])
-            client_outputs = outputs.get(request.client_index)
-            if client_outputs is None:
-                outputs[request.client_index] = [output]
-            else:
-                client_outputs.append(output)
-        if any_stopped:
-            self._drop_finished_from_running()
-
-    def _end_from_step(
-        self, request: Request, token_ids: list[int]
-    ) -> tuple[EngineCoreOutput, bool]:
-        """Forget a request that a sample has ended; its last output, and whether it ran."""
-        was_running = request not in self.waiting
-        if not was_running:
-            self.waiting.remove_request(request)
-        params = self._finish(request)
-        output = self._make_last_output(request, token_ids)
-        output.kv_transfer_params = params
-        return output, was_running
-
-    def _append_and_check(self, request: Request, token_ids: list[int]) -> bool:
-        """Append sampled tokens up to the one that ends the request; True if one does.
-
-        ``token_ids`` loses what comes after it.
-        """
-        stopped = False
-        for count, token_id in enumerate(token_ids, start=1):
-            request.append_output_token_id(token_id)
-            if check_stop(request):
-                del token_ids[count:]
-                stopped = True
-                break
-        if request.use_structured_output:
-            manager = self.structured_output_manager
-            assert manager is not None
-            if not manager.accept_tokens(request, token_ids):
-                request.fail(
-                    f"the grammar does not allow the sampled tokens {token_ids}",
-                    "EngineGenerateError",
-                )
-                return True
-            if not stopped and manager.is_terminated(request):
-                request.status = RequestStatus.FINISHED_STOPPED
-                stopped = True
-        return stopped
-
-    def _make_last_output(self, request: Request, token_ids: list[int]) -> EngineCoreOutput:
-        return EngineCoreOutput(
-            request.request_id,
-            token_ids,
-            finish_reason=request.get_finished_reason(),
-            stop_reason=request.stop_reason,
-            events=request.take_events(),
-            num_cached_tokens=max(request.num_cached_tokens, 0),
-            num_preemptions=request.num_preemptions,
-            error=request.error,
-            error_type=request.error_type,
-        )
-
-    def _make_engine_core_outputs(
-        self, outputs: dict[int, list[EngineCoreOutput]]
-    ) -> dict[int, EngineCoreOutputs]:
-        now = time.monotonic()
-        by_client = {
-            client: EngineCoreOutputs(outputs=items, timestamp=now)
-            for client, items in outputs.items()
-        }
-        if self._finished_by_client:
-            for client, finished in self._finished_by_client.items():
-                by_client.setdefault(
-                    client, EngineCoreOutputs(timestamp=now)
-                ).finished_requests = finished
-            self._finished_by_client = {}
-        stats = self.make_stats()
-        if stats is not None:
-            first = next(iter(by_client.values()), None)
-            if first is None:
-                first = by_client[0] = EngineCoreOutputs(timestamp=now)
-            first.scheduler_stats = stats
-        return by_client
+        return self.results.collect(self.make_stats())
 
     # Questions
 
     @property
     def num_waiting(self) -> int:
         """Requests that have not been admitted, or not again since a preemption."""
-        return len(self.waiting) + len(self._waiting_for_grammar) + self.kv_transfer.num_loading
+        return len(self.waiting) + len(self.waiting_for_grammar) + self.kv_transfer.num_loading
 
     def get_request_counts(self) -> tuple[int, int]:
         return len(self.running), self.num_waiting
@@ -786,7 +573,7 @@ class Scheduler(SchedulerInterface):
         return bool(self.requests)
 
     def has_finished_requests(self) -> bool:
-        return bool(self.finished_req_ids or self._unsent)
+        return bool(self.finished_req_ids or self.results.has_unsent)
 
     def has_requests(self) -> bool:
         return (
@@ -801,7 +588,7 @@ class Scheduler(SchedulerInterface):
             return None
         prefix = self.kv_cache_manager.make_prefix_cache_stats()
         external = self.kv_transfer.take_stats()
-        num_deferred = len(self._waiting_for_grammar) + self.kv_transfer.num_loading
+        num_deferred = len(self.waiting_for_grammar) + self.kv_transfer.num_loading
         stats = SchedulerStats(
             num_running_reqs=len(self.running),
             num_waiting_reqs=self.num_waiting,
@@ -827,38 +614,7 @@ class Scheduler(SchedulerInterface):
         return [*self.kv_cache_manager.take_events(), *self.kv_transfer.connector.take_events()]
 
     def check_integrity(self) -> None:
-        """Check queues, states and blocks against each other. O(requests + blocks).
-
-        Raises:
-            AssertionError: naming the request or block that is wrong.
-        """
-        self.kv_cache_manager.check_integrity()
-        places: dict[str, str] = {}
-        for place, members, states in (
-            ("running", self.running, {RequestStatus.RUNNING}),
-            ("waiting", self.waiting, {RequestStatus.WAITING, RequestStatus.PREEMPTED}),
-            (
-                "waiting for its grammar",
-                self._waiting_for_grammar.values(),
-                {RequestStatus.WAITING_FOR_STRUCTURED_OUTPUT_GRAMMAR},
-            ),
-            (
-                "loading",
-                self.kv_transfer.loading,
-                {RequestStatus.WAITING_FOR_REMOTE_KVS},
-            ),
-        ):
-            for request in members:
-                request_id = request.request_id
-                assert request.status in states, f"{request} is {place}"
-                assert request_id not in places, f"{request} is {place} and {places[request_id]}"
-                places[request_id] = place
-                assert request.num_tokens == len(request.all_token_ids), f"{request} miscounts"
-                assert request.num_computed_tokens <= request.num_tokens, f"{request} overran"
-        assert places.keys() == self.requests.keys(), "a request is nowhere, or was forgotten"
-        with_blocks = {rid for m in self.kv_cache_manager.managers for rid in m.req_to_blocks}
-        allowed = self.requests.keys() | self.kv_transfer.holding
-        assert with_blocks <= allowed, f"{with_blocks - allowed} have ended and hold blocks"
+        check_integrity(self)
 
     def shutdown(self) -> None:
         self.kv_transfer.connector.shutdown()
