@@ -336,11 +336,11 @@ def _choose(
             rejected.append(RejectedLayout(layout=name, reason=f"needs {more:.1f} % more memory"))
         elif possible[name][0].rank > possible[layout][0].rank:
             notes = "; ".join(possible[name][0].notes) or "many groups"
-            rejected.append(RejectedLayout(layout=name, reason=f"less even: {notes}"))
+            rejected.append(RejectedLayout(layout=name, reason=f"would change the layers: {notes}"))
     _reject_rest(possible, layout, rejected, "later in the order of preference")
     if movement is not None and movement.takes_descriptors:
         return layout, f"{movement.connector} moves blocks, and it takes the fewest runs"
-    return layout, "the first in the order of preference that works at least memory"
+    return layout, "of those that need least memory, the first that leaves layers as they are"
 
 
 def _reject_rest(
