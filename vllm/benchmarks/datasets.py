@@ -89,11 +89,11 @@ def random_samples(
     generator = np.random.default_rng(seed)
     usable = _usable_tokens(tokenizer)
     overhead = len(tokenizer.encode(""))
-    prefix = list(generator.choice(usable, prefix_len))
+    prefix = generator.choice(usable, prefix_len).tolist()
     samples = []
     for _ in range(count):
         length = _spread(generator, input_len, range_ratio)
-        ids = prefix + list(generator.choice(usable, max(1, length - overhead)))
+        ids = prefix + generator.choice(usable, max(1, length - overhead)).tolist()
         text, tokens = _text_of_length(tokenizer, ids, generator, usable)
         samples.append(
             Sample(
@@ -125,15 +125,14 @@ def _text_of_length(
     until both lengths agree.
     """
     wanted = len(ids)
-    text = tokenizer.decode(ids)
     for _ in range(_ROUND_TRIPS):
-        again = tokenizer.encode(text, add_special_tokens=False)
-        if len(again) == wanted:
-            break
-        missing = wanted - len(again)
-        ids = again[:wanted] if missing < 0 else again + list(generator.choice(usable, missing))
         text = tokenizer.decode(ids)
-    return text, len(tokenizer.encode(text, add_special_tokens=False))
+        again = tokenizer.encode(text, add_special_tokens=False)
+        missing = wanted - len(again)
+        if missing == 0:
+            break
+        ids = again[:wanted] + generator.choice(usable, max(0, missing)).tolist()
+    return text, len(again)
 
 
 def _read(path: str, parse: Callable[[str], list[Any]]) -> list[Any]:
