@@ -85,6 +85,18 @@ def test_sha256_cbor_is_over_parent_tokens_and_extra_keys():
     assert second == hashlib.sha256(expected).digest()
 
 
+@given(st.lists(st.integers(0, 2**32 - 1) | st.integers(0, 300), max_size=60), st.integers(1, 9))
+def test_cbor_of_many_blocks_is_that_of_each(token_ids, block_size):
+    token_ids = token_ids[: len(token_ids) // block_size * block_size]
+    algorithm = get_hash_algorithm("sha256_cbor")
+    hashes = algorithm.hash_blocks(parent := b"p" * 32, token_ids, block_size)
+    for index, found in enumerate(hashes):
+        block = token_ids[index * block_size : (index + 1) * block_size]
+        assert found == hashlib.sha256(canonical_cbor((parent, block, None))).digest()
+        parent = found
+    assert len(hashes) == len(token_ids) // block_size
+
+
 @pytest.mark.parametrize("name", HASH_ALGORITHMS)
 def test_hashing_piece_by_piece_gives_the_same_chain(name):
     hasher = get_request_block_hasher(16, name)
