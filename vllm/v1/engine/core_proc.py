@@ -7,6 +7,7 @@ pipe, once; what arrives by socket is msgpack and typed. Nothing here reads a pi
 
 import argparse
 import contextlib
+import gc
 import os
 import pickle
 import queue
@@ -309,6 +310,9 @@ def _serve(arguments: _Arguments) -> None:
         log_stats=config.log_stats,
         phases=phases,
     )
+    # What start-up made is not looked at again by every collection while serving.
+    gc.collect()
+    gc.freeze()
     receiver.accept_requests(core.preprocess)
     sender = _Sender(context, config.output_addresses)
     # An empty message on the way out, so that the front end knows that it works.

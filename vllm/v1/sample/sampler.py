@@ -87,12 +87,15 @@ class Sampler:
                 logits = grammar_mask(logits)
             return SamplerOutput(_greedy(logits))
 
-        raw = None
-        edits = metadata.edits_logits or grammar_mask is not None or before_penalties is not None
-        if metadata.num_logprobs is not None and self._raw_mode:
-            # Edits work in place, and so do temperature and min-p in a random batch.
-            keep = edits or not metadata.all_greedy
-            raw = logits.clone() if keep and logits.dtype == torch.float32 else logits
+        asking = None
+        if metadata.num_logprobs is not None:
+            asking = np.flatnonzero(metadata.num_logprobs >= 0)
+        # Before anything is edited in place; indexing copies the rows.
+        raw = (
+            logits[_tensor(asking, logits.device)]
+            if self._raw_mode and asking is not None
+            else None
+        )
         logits = logits.float()
         if grammar_mask is not None:
             logits = grammar_mask(logits)
@@ -102,13 +105,21 @@ class Sampler:
         if metadata.penalties is not None:
             apply_penalties(logits, metadata.penalties)
 
-        need_processed = metadata.num_logprobs is not None and not self._raw_mode
-        sampled, processed = self._choose(logits, metadata, after_temperature, need_processed)
-        if metadata.num_logprobs is None:
+        sampled, processed = self._choose(
+            logits, metadata, after_temperature, need_processed=asking is not None and raw is None
+        )
+        if asking is None:
             return SamplerOutput(sampled)
-        source = raw if raw is not None else processed
-        assert source is not None
-        return SamplerOutput(sampled, self._logprobs(source, sampled, metadata.num_logprobs))
+        index = _tensor(asking, logits.device)
+        source = processed[index] if raw is None else raw
+        assert metadata.num_logprobs is not None
+        ids, values, ranks = gather_logprobs(
+            source,
+            sampled[index].clamp(min=0),
+            int(metadata.num_logprobs.max()),
+            self._as_logits,
+        )
+        return SamplerOutput(sampled, LogprobsTensors(asking, ids, values, ranks))
 
     def _choose(
         self,
@@ -116,8 +127,8 @@ class Sampler:
         metadata: SamplingMetadata,
         after_temperature: LogitsEdit,
         need_processed: bool,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Sampled tokens, and the logits that they were drawn from if asked for."""
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Sampled tokens, and the logits that they were drawn from, if those are needed."""
         if metadata.temperature is None:
             return _greedy(logits), logits
         device = logits.device
@@ -140,18 +151,6 @@ class Sampler:
         if greedy is not None:
             sampled = torch.where(torch.from_numpy(greedy_rows).to(device), greedy, sampled)
         return sampled, logits
-
-    def _logprobs(
-        self, source: torch.Tensor, sampled: torch.Tensor, num_logprobs: np.ndarray
-    ) -> LogprobsTensors:
-        rows = np.flatnonzero(num_logprobs >= 0)
-        index = torch.from_numpy(rows).to(source.device)
-        if rows.size != source.shape[0]:
-            source, sampled = source[index], sampled[index]
-        ids, values, ranks = gather_logprobs(
-            source, sampled.clamp(min=0), int(num_logprobs[rows].max()), self._as_logits
-        )
-        return LogprobsTensors(rows, ids, values, ranks)
 
 
 def _tensor(array: np.ndarray | None, device: torch.device) -> torch.Tensor | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 from typing import TYPE_CHECKING
 
 import vllm.envs as envs
@@ -101,9 +100,6 @@ class CPUWorker(WorkerBase):
         self.model_runner.warm_up(
             min(_WARM_UP_TOKENS, self.scheduler_config.max_num_batched_tokens)
         )
-        # What start-up left behind is not looked at again by every collection while serving.
-        gc.collect()
-        gc.freeze()
 
     def execute_model(self, scheduler_output: SchedulerOutput) -> ModelRunnerOutput | None:
         return self.model_runner.execute_model(scheduler_output)
