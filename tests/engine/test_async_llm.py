@@ -172,6 +172,38 @@ async def test_the_waiting_queue_has_a_limit_and_priority_reorders(engine: Async
     assert set(order[-8:]) == set(range(8))
 
 
+async def test_pausing_ends_holds_or_awaits_what_is_in_flight(engine: AsyncLLM) -> None:
+    own = params(max_tokens=100)
+
+    async def begin() -> asyncio.Task[Any]:
+        task = asyncio.create_task(collect(engine, "The quick", own))
+        while await engine.client.call_utility("get_request_counts") != [1, 0]:
+            await asyncio.sleep(0)
+        return task
+
+    aborted = await begin()
+    await engine.pause_generation()
+    assert (await aborted)[-1].outputs[0].finish_reason == "abort"
+    waiting = asyncio.create_task(collect(engine, "x", params()))
+    await asyncio.sleep(0.05)
+    assert not waiting.done()
+    await engine.resume_generation()
+    assert (await waiting)[-1].finished
+
+    held = await begin()
+    await engine.pause_generation(mode="keep")
+    assert not held.done()
+    await engine.resume_generation()
+    assert (await held)[-1].outputs[0].finish_reason == "length"
+
+    finished = await begin()
+    await engine.pause_generation(mode="wait")
+    assert (await finished)[-1].outputs[0].finish_reason == "length"
+    await engine.resume_generation()
+    with pytest.raises(VLLMValidationError, match="abort, wait or keep"):
+        await engine.pause_generation(mode="stop")
+
+
 async def test_drain_waits_for_what_is_in_flight(engine: AsyncLLM) -> None:
     assert await engine.wait_for_requests_to_drain(0.1)
     task = asyncio.create_task(collect(engine, "x", params(max_tokens=200)))

@@ -12,7 +12,7 @@ from typing import Any
 import vllm.envs as envs
 from vllm.config import VllmConfig
 from vllm.engine.arg_utils import EngineArgs
-from vllm.errors import ConfigError, EngineDeadError
+from vllm.errors import ConfigError, EngineDeadError, UnsupportedError, VLLMValidationError
 from vllm.inputs import PromptType
 from vllm.logger import init_logger
 from vllm.outputs import RequestOutput
@@ -140,6 +140,7 @@ class AsyncLLM:
         cache_salt: str | None = None,
         kv_transfer_params: dict[str, Any] | None = None,
         arrival_time: float | None = None,
+        lora_request: Any = None,
     ) -> AsyncGenerator[RequestOutput, None]:
         """Outputs of one request, as ``sampling_params.output_kind`` says.
 
@@ -152,6 +153,10 @@ class AsyncLLM:
             EngineGenerateError: the engine failed on this request.
             EngineDeadError: the engine has ended.
         """
+        if lora_request is not None:
+            raise UnsupportedError(
+                "lora_request is not supported by this engine yet", parameter="lora_request"
+            )
         self._begin()
         queue = OutputQueue(sampling_params.output_kind)
         engine_ids: list[str] = []
@@ -256,9 +261,28 @@ class AsyncLLM:
         """Forget cached prefixes; False where running requests still hold blocks."""
         return await self.client.call_utility("reset_prefix_cache")
 
-    async def pause_generation(self) -> None:
-        """Let requests wait, those in flight too, until ``resume_generation``."""
+    async def pause_generation(self, *, mode: str = "abort", clear_cache: bool = True) -> None:
+        """Let new requests wait until ``resume_generation``.
+
+        Args:
+            mode: what becomes of those in flight: "abort" ends them, "wait" lets them end first
+                (new ones too, until none is left), "keep" holds them.
+            clear_cache: forget cached prefixes, where no request is left that holds blocks.
+
+        Raises:
+            VLLMValidationError: an unknown mode.
+        """
+        if mode not in ("abort", "wait", "keep"):
+            raise VLLMValidationError(
+                f"mode must be abort, wait or keep, not {mode!r}", parameter="mode", value=mode
+            )
+        if mode == "wait":
+            await self.output_processor.wait_until_idle()
         await self.client.call_utility("pause")
+        if mode == "abort":
+            await self.client.call_utility("abort_all")
+        if clear_cache and mode != "keep":
+            await self.client.call_utility("reset_prefix_cache")
 
     async def resume_generation(self) -> None:
         await self.client.call_utility("resume")

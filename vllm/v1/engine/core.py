@@ -45,6 +45,7 @@ class EngineCore:
             "check_health",
             "check_integrity",
             "collective_rpc",
+            "get_request_counts",
             "is_paused",
             "pause",
             "reset_prefix_cache",
@@ -67,7 +68,8 @@ class EngineCore:
         load_general_plugins()
         self.vllm_config = vllm_config
         self._paused = False
-        self._rejected: dict[int, list[EngineCoreOutput]] = {}
+        self._unscheduled: dict[int, list[EngineCoreOutput]] = {}
+        """Outputs that no step makes: refusals and mass aborts, by client."""
         with phases.phase("preparing the device"):
             self.executor = executor_class(vllm_config)
             self.executor.init_device()
@@ -119,15 +121,20 @@ class EngineCore:
 
     def reject(self, client_index: int, request_id: str, error: Exception) -> None:
         """Answer a request with ``error``; no others are touched."""
-        self._rejected.setdefault(client_index, []).append(
+        self._answer(
+            client_index,
             EngineCoreOutput(
                 request_id,
                 [],
                 finish_reason=FinishReason.ERROR,
                 error=str(error),
                 error_type=type(error).__name__,
-            )
+            ),
         )
+
+    def _answer(self, client_index: int, output: EngineCoreOutput) -> None:
+        """Send ``output`` with the next step's."""
+        self._unscheduled.setdefault(client_index, []).append(output)
 
     def abort_requests(self, request_ids: list[str]) -> None:
         """Drop requests without an answer; unknown ids are left out."""
@@ -137,7 +144,7 @@ class EngineCore:
 
     def has_work(self) -> bool:
         """Whether a step would do anything."""
-        return bool(self._rejected) or (not self._paused and self.scheduler.has_requests())
+        return bool(self._unscheduled) or (not self._paused and self.scheduler.has_requests())
 
     def step(self) -> tuple[dict[int, EngineCoreOutputs], bool]:
         """One step; returns outputs by client, and whether the model ran."""
@@ -151,10 +158,10 @@ class EngineCore:
                 model_output = self.executor.sample_tokens(grammar_output)
             outputs = self.scheduler.update_from_output(scheduler_output, model_output)
             ran_model = scheduler_output.total_num_scheduled_tokens > 0
-        if self._rejected:
-            for client_index, rejected in self._rejected.items():
-                outputs.setdefault(client_index, EngineCoreOutputs()).outputs.extend(rejected)
-            self._rejected = {}
+        if self._unscheduled:
+            for client_index, answers in self._unscheduled.items():
+                outputs.setdefault(client_index, EngineCoreOutputs()).outputs.extend(answers)
+            self._unscheduled = {}
         return outputs, ran_model
 
     def on_idle(self) -> None:
@@ -178,11 +185,18 @@ class EngineCore:
         """Forget all cached prefixes; False where running requests still hold blocks."""
         return self.scheduler.reset_prefix_cache()
 
-    def abort_all(self) -> list[str]:
-        """Drop every request; returns their ids."""
-        request_ids = list(self.scheduler.requests)
-        self.abort_requests(request_ids)
-        return request_ids
+    def abort_all(self) -> int:
+        """End every request of every client, each with an answer; returns how many."""
+        requests = list(self.scheduler.requests.values())
+        for request in requests:
+            output = EngineCoreOutput(request.request_id, [], finish_reason=FinishReason.ABORT)
+            self._answer(request.client_index, output)
+        self.abort_requests([request.request_id for request in requests])
+        return len(requests)
+
+    def get_request_counts(self) -> tuple[int, int]:
+        """How many requests run and how many wait."""
+        return self.scheduler.get_request_counts()
 
     def pause(self) -> None:
         """Take requests in but run no step until ``resume``."""

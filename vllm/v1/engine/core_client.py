@@ -7,6 +7,7 @@ knows text or ``RequestOutput``, and only the in-place one imports torch.
 import asyncio
 import itertools
 import select
+import time
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable
@@ -31,6 +32,7 @@ __all__ = ["AsyncMPClient", "EngineCoreClient", "InprocClient", "SyncMPClient"]
 
 _HELLO_TIMEOUT_MS = 10_000
 _MESSAGES_PER_TURN = 4
+_RETRY_SECONDS = 0.001
 
 
 class EngineCoreClient(ABC):
@@ -91,7 +93,11 @@ class InprocClient(EngineCoreClient):
     def get_output(self) -> EngineCoreOutputs:
         outputs: EngineCoreOutputs | None = None
         if self._core.has_work():
-            outputs = self._core.step()[0].get(0)
+            by_client, ran_model = self._core.step()
+            outputs = by_client.get(0)
+            if outputs is None and not ran_model:
+                # All requests wait for something that a thread prepares: let it.
+                time.sleep(_RETRY_SECONDS)
         if not self._core.has_work():
             self._core.on_idle()
         return outputs or EngineCoreOutputs()
