@@ -51,15 +51,24 @@ class FusedDecoderLayer:
         down_proj: RowParallelLinear,
     ) -> FusedDecoderLayer | None:
         """The kernel of a layer made of these modules, or None where there is none."""
+        expected: dict[type, list[Any]] = {
+            RMSNorm: [norm for norm in (input_norm, post_norm, q_norm, k_norm) if norm is not None],
+            QKVParallelLinear: [qkv_proj],
+            MergedColumnParallelLinear: [gate_up_proj],
+            RowParallelLinear: [o_proj, down_proj],
+            RotaryEmbedding: [rotary_emb],
+            Attention: [attn],
+        }
+        if any(type(part) is not kind for kind, parts in expected.items() for part in parts):
+            return None
         impl = attn.impl
-        whole = qkv_proj.num_heads * qkv_proj.head_size == o_proj.input_size
+        norms = [norm for norm in (post_norm, q_norm, k_norm) if norm is not None]
         if (
             type(impl) is not CPUAttentionImpl
             or attn.kv_sharing_target_layer_name is not None
             or o_proj.tp_size > 1
             or down_proj.tp_size > 1
-            or not whole
-            or input_norm.variance_epsilon != post_norm.variance_epsilon
+            or any(norm.variance_epsilon != input_norm.variance_epsilon for norm in norms)
         ):
             return None
         kernel = ops.DecoderLayerKernel.make(

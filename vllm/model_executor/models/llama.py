@@ -6,9 +6,9 @@ engine, the scheduler or how a cache is laid out.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -51,10 +51,14 @@ class HotModule(nn.Module):
     and the hot path calls ``forward`` of leaf layers.
     """
 
+    changes = 0
+    """How often a child of any such module was set: what was made of children is out of date."""
+
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, value)
         if isinstance(value, nn.Module):
             self.__dict__[name] = value
+            HotModule.changes += 1
 
     def __delattr__(self, name: str) -> None:
         super().__delattr__(name)
@@ -153,6 +157,9 @@ class LlamaAttention(HotModule):
         output = self.attn.forward(query, key, value, None, positions, self.rotary_emb)
         return self.o_proj.forward(output)
 
+    fused_forward: ClassVar[Callable[..., torch.Tensor]] = staticmethod(forward)
+    """The ``forward`` that the fused layer stands for; one that differs from it is not fused."""
+
 
 class LlamaDecoderLayer(HotModule):
     attention_cls: type[LlamaAttention] = LlamaAttention
@@ -165,12 +172,15 @@ class LlamaDecoderLayer(HotModule):
         )
         self.post_attention_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.mlp = LlamaMLP(config, prefix=f"{prefix}.mlp")
-        # False until the first step, when the weights are there: then the kernel, or None.
-        self.fused: FusedDecoderLayer | bool | None = False
+        # Made in the first step, when the weights are there, and again after a change of modules.
+        self.fused: FusedDecoderLayer | None = None
+        self.fused_at = -1
 
     def fuse(self) -> FusedDecoderLayer | None:
-        """This layer as one kernel, where there is one."""
-        attention = self.self_attn
+        """This layer as one kernel; None where there is none that does what its modules do."""
+        attention, mlp = self.self_attn, self.mlp
+        if type(mlp) is not LlamaMLP or type(attention).forward is not attention.fused_forward:
+            return None
         return FusedDecoderLayer.of(
             input_norm=self.input_layernorm,
             qkv_proj=attention.qkv_proj,
@@ -180,8 +190,8 @@ class LlamaDecoderLayer(HotModule):
             attn=attention.attn,
             o_proj=attention.o_proj,
             post_norm=self.post_attention_layernorm,
-            gate_up_proj=self.mlp.gate_up_proj,
-            down_proj=self.mlp.down_proj,
+            gate_up_proj=mlp.gate_up_proj,
+            down_proj=mlp.down_proj,
         )
 
     def forward(
@@ -191,12 +201,12 @@ class LlamaDecoderLayer(HotModule):
         residual: torch.Tensor | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The branch's output and the stream that it is still to be added to."""
-        if self.fused is False:
-            self.fused = self.fuse()
-        if isinstance(self.fused, FusedDecoderLayer):
-            fused = self.fused.forward(positions, hidden_states, residual)
-            if fused is not None:
-                return fused
+        if self.fused_at != HotModule.changes:
+            self.fused, self.fused_at = self.fuse(), HotModule.changes
+        if self.fused is not None:
+            results = self.fused.forward(positions, hidden_states, residual)
+            if results is not None:
+                return results
         if residual is None:
             residual = hidden_states
             hidden_states = self.input_layernorm.forward(hidden_states)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, ClassVar
 
 import torch
 
@@ -27,6 +28,8 @@ class Qwen3Attention(LlamaAttention):
         self.k_norm.forward_in_place(key.unflatten(-1, (self.num_kv_heads, self.head_dim)))
         output = self.attn.forward(query, key, value, None, positions, self.rotary_emb)
         return self.o_proj.forward(output)
+
+    fused_forward: ClassVar[Callable[..., torch.Tensor]] = staticmethod(forward)
 
 
 class Qwen3DecoderLayer(LlamaDecoderLayer):
