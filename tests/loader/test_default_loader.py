@@ -7,8 +7,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.models.checkpoints import make_hf_model, save
-from tests.models.harness import PagedModel, make_config
-from tests.models.test_llama import TOKENS, assert_logits_equal, reference
+from tests.models.harness import TOKENS, PagedModel, make_config
+from tests.models.test_llama import assert_logits_equal, reference
 from vllm.errors import ConfigError
 from vllm.model_executor.model_loader import get_model
 from vllm.model_executor.model_loader.base_loader import (

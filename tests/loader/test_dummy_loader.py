@@ -3,8 +3,7 @@
 import torch
 
 from tests.models.checkpoints import make_hf_model
-from tests.models.harness import PagedModel, make_config
-from tests.models.test_llama import TOKENS
+from tests.models.harness import TOKENS, PagedModel, make_config
 
 
 def dummy(tmp_path, **options):

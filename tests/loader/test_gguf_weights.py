@@ -7,8 +7,8 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFReader, dequantize
 
 from tests.loader.gguf_writer import write_gguf
 from tests.models.checkpoints import make_hf_model
-from tests.models.harness import PagedModel, make_config
-from tests.models.test_llama import TOKENS, assert_logits_equal, reference
+from tests.models.harness import TOKENS, PagedModel, make_config
+from tests.models.test_llama import assert_logits_equal, reference
 from vllm.errors import ConfigError, UnsupportedError
 from vllm.model_executor.model_loader import get_model, gguf_weights
 from vllm.model_executor.model_loader.gguf_weights import gguf_weights as read_weights

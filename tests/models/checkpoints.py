@@ -6,7 +6,8 @@ from typing import Any
 import torch
 import transformers
 
-VOCAB = 199
+from tests.models.harness import VOCAB
+
 SHAPE = {
     "vocab_size": VOCAB,
     "hidden_size": 96,

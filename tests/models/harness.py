@@ -26,6 +26,9 @@ from vllm.v1.worker.attention_groups import AttentionGroups
 from vllm.v1.worker.utils import bind_kv_cache
 
 BLOCK_SIZE = 16
+VOCAB = 199
+"""Of the tiny checkpoints."""
+TOKENS = torch.randint(0, VOCAB, (70,), generator=torch.Generator().manual_seed(3)).tolist()
 
 
 def make_config(

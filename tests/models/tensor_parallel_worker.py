@@ -7,8 +7,8 @@ import sys
 
 import torch
 
-from tests.models.harness import PagedModel, make_config
-from tests.models.test_llama import TOKENS
+from tests.models.harness import TOKENS, PagedModel, make_config
+from vllm import _custom_ops as ops
 from vllm.distributed.communication_op import (
     tensor_model_parallel_all_gather,
     tensor_model_parallel_all_reduce,
@@ -44,6 +44,7 @@ def main() -> None:
     rank, size = int(sys.argv[1]), int(sys.argv[2])
     rendezvous, output, checkpoints = sys.argv[3], sys.argv[4], sys.argv[5:]
     torch.set_num_threads(1)
+    ops.set_num_threads(1)
     init_distributed_environment(size, rank, f"file://{rendezvous}")
     initialize_model_parallel(size)
     check_collectives(rank, size)

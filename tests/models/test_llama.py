@@ -3,10 +3,11 @@
 import pytest
 import torch
 
-from tests.models.checkpoints import VOCAB, make_hf_model, save
-from tests.models.harness import PagedModel, make_config
+from tests.models.checkpoints import make_hf_model, save
+from tests.models.harness import TOKENS, VOCAB, PagedModel, make_config
 
-TOKENS = torch.randint(0, VOCAB, (70,), generator=torch.Generator().manual_seed(3)).tolist()
+BACKENDS = ["CPU_ATTN", "TORCH_REF"]
+"""With kernels of our own, a layer may run as one of them; with the reference it never does."""
 LLAMA_VARIANTS = {
     "plain": {},
     "tied": {"tie_word_embeddings": True},
@@ -28,10 +29,11 @@ def assert_logits_equal(ours, theirs):
     torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("variant", LLAMA_VARIANTS)
-def test_llama_equals_transformers(variant, tmp_path):
+def test_llama_equals_transformers(variant, backend, tmp_path):
     hf = make_hf_model("llama", **LLAMA_VARIANTS[variant])
-    paged = PagedModel(make_config(save(hf, tmp_path)))
+    paged = PagedModel(make_config(save(hf, tmp_path), backend=backend))
     assert_logits_equal(paged.logits(TOKENS), reference(hf))
 
 
@@ -50,7 +52,7 @@ def test_disable_sliding_window_sees_everything(tmp_path):
     assert_logits_equal(paged.logits(TOKENS), reference(wide))
 
 
-@pytest.mark.parametrize("backend", ["TORCH_REF", "CPU_ATTN"])
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("chunk", [1, 9, 32])
 def test_chunks_change_nothing(backend, chunk, tmp_path):
     hf = make_hf_model("mistral", sliding_window=11)

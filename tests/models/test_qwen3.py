@@ -3,8 +3,8 @@
 import pytest
 
 from tests.models.checkpoints import make_hf_model, save
-from tests.models.harness import PagedModel, make_config
-from tests.models.test_llama import TOKENS, assert_logits_equal, reference
+from tests.models.harness import TOKENS, PagedModel, make_config
+from tests.models.test_llama import BACKENDS, assert_logits_equal, reference
 
 VARIANTS = {
     "plain": {"head_dim": 16},
@@ -20,10 +20,11 @@ VARIANTS = {
 }
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_qwen3_equals_transformers(variant, tmp_path):
+def test_qwen3_equals_transformers(variant, backend, tmp_path):
     hf = make_hf_model("qwen3", **VARIANTS[variant])
-    paged = PagedModel(make_config(save(hf, tmp_path)))
+    paged = PagedModel(make_config(save(hf, tmp_path), backend=backend))
     assert_logits_equal(paged.logits(TOKENS), reference(hf))
 
 

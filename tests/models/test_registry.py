@@ -6,8 +6,8 @@ import sys
 import pytest
 
 from tests.models.checkpoints import make_hf_model, save
-from tests.models.harness import PagedModel, make_config
-from tests.models.test_llama import TOKENS, assert_logits_equal, reference
+from tests.models.harness import TOKENS, PagedModel, make_config
+from tests.models.test_llama import assert_logits_equal, reference
 from vllm.errors import ConfigError
 from vllm.model_executor.models.interfaces import VllmModelForTextGeneration
 from vllm.model_executor.models.llama import LlamaForCausalLM

@@ -5,8 +5,8 @@ import json
 import pytest
 import torch
 
-from tests.models.checkpoints import VOCAB, make_hf_model, save
-from tests.models.harness import PagedModel, make_config
+from tests.models.checkpoints import make_hf_model, save
+from tests.models.harness import VOCAB, PagedModel, make_config
 from tests.models.test_llama import assert_logits_equal, reference
 from vllm.errors import ConfigError, UnsupportedError
 from vllm.model_executor.layers.rotary_embedding import get_rope
