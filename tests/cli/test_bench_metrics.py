@@ -75,11 +75,12 @@ def test_bodies():
     assert "prompt" not in body
 
 
-class TestRandomPrompts:
-    @pytest.fixture(scope="class")
-    def tokenizer(self):
-        return get_tokenizer(str(resolve_model_path("smollm2")))
+@pytest.fixture(scope="module")
+def tokenizer():
+    return get_tokenizer(str(resolve_model_path("smollm2")))
 
+
+class TestRandomPrompts:
     def test_have_the_length_asked_for(self, tokenizer):
         samples = random_samples(tokenizer, count=20, input_len=64, output_len=7)
         lengths = [len(tokenizer.encode(sample.prompt)) for sample in samples]

@@ -121,6 +121,13 @@ def test_every_configuration_field_is_read():
     assert unread == []
 
 
+def test_engine_args_take_the_same_names():
+    args = AsyncEngineArgs(model="m", tensor_parallel_size=1, enable_lora=False, max_loras=None)
+    assert args.model == "m"
+    with pytest.raises(UnsupportedError, match="data_parallel_size: vLLM has this"):
+        AsyncEngineArgs(model="m", data_parallel_size=2)
+
+
 def test_llm_takes_the_same_names():
     with pytest.raises(UnsupportedError, match="enable_lora: vLLM has this"):
         EngineArgs.from_kwargs(model="m", enable_lora=True)

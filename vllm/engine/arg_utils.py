@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 import vllm.envs as envs
 from vllm.engine import resolve
@@ -27,10 +28,43 @@ if TYPE_CHECKING:
 
 __all__ = ["AsyncEngineArgs", "EngineArgs"]
 
+_Args = TypeVar("_Args")
 
+
+def _refuses_by_name(cls: type[_Args]) -> type[_Args]:
+    """Let the class be made with any keyword of vLLM's: what it lacks is refused by name.
+
+    A keyword that is not there yet may be given with a value that asks for nothing.
+    """
+    make = cls.__init__
+
+    @functools.wraps(make)
+    def init(self: _Args, **kwargs: Any) -> None:
+        known = flags_of(type(self))
+        for name in [name for name in kwargs if name not in known]:
+            value = kwargs.pop(name)
+            entry = NOT_YET.get(name)
+            if entry is None:
+                guess = nearest(name, [*known, *NOT_YET])
+                hint = f"; did you mean {guess}?" if guess else ""
+                raise ConfigError(f"unknown argument {name}{hint}", parameter=name, value=value)
+            if not entry.is_off(value):
+                raise entry.refusal(name)
+        make(self, **kwargs)
+
+    cls.__init__ = init  # type: ignore[method-assign, assignment]
+    return cls
+
+
+@_refuses_by_name
 @dataclass(kw_only=True)
 class EngineArgs:
-    """Engine options as the user gave them; names and defaults are vLLM's."""
+    """Engine options as the user gave them; names and defaults are vLLM's.
+
+    Raises:
+        UnsupportedError: an argument that vLLM has and this engine does not yet.
+        ConfigError: an unknown argument, or a value that cannot work.
+    """
 
     # ModelConfig
     model: str = arg(
@@ -411,19 +445,7 @@ class EngineArgs:
             UnsupportedError: an argument that vLLM has and this engine does not yet.
             ConfigError: an unknown argument, or a value that cannot work.
         """
-        known = cls.flags()
-        own = {}
-        for name, value in kwargs.items():
-            if name in known:
-                own[name] = value
-            elif name in NOT_YET:
-                if not NOT_YET[name].is_off(value):
-                    raise NOT_YET[name].refusal(name)
-            else:
-                guess = nearest(name, [*known, *NOT_YET])
-                hint = f"; did you mean {guess}?" if guess else ""
-                raise ConfigError(f"unknown argument {name}{hint}", parameter=name, value=value)
-        return cls(**own)
+        return cls(**kwargs)
 
     @classmethod
     def add_cli_args(cls, parser: FlexibleArgumentParser) -> FlexibleArgumentParser:
@@ -682,6 +704,7 @@ def _only_keys(name: str, given: dict[str, Any], known: tuple[str, ...]) -> None
             )
 
 
+@_refuses_by_name
 @dataclass(kw_only=True)
 class AsyncEngineArgs(EngineArgs):
     """``EngineArgs`` of a server."""

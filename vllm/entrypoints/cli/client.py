@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import sys
 from collections.abc import Iterator
@@ -146,6 +147,10 @@ def _message(text: str) -> str:
 def prompts(mark: str = "> ") -> Iterator[str]:
     """Lines that the user types, until end of file or Ctrl-C; empty ones are left out."""
     interactive = sys.stdin.isatty()
+    if interactive:
+        # Gives ``input`` line editing and history, where the system has it.
+        with contextlib.suppress(ImportError):
+            import readline  # noqa: F401
     while True:
         try:
             line = input(mark) if interactive else sys.stdin.readline()

@@ -98,6 +98,9 @@ def _device() -> Iterator[tuple[str, str]]:
             f"{format_bytes(CpuPlatform.get_device_available_memory())} available"
         ),
     )
+    smi = shutil.which("nvidia-smi")
+    gpus = _output_of(smi, "-L").splitlines() if smi else []
+    yield "GPUs", "; ".join(gpus) or "none found"
     for name, value in current_platform.describe().items():
         yield f"Platform: {name}", str(value)
 
