@@ -1,11 +1,14 @@
 """The runner computes what transformers computes, however requests are batched and cut up."""
 
+import random
+
 import numpy as np
 import pytest
 import torch
 
 from tests.worker.driver import MAX_LEN, VOCAB, hf_greedy
 from vllm.v1.core.sched.output import GrammarOutput
+from vllm.v1.worker import prompt_logprobs
 
 PROMPTS = {
     "a": [3, 14, 15, 92, 65],
@@ -93,6 +96,28 @@ def test_a_request_preempted_and_resumed_within_one_step(driver, expected):
     driver.preempt("d")
     driver.run(dict.fromkeys(PROMPTS, COUNT))
     assert outputs(driver) == expected
+
+
+@pytest.mark.parametrize("params", [{}, {"repetition_penalty": 1.3, "temperature": 0.9, "seed": 4}])
+def test_samples_that_the_scheduler_did_not_take_are_drawn_again(driver, params):
+    """As when a transfer into the blocks of a running request has failed."""
+    driver.add("b", PROMPTS["b"], **params)
+    driver.run({"b": COUNT})
+    wanted = driver.requests["b"].output
+    driver.finish("b")
+
+    driver.add("b", PROMPTS["b"], **params)
+    driver.add("a", PROMPTS["a"])
+    driver.run({"b": 5, "a": 3})
+    request = driver.requests["b"]
+    del request.output[3:]
+    request.computed = 20
+    driver.run({"b": 6, "a": 6})
+    del request.output[4:]
+    driver.preempt("b")
+    driver.run({"a": 8})
+    driver.run({"b": COUNT})
+    assert request.output == wanted
 
 
 def test_a_request_aborted_in_the_middle_of_its_prompt(driver, expected):
@@ -189,7 +214,9 @@ def test_logprobs_match_transformers(driver, hf_model):
 
 @pytest.mark.parametrize("chunk", [1 << 30, 17])
 @pytest.mark.parametrize("count", [0, 3, -1])
-def test_prompt_logprobs_match_transformers(driver, hf_model, chunk, count):
+def test_prompt_logprobs_match_transformers(driver, hf_model, monkeypatch, chunk, count):
+    # Logits of ten positions at a time.
+    monkeypatch.setattr(prompt_logprobs, "_LOGITS_BYTES", 4 * VOCAB * 10)
     prompt = PROMPTS["d"]
     driver.add("d", prompt, prompt_logprobs=count)
     driver.add("a", PROMPTS["a"])
@@ -310,3 +337,20 @@ def test_grammar_masks_reach_their_rows_only(driver, expected):
 def test_a_step_without_work_returns_nothing(driver):
     result = driver.step({})
     assert result.req_ids == []
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_any_schedule_gives_the_same_tokens(driver, expected, seed):
+    """Random chunks, pauses, preemptions and re-entries of eight requests over four prompts."""
+    rng = random.Random(seed)
+    for req_id in [f"{name}{i}" for name in PROMPTS for i in range(2)]:
+        driver.add(req_id, PROMPTS[req_id[0]])
+    while True:
+        running = [r for r, request in driver.requests.items() if len(request.output) < COUNT]
+        if not running:
+            break
+        if rng.random() < 0.1:
+            driver.preempt(rng.choice(running))
+        chosen = rng.sample(running, rng.randint(1, len(running)))
+        driver.step({r: rng.randint(1, min(40, driver.pending(r))) for r in chosen})
+    assert outputs(driver) == {req_id: expected[req_id[0]] for req_id in driver.requests}

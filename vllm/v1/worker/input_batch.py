@@ -7,7 +7,7 @@ one ends, a new request or the last row takes its place. Knows nothing of models
 
 from __future__ import annotations
 
-from collections.abc import Set
+from collections.abc import Sequence, Set
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -45,6 +45,13 @@ class CachedRequestState:
     @property
     def num_tokens(self) -> int:
         return len(self.prompt_token_ids) + len(self.output_token_ids)
+
+    def keep_output(self, count: int) -> None:
+        """Forget all but the first ``count`` output tokens: the scheduler did not take the rest."""
+        if count < len(self.output_token_ids):
+            del self.output_token_ids[count:]
+            if self.history is not None:
+                self.history = TokenHistory(self.prompt_token_ids, self.output_token_ids)
 
 
 def _has_penalties(params: SamplingParams) -> bool:
@@ -232,6 +239,18 @@ class InputBatch:
             state.output_token_ids.append(token)
             if state.history is not None:
                 state.history.append(token)
+
+    def rewind(
+        self, rows: np.ndarray, num_computed: Sequence[int], num_output: Sequence[int]
+    ) -> None:
+        """Set ``rows`` to what the scheduler counts; tokens that it did not take are forgotten."""
+        self.num_computed[rows] = num_computed
+        counted = self.num_prompt[rows] + num_output
+        surplus = self.num_tokens[rows] > counted
+        if surplus.any():
+            for row, count in zip(rows[surplus].tolist(), counted[surplus].tolist(), strict=True):
+                self.num_tokens[row] = count
+                self.states[row].keep_output(count - int(self.num_prompt[row]))
 
     # ---- what the sampler needs -------------------------------------------------------------
 

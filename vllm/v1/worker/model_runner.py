@@ -354,16 +354,16 @@ class ModelRunner:
         rows = [row_of.get(req_id, -1) for req_id in cached.req_ids]
         outside: list[CachedRequestState] = []
         if rows and min(rows) >= 0:
-            batch.num_computed[rows] = cached.num_computed_tokens
+            batch.rewind(np.array(rows), cached.num_computed_tokens, cached.num_output_tokens)
         else:
-            for req_id, row, computed in zip(
-                cached.req_ids, rows, cached.num_computed_tokens, strict=True
-            ):
+            for i, (req_id, row) in enumerate(zip(cached.req_ids, rows, strict=True)):
+                computed, num_output = cached.num_computed_tokens[i], cached.num_output_tokens[i]
                 if row >= 0:
-                    batch.num_computed[row] = computed
+                    batch.rewind(np.array([row]), [computed], [num_output])
                 else:
                     state = self.requests[req_id]
                     state.num_computed_tokens = computed
+                    state.keep_output(num_output)
                     outside.append(state)
         for req_id, row, new_blocks in zip(cached.req_ids, rows, cached.new_block_ids, strict=True):
             if new_blocks is None:
@@ -371,10 +371,6 @@ class ModelRunner:
             state = self.requests[req_id]
             if req_id in cached.resumed_req_ids:
                 state.block_ids = tuple(list(ids) for ids in new_blocks)
-                state.output_token_ids[:] = cached.all_token_ids[req_id][
-                    len(state.prompt_token_ids) :
-                ]
-                state.history = None
                 continue
             for held, ids in zip(state.block_ids, new_blocks, strict=True):
                 held.extend(ids)
