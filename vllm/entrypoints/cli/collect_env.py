@@ -68,10 +68,11 @@ def _system() -> Iterator[tuple[str, str]]:
     if compiler is None:
         yield "C++ compiler", "none found"
     else:
-        answer = subprocess.run(
-            [compiler, "--version"], capture_output=True, text=True, check=False
-        )
-        yield "C++ compiler", answer.stdout.partition("\n")[0]
+        yield "C++ compiler", _output_of(compiler, "--version").partition("\n")[0]
+
+
+def _output_of(*command: str) -> str:
+    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
 
 
 def _packages() -> Iterator[tuple[str, str]]:
