@@ -1,4 +1,4 @@
-"""The engine core's own process: ``python -m vllm.v1.engine.core_proc``, started by ``launch``.
+"""The engine core's own process, started by ``launch``.
 
 The step loop runs in the main thread. One thread receives and decodes, one encodes and sends, one
 watches the parent, so a slow socket never holds a step up. Configuration comes by an inherited
@@ -285,8 +285,6 @@ def _import_early() -> float:
 
 def _read_config(fd: int) -> LaunchConfig:
     with os.fdopen(fd, "rb") as pipe:
-        # The parent's import path first: the configuration may be made of classes found there.
-        sys.path[:] = pickle.load(pipe)
         return pickle.load(pipe)
 
 
@@ -334,8 +332,10 @@ def _failure_of(error: BaseException) -> EngineFailure:
 
 def main() -> None:
     """Run an engine until the front end ends it."""
-    arguments = _parse_arguments()
     _ignore_signals()
+    arguments = _parse_arguments()
+    with contextlib.suppress(OSError), open("/proc/self/comm", "w") as name:
+        name.write("VLLM::EngineCore")
     for fd in (arguments.config_fd, arguments.status_fd):
         os.set_inheritable(fd, False)
     _watch_parent(arguments.parent, arguments.socket_dir)
@@ -357,7 +357,3 @@ def main() -> None:
 def _is_expected(error: BaseException) -> bool:
     """Whether ``error`` says all there is to say in its one line."""
     return isinstance(error, VLLMError | VLLMValidationError)
-
-
-if __name__ == "__main__":
-    main()

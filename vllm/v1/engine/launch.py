@@ -8,6 +8,7 @@ removed as soon as both sides are connected, so nothing is left behind however t
 
 import builtins
 import contextlib
+import json
 import os
 import pickle
 import select
@@ -36,6 +37,23 @@ def _private_directory() -> str:
         os.rmdir(path)
         path = tempfile.mkdtemp(prefix="vllm-", dir="/tmp")
     return path
+
+
+def _python_command() -> list[str]:
+    """This interpreter, with its flags and its import path, running ``core_proc``.
+
+    The path is handed over rather than made anew, lest the child find other modules than we did
+    (in the current directory, say).
+    """
+    return [
+        sys.executable,
+        *subprocess._args_from_interpreter_flags(),  # type: ignore[attr-defined]
+        "-P",
+        "-c",
+        "import json, sys; sys.path[:] = json.loads(sys.argv.pop(1)); "
+        "from vllm.v1.engine.core_proc import main; main()",
+        json.dumps(sys.path),
+    ]
 
 
 def _exception_of(failure: EngineFailure) -> Exception:
@@ -67,11 +85,7 @@ class EngineProcess:
         config_read, self._config_fd = os.pipe()
         self.status_fd, status_write = os.pipe()
         """Readable once the process has ended (or failed); after ``wait_ready``."""
-        command = [
-            sys.executable,
-            *subprocess._args_from_interpreter_flags(),  # type: ignore[attr-defined]
-            "-m",
-            "vllm.v1.engine.core_proc",
+        arguments = [
             f"--parent={os.getpid()}",
             f"--config-fd={config_read}",
             f"--status-fd={status_write}",
@@ -82,8 +96,13 @@ class EngineProcess:
         previous = signal.pthread_sigmask(signal.SIG_BLOCK, blocked)
         try:
             self._process = subprocess.Popen(
-                command, pass_fds=(config_read, status_write), stdin=subprocess.DEVNULL
+                [*_python_command(), *arguments],
+                pass_fds=(config_read, status_write),
+                stdin=subprocess.DEVNULL,
             )
+        except BaseException:
+            self.forget_sockets()
+            raise
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, previous)
             os.close(config_read)
@@ -111,7 +130,6 @@ class EngineProcess:
         self._config_fd = -1
         # A child that is gone already is reported by wait_ready.
         with contextlib.suppress(BrokenPipeError), pipe:
-            pickle.dump(sys.path, pipe)
             pickle.dump(config, pipe)
 
     def wait_ready(self) -> EngineFacts:
