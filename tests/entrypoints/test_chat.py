@@ -178,7 +178,7 @@ def test_json_objects_are_json(client: openai.OpenAI):
     answer = client.chat.completions.create(
         messages=[{"role": "user", "content": 'Reply with {"a": 1}'}],
         response_format={"type": "json_object"},
-        max_tokens=200,
+        max_tokens=60,
         **GREEDY,
     )
     choice = answer.choices[0]

@@ -4,6 +4,7 @@ Owns names, types and defaults, and how a request becomes ``SamplingParams``. Kn
 tokenizers, chat templates or the engine. Types are strict: the string "1" is no number.
 """
 
+import re
 import time
 import uuid
 from abc import ABC, abstractmethod
@@ -65,7 +66,9 @@ __all__ = [
     "random_uuid",
 ]
 
-_LOGIT_BIAS_LIMIT = 100.0
+
+# It goes into headers and logs.
+_REQUEST_ID = re.compile(r"[\x21-\x7e]{1,256}")
 
 
 def random_uuid() -> str:
@@ -320,9 +323,10 @@ class _SamplingRequest(_Strict, ABC):
             )
         if self.cache_salt == "":
             raise VLLMValidationError("cache_salt must not be empty", parameter="cache_salt")
-        if self.request_id is not None and not 0 < len(self.request_id) <= 256:
+        if self.request_id is not None and not _REQUEST_ID.fullmatch(self.request_id):
             raise VLLMValidationError(
-                "request_id must have 1 to 256 characters", parameter="request_id"
+                "request_id must have 1 to 256 printable ASCII characters, none of them a space",
+                parameter="request_id",
             )
         if self.n is not None and self.n < 1:
             raise VLLMValidationError(f"n must be at least 1, not {self.n}", parameter="n")
@@ -342,7 +346,7 @@ class _SamplingRequest(_Strict, ABC):
                     f"logit_bias: keys must be token ids, not {token[:40]!r}",
                     parameter="logit_bias",
                 )
-            bias[int(token)] = min(max(value, -_LOGIT_BIAS_LIMIT), _LOGIT_BIAS_LIMIT)
+            bias[int(token)] = value
         return bias
 
     def sampling_params(

@@ -91,7 +91,9 @@ class OpenAIServingChat(OpenAIServing):
         request.check()
         make_reader = self._reader_for(request)
         messages, text = self._prompts.render(request)
-        prompt = self.truncate(await self.encode(text, request.add_special_tokens), request)
+        limited = request.truncate_prompt_tokens is None
+        prompt = await self.encode(text, request.add_special_tokens, limited=limited)
+        prompt = self.truncate(prompt, request)
         params = request.sampling_params(
             max_tokens=self.max_tokens(request, len(prompt.token_ids)),
             defaults=dict(self.default_sampling_params),

@@ -101,7 +101,11 @@ class OpenAIServingCompletion(OpenAIServing):
         prompts = []
         for prompt in split_prompts(request.prompt):
             if isinstance(prompt, str):
-                tokenized = await self.encode(prompt, request.add_special_tokens)
+                tokenized = await self.encode(
+                    prompt,
+                    request.add_special_tokens,
+                    limited=request.truncate_prompt_tokens is None,
+                )
             else:
                 tokenized = TokenizedPrompt(prompt, None, None)
             prompts.append(self.truncate(tokenized, request))

@@ -11,7 +11,7 @@ import hashlib
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
 from starlette.requests import Request
@@ -151,8 +151,8 @@ class OpenAIServing:
 
     def request_id(self, prefix: str, request: Request, given: str | None) -> str:
         """The answer's id: from the X-Request-Id header, the request's own, or a new one."""
-        header = request.headers.get("x-request-id")
-        return f"{prefix}-{(header or given or random_uuid())[:_MAX_REQUEST_ID]}"
+        header = request.headers.get("x-request-id", "")
+        return f"{prefix}-{header[:_MAX_REQUEST_ID] or given or random_uuid()}"
 
     def token_names(self, request: CompletionRequest | ChatCompletionRequest) -> TokenNames:
         as_ids = request.return_tokens_as_token_ids
@@ -160,14 +160,31 @@ class OpenAIServing:
 
     # Prompts
 
-    async def encode(self, text: str, add_special_tokens: bool) -> TokenizedPrompt:
+    @cached_property
+    def _longest_token(self) -> int:
+        """Characters of the vocabulary's longest token; without a tokenizer it does not matter."""
+        tokenizer = self.engine.get_tokenizer()
+        return 1 if tokenizer is None else max(map(len, tokenizer.get_vocab()))
+
+    async def encode(
+        self, text: str, add_special_tokens: bool, *, limited: bool = True
+    ) -> TokenizedPrompt:
         """Token ids of ``text``.
+
+        Args:
+            limited: refuse, before the work is done, what cannot fit the model in any case.
 
         Raises:
             VLLMValidationError: so long that no tokenisation could fit the model.
         """
         if len(text) < _LONG_TEXT:
             return self.engine.tokenize(text, add_special_tokens=add_special_tokens)
+        if limited and len(text) > self.context.max_model_len * self._longest_token:
+            raise VLLMValidationError(
+                f"the prompt's {len(text)} characters are more than {self.context.max_model_len} "
+                "tokens (--max-model-len) can be; shorten it, or set truncate_prompt_tokens",
+                parameter="prompt",
+            )
         return await asyncio.to_thread(
             self.engine.tokenize, text, add_special_tokens=add_special_tokens
         )

@@ -40,7 +40,7 @@ class OpenAIServingTokenization(OpenAIServing):
             _, text = self._prompts.render(request)
         else:
             text = request.prompt
-        token_ids = (await self.encode(text, request.add_special_tokens)).token_ids
+        token_ids = (await self.encode(text, request.add_special_tokens, limited=False)).token_ids
         token_strs = None
         if request.return_token_strs:
             token_strs = self._tokenizer().convert_ids_to_tokens(token_ids)

@@ -1,0 +1,128 @@
+"""Every request field that vLLM has is implemented or refused by name."""
+
+import pytest
+
+from vllm.entrypoints.openai.http import validate
+from vllm.entrypoints.openai.protocol import (
+    ChatCompletionRequest,
+    CompletionRequest,
+    DetokenizeRequest,
+    TokenizeChatRequest,
+    TokenizeCompletionRequest,
+)
+from vllm.errors import UnsupportedError, VLLMValidationError
+
+MESSAGES = [{"role": "user", "content": "Hi"}]
+# Facts: the fields that vLLM 0.32 names in its schema.
+COMPLETION = """
+    model prompt echo frequency_penalty logit_bias logprobs max_tokens n presence_penalty seed stop
+    stream stream_options suffix temperature top_p user use_beam_search top_k min_p
+    repetition_penalty watermarking length_penalty stop_token_ids include_stop_str_in_output
+    ignore_eos min_tokens skip_special_tokens spaces_between_special_tokens truncate_prompt_tokens
+    truncation_side allowed_token_ids prompt_logprobs logprob_token_ids bad_words prompt_embeds
+    add_special_tokens response_format structured_outputs priority request_id session_id
+    return_tokens_as_token_ids return_token_ids routed_experts_prompt_start return_token_offsets
+    mm_payload return_mm_kwargs cache_salt kv_transfer_params ec_transfer_params vllm_xargs
+    repetition_detection thinking_token_budget stream_interval
+"""
+CHAT = """
+    messages model frequency_penalty logit_bias logprobs top_logprobs max_tokens
+    max_completion_tokens n presence_penalty response_format seed stop stream stream_options
+    temperature top_p tools tool_choice reasoning_effort thinking_token_budget include_reasoning
+    parallel_tool_calls user use_beam_search top_k min_p repetition_penalty watermarking
+    length_penalty stop_token_ids include_stop_str_in_output ignore_eos min_tokens
+    skip_special_tokens spaces_between_special_tokens truncate_prompt_tokens truncation_side
+    prompt_logprobs logprob_token_ids allowed_token_ids bad_words echo add_generation_prompt
+    continue_final_message add_special_tokens documents chat_template chat_template_kwargs
+    media_io_kwargs mm_processor_kwargs structured_outputs priority request_id session_id
+    return_tokens_as_token_ids return_token_ids routed_experts_prompt_start return_token_offsets
+    return_prompt_text mm_payload return_mm_kwargs cache_salt kv_transfer_params
+    ec_transfer_params vllm_xargs repetition_detection stream_interval
+"""
+TOKENIZE_COMPLETION = "model prompt add_special_tokens return_token_strs"
+TOKENIZE_CHAT = """
+    model messages add_generation_prompt return_token_strs continue_final_message
+    add_special_tokens chat_template chat_template_kwargs media_io_kwargs mm_processor_kwargs tools
+"""
+DETOKENIZE = "model tokens"
+KINDS = [
+    (CompletionRequest, "completion", COMPLETION, {"prompt": "Hi"}),
+    (ChatCompletionRequest, "chat", CHAT, {"messages": MESSAGES}),
+    (TokenizeCompletionRequest, "tokenize", TOKENIZE_COMPLETION, {"prompt": "Hi"}),
+    (TokenizeChatRequest, "tokenize", TOKENIZE_CHAT, {"messages": MESSAGES}),
+    (DetokenizeRequest, "detokenize", DETOKENIZE, {"tokens": [1]}),
+]
+FIELDS = [
+    (model, kind, field, base)
+    for model, kind, fields, base in KINDS
+    for field in fields.split()
+    if field not in base
+]
+
+
+@pytest.mark.parametrize(
+    ("model", "kind", "field", "base"), FIELDS, ids=[f"{f[1]}-{f[2]}" for f in FIELDS]
+)
+def test_no_field_of_vllm_is_unknown(model, kind, field, base):
+    """A value that fits no field is refused for its type, or the field is refused by name."""
+    with pytest.raises(VLLMValidationError) as refusal:
+        validate(model, kind, {**base, field: object()})
+    assert refusal.value.parameter == field
+    assert field in str(refusal.value)
+    assert "unknown field" not in str(refusal.value)
+
+
+def test_null_asks_for_nothing():
+    for model, kind, fields, base in KINDS:
+        nothing = dict.fromkeys((f for f in fields.split() if f not in base), None)
+        known = model.model_fields
+        nothing = {
+            name: value
+            for name, value in nothing.items()
+            if name not in known or known[name].default is None
+        }
+        validate(model, kind, {**base, **nothing})
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "advice"),
+    [
+        ("guided_choice", ["a"], '{"structured_outputs": {"choice": ...}}'),
+        ("best_of", 3, "use n"),
+        ("length_penalty", 2, "vLLM has this field"),
+        ("use_beam_search", 1, "vLLM has this field"),
+    ],
+)
+def test_a_refusal_says_what_would_work(field, value, advice):
+    with pytest.raises(UnsupportedError) as refusal:
+        validate(CompletionRequest, "completion", {"prompt": "Hi", field: value})
+    assert advice in str(refusal.value)
+
+
+def test_a_misspelt_field_gets_a_suggestion():
+    with pytest.raises(VLLMValidationError, match=r"'max_token'; did you mean max_tokens\?"):
+        validate(CompletionRequest, "completion", {"prompt": "Hi", "max_token": 4})
+    with pytest.raises(VLLMValidationError, match=r"^unknown field 'zzz'$"):
+        validate(CompletionRequest, "completion", {"prompt": "Hi", "zzz": 4})
+
+
+def test_the_models_defaults_fill_what_is_left_open():
+    request = validate(CompletionRequest, "completion", {"prompt": "Hi", "top_p": 0.5})
+    params = request.sampling_params(
+        max_tokens=4, defaults={"temperature": 0.3, "top_p": 0.9, "max_tokens": 7}, constraint=None
+    )
+    assert (params.temperature, params.top_p, params.max_tokens) == (0.3, 0.5, 4)
+
+
+def test_a_json_schema_format_becomes_a_constraint():
+    schema = {"type": "object"}
+    body = {
+        "prompt": "Hi",
+        "response_format": {"type": "json_schema", "json_schema": {"name": "x"}},
+    }
+    with pytest.raises(VLLMValidationError, match=r"schema must be a JSON object"):
+        validate(CompletionRequest, "completion", body).constraint()
+    body["response_format"]["json_schema"]["schema"] = schema
+    assert validate(CompletionRequest, "completion", body).constraint().json == schema
+    body["response_format"] = {"type": "text"}
+    assert validate(CompletionRequest, "completion", body).constraint() is None
