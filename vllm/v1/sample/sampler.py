@@ -52,8 +52,10 @@ def _no_edit(logits: torch.Tensor) -> torch.Tensor:
 
 
 class Sampler:
-    """Args:
-    logprobs_mode: which values are reported, see ``ops.logprobs.LOGPROBS_MODES``.
+    """Samples one token for each row of logits.
+
+    Args:
+        logprobs_mode: which values are reported, see ``ops.logprobs.LOGPROBS_MODES``.
     """
 
     def __init__(self, logprobs_mode: str = "raw_logprobs") -> None:

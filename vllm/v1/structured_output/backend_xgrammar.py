@@ -55,10 +55,12 @@ class XgrammarGrammar(StructuredOutputGrammar):
 
 
 class XgrammarBackend(StructuredOutputBackend):
-    """Args:
-    tokenizer: the model's; its vocabulary is read once.
-    vocab_size: columns of the logits.
-    disable_any_whitespace: JSON without optional whitespace, for every request.
+    """xgrammar for one tokenizer.
+
+    Args:
+        tokenizer: the model's; its vocabulary is read once.
+        vocab_size: columns of the logits.
+        disable_any_whitespace: JSON without optional whitespace, for every request.
     """
 
     def __init__(

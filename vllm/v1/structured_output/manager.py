@@ -31,8 +31,10 @@ _COMPILE_WORKERS = 2
 
 
 class StructuredOutputManager:
-    """Args:
-    tokenizer_factory: makes the model's tokenizer; called once, from a compiling thread.
+    """Compiles and follows the grammars of all requests.
+
+    Args:
+        tokenizer_factory: makes the model's tokenizer; called once, from a compiling thread.
     """
 
     def __init__(self, vllm_config: VllmConfig, tokenizer_factory: Callable[[], Any]) -> None:

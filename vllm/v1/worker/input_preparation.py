@@ -44,9 +44,12 @@ class StepInputs:
 
 
 class InputPreparer:
-    """Args:
-    max_num_tokens: T at most.
-    max_num_reqs: R at most.
+    """Makes a step's inputs, in buffers that it keeps.
+
+    Args:
+        max_num_tokens: T at most.
+        max_num_reqs: R at most.
+        num_groups: KV-cache groups.
     """
 
     def __init__(
@@ -63,8 +66,8 @@ class InputPreparer:
         ]
 
     def prepare(self, batch: InputBatch, num_scheduled: np.ndarray) -> StepInputs:
-        """Args:
-        num_scheduled: int64 ``(R,)``, at least 1 each, in batch order.
+        """The inputs of a step that computes ``num_scheduled`` (int64 ``(R,)``, each at least 1,
+        in batch order) tokens of each request. They are valid until the next call.
         """
         num_reqs = batch.num_reqs
         ends = np.cumsum(num_scheduled)
