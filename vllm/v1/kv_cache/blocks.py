@@ -1,12 +1,13 @@
 """Zeroing and copying whole blocks, by the byte runs of the plan.
 
-Knows no layer and no shape: a block's bytes are its runs, on every device one operation a run.
+Knows no layer and no shape: a block's bytes are its runs. An accelerator gets one operation a
+run for all blocks; on the CPU plain copies block by block are several times faster than indexing.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -48,10 +49,12 @@ def run_rows(backing: torch.Tensor, run: ByteRun, num_blocks: int) -> torch.Tens
     )
 
 
-def _block_index(block_ids: Iterable[int], num_blocks: int, device: torch.device) -> torch.Tensor:
-    ids = list(block_ids)
-    assert all(0 <= block_id < num_blocks for block_id in ids), f"no such blocks: {ids}"
-    return torch.tensor(ids, dtype=torch.int64, device=device)
+def _check_blocks(block_ids: Sequence[int], num_blocks: int) -> None:
+    assert all(0 <= block_id < num_blocks for block_id in block_ids), f"no such blocks: {block_ids}"
+
+
+def _index(block_ids: Sequence[int], like: torch.Tensor) -> torch.Tensor:
+    return torch.tensor(block_ids, dtype=torch.int64, device=like.device)
 
 
 class KVBlockZeroer:
@@ -69,7 +72,13 @@ class KVBlockZeroer:
         """Clear every byte that any group may use of these blocks."""
         if not block_ids:
             return
-        ids = _block_index(block_ids, self._num_blocks, self._backing.device)
+        _check_blocks(block_ids, self._num_blocks)
+        if self._backing.device.type == "cpu":
+            for rows in self._rows:
+                for block_id in block_ids:
+                    rows[:, block_id].zero_()
+            return
+        ids = _index(block_ids, self._backing)
         for rows in self._rows:
             rows.index_fill_(1, ids, 0)
 
@@ -88,11 +97,16 @@ def copy_kv_cache_blocks_inplace(
     """
     if not copies:
         return
-    targets = [copy.dst for copy in copies]
+    sources, targets = [copy.src for copy in copies], [copy.dst for copy in copies]
     assert len(set(targets)) == len(targets), f"a block is copied to twice: {targets}"
     num_blocks = kv_cache_config.num_blocks
-    sources = _block_index((copy.src for copy in copies), num_blocks, backing.device)
-    destinations = _block_index(targets, num_blocks, backing.device)
+    _check_blocks(sources + targets, num_blocks)
+    one_by_one = backing.device.type == "cpu" and not set(sources) & set(targets)
     for run in block_runs(kv_cache_config, group_id):
         rows = run_rows(backing, run, num_blocks)
-        rows.index_copy_(1, destinations, rows.index_select(1, sources))
+        if one_by_one:
+            for src, dst in zip(sources, targets, strict=True):
+                rows[:, dst].copy_(rows[:, src])
+        else:
+            gathered = rows.index_select(1, _index(sources, backing))
+            rows.index_copy_(1, _index(targets, backing), gathered)

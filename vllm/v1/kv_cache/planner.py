@@ -92,7 +92,11 @@ def get_kv_cache_configs(
     ]
     costs = [bytes_per_block(own, plan.grouping.specs) for own in per_worker]
     num_blocks = min(
-        (memory // cost for memory, cost in zip(available_memory, costs, strict=True) if cost),
+        (
+            max(0, memory) // cost
+            for memory, cost in zip(available_memory, costs, strict=True)
+            if cost
+        ),
         default=NULL_BLOCKS,
     )
     num_blocks = _decide_num_blocks(num_blocks, plan, vllm_config, max(costs))
