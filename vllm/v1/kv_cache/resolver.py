@@ -18,7 +18,6 @@ from vllm.v1.kv_cache.grouping import (
     Grouping,
     group_packed,
     group_with_equal_pages,
-    kinds_of,
     promote_to_full,
 )
 from vllm.v1.kv_cache_layout import KVCacheLayout
@@ -352,11 +351,4 @@ def _reject_rest(
     seen = {str(item.layout) for item in rejected} | {str(chosen)}
     rejected.extend(
         [RejectedLayout(layout=name, reason=reason) for name in possible if name not in seen]
-    )
-
-
-def describe_kinds(specs: Mapping[str, KVCacheSpec]) -> str:
-    """ "32 x full_attention", for messages."""
-    return ", ".join(
-        f"{len(names)} x {specs[names[0]].kind.value}" for names in kinds_of(specs).values()
     )
