@@ -608,6 +608,10 @@ class Grammars:
         def __init__(self):
             self.is_grammar_ready = False
             self.error = None
+            self.cancelled = False
+
+        def cancel(self):
+            self.cancelled = True
 
     def __init__(self):
         self.accepted: dict[str, list[int]] = {}
@@ -697,9 +701,10 @@ def test_a_token_that_the_grammar_refuses_ends_its_request_with_an_error():
 
 def test_aborting_a_request_that_waits_for_its_grammar():
     scheduler, _ = setup(grammar_manager=Grammars())
-    scheduler.add_request(structured("s"))
+    scheduler.add_request(request := structured("s"))
     scheduler.finish_requests("s", RequestStatus.FINISHED_ABORTED)
     scheduler.check_integrity()
+    assert request.structured_output_request.cancelled
     assert scheduler.get_request_counts() == (0, 0)
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import enum
 import time
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Protocol
 
 from vllm.v1.engine import EngineCoreEvent, EngineCoreEventType, EngineCoreRequest, FinishReason
@@ -16,7 +15,7 @@ from vllm.v1.engine import EngineCoreEvent, EngineCoreEventType, EngineCoreReque
 if TYPE_CHECKING:
     from vllm.sampling_params import SamplingParams
 
-__all__ = ["Request", "RequestStatus", "StructuredOutputState"]
+__all__ = ["BlockHasher", "Request", "RequestStatus", "StructuredOutputState"]
 
 
 class RequestStatus(enum.IntEnum):
@@ -67,6 +66,18 @@ class StructuredOutputState(Protocol):
 
     @property
     def error(self) -> str | None: ...
+
+    def cancel(self) -> None:
+        """The request is gone; compiling need not begin any more."""
+
+
+class BlockHasher(Protocol):
+    """Hashes the full blocks, of ``block_size`` tokens, that a request has gained."""
+
+    @property
+    def block_size(self) -> int: ...
+
+    def __call__(self, request: Request, /) -> list[bytes]: ...
 
 
 class Request:
@@ -123,7 +134,7 @@ class Request:
         priority: int = 0,
         cache_salt: str | None = None,
         kv_transfer_params: dict[str, Any] | None = None,
-        block_hasher: Callable[[Request], list[bytes]] | None = None,
+        block_hasher: BlockHasher | None = None,
     ) -> None:
         self.request_id = request_id
         self.client_index = client_index
@@ -168,7 +179,7 @@ class Request:
         self.structured_output_request: StructuredOutputState | None = None
 
         self.block_hashes: list[bytes] = []
-        self._block_hasher: Callable[[Request], list[bytes]] | None = None
+        self._block_hasher: BlockHasher | None = None
         self._next_hash_at = 1 << 62
         if block_hasher is not None:
             self.set_block_hasher(block_hasher)
@@ -177,7 +188,7 @@ class Request:
     def from_engine_core_request(
         cls,
         request: EngineCoreRequest,
-        block_hasher: Callable[[Request], list[bytes]] | None = None,
+        block_hasher: BlockHasher | None = None,
     ) -> Request:
         return cls(
             request.request_id,
@@ -191,12 +202,8 @@ class Request:
             block_hasher=block_hasher,
         )
 
-    def set_block_hasher(self, block_hasher: Callable[[Request], list[bytes]]) -> None:
-        """Hash the full blocks there are, and later ones as tokens arrive.
-
-        ``block_hasher(request)`` returns the hashes of the full blocks that
-        ``request.block_hashes`` lacks; its ``block_size`` is in tokens.
-        """
+    def set_block_hasher(self, block_hasher: BlockHasher) -> None:
+        """Hash the full blocks there are, and later ones as tokens arrive."""
         self._block_hasher = block_hasher
         self.block_hashes = []
         self._hash_new_blocks()
@@ -209,8 +216,7 @@ class Request:
         hasher = self._block_hasher
         assert hasher is not None
         self.block_hashes.extend(hasher(self))
-        block_size: int = hasher.block_size  # type: ignore[attr-defined]
-        self._next_hash_at = (len(self.block_hashes) + 1) * block_size
+        self._next_hash_at = (len(self.block_hashes) + 1) * hasher.block_size
 
     def append_output_token_id(self, token_id: int) -> None:
         self.output_token_ids.append(token_id)
@@ -249,12 +255,9 @@ class Request:
         events, self.events = self.events, []
         return events
 
-    def __lt__(self, other: Request) -> bool:
-        """Served before ``other`` by the priority policy."""
-        return self.priority_key < other.priority_key
-
     @property
     def priority_key(self) -> tuple[int, float, str]:
+        """Smaller is served earlier, and preempted later, by the priority policy."""
         return self.priority, self.arrival_time, self.request_id
 
     def __repr__(self) -> str:

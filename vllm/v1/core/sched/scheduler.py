@@ -194,6 +194,8 @@ class Scheduler(SchedulerInterface):
         """Take ``request`` out of what it waits in; ``running`` is left to the caller."""
         if request.status is RequestStatus.WAITING_FOR_STRUCTURED_OUTPUT_GRAMMAR:
             del self.waiting_for_grammar[request.request_id]
+            if request.structured_output_request is not None:
+                request.structured_output_request.cancel()
         elif request.status is RequestStatus.WAITING_FOR_REMOTE_KVS:
             self.kv_transfer.leave_loading(request)
         elif request.status is not RequestStatus.RUNNING:
