@@ -49,6 +49,7 @@ class Server:
                 stdout=file,
                 stderr=subprocess.STDOUT,
                 env={**os.environ, "PYTHONUNBUFFERED": "1"},
+                start_new_session=True,
             )
         self.tree = psutil.Process(self.process.pid)
 

@@ -1,6 +1,7 @@
 """/v1/chat/completions of a running server, through the official client."""
 
 import json
+from typing import Literal
 
 import openai
 import pytest
@@ -151,27 +152,19 @@ def test_token_ids_and_prompt_text_can_be_returned(server: Server):
 # Structured output
 
 
-class Person(BaseModel):
-    name: str
-    age: int
+class Colour(BaseModel):
+    name: Literal["red", "green"]
+    warm: bool
 
 
-def test_a_json_schema_is_followed(client: openai.OpenAI):
-    schema = {
-        "type": "object",
-        "properties": {"colour": {"enum": COLOURS}, "warm": {"type": "boolean"}},
-        "required": ["colour", "warm"],
-        "additionalProperties": False,
-    }
-    answer = client.chat.completions.create(
+def test_the_clients_parser_gets_what_its_schema_says(client: openai.OpenAI):
+    answer = client.chat.completions.parse(
         messages=[{"role": "user", "content": "Describe a colour."}],
-        response_format={"type": "json_schema", "json_schema": {"name": "c", "schema": schema}},
+        response_format=Colour,
         max_tokens=60,
         **GREEDY,
     )
-    value = json.loads(answer.choices[0].message.content)
-    assert value["colour"] in COLOURS
-    assert isinstance(value["warm"], bool)
+    assert isinstance(answer.choices[0].message.parsed, Colour)
 
 
 def test_json_objects_are_json(client: openai.OpenAI):

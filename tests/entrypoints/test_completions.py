@@ -1,5 +1,7 @@
 """/v1/completions of a running server, through the official client."""
 
+import json
+
 import openai
 import pytest
 
@@ -122,6 +124,19 @@ def test_echo_alone_scores_the_prompt(client: openai.OpenAI):
     assert all(value < 0 for value in choice.logprobs.token_logprobs[1:])
     assert answer.usage.completion_tokens == 0
     assert choice.logprobs.text_offset[1] == len(choice.logprobs.tokens[0])
+
+
+@pytest.mark.parametrize("prompt", [PROMPT, [504, 3575, 282]])
+def test_a_stream_echoes_the_same_log_probabilities(server: Server, prompt: object):
+    asked = {"prompt": prompt, "max_tokens": 3, "echo": True, "logprobs": 1, "temperature": 0}
+    whole = server.post("/v1/completions", asked).json()["choices"][0]
+    events = server.post("/v1/completions", {**asked, "stream": True}).text.split("\n\n")
+    choices = [json.loads(event[6:])["choices"][0] for event in events[:-2]]
+    assert "".join(choice["text"] for choice in choices) == whole["text"]
+    for name in ("tokens", "token_logprobs", "text_offset"):
+        streamed = [value for choice in choices for value in choice["logprobs"][name]]
+        assert streamed == whole["logprobs"][name]
+    assert "".join(whole["logprobs"]["tokens"]) == whole["text"]
 
 
 @pytest.mark.parametrize("stream", [False, True])

@@ -189,7 +189,7 @@ CHAT_ERRORS = [
     ),
     ({"functions": [{"name": "f"}]}, "functions", "use tools"),
     ({"metadata": {"a": "b"}}, "metadata", "leave it out"),
-    ({"max_completion_tokens": 99999}, "max_tokens", "leave"),
+    ({"max_completion_tokens": 99999}, "max_completion_tokens", "leave"),
     ({"prompt": "hi"}, "prompt", "unknown field"),
 ]
 

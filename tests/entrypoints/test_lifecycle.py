@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import signal
 import socket
 import subprocess
@@ -29,6 +30,9 @@ def guarded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     options = (
         *TINY,
         *SMALL,
+        "--served-model-name",
+        MODEL,
+        "alias",
         "--max-num-seqs",
         "1",
         "--max-num-queued-reqs",
@@ -83,6 +87,9 @@ def test_a_key_is_needed(guarded: Server):
 
 
 def test_options_of_the_front_end_work(guarded: Server):
+    assert [card.id for card in guarded.client.models.list()] == [MODEL, "alias"]
+    answer = guarded.post("/v1/completions", {"model": "alias", "prompt": "Hi", "max_tokens": 1})
+    assert answer.json()["model"] == "alias"
     assert guarded.get("/docs").status_code == 404
     assert guarded.get("/proxied/v1/models").status_code == 200
     body = {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 2, "stream": True}
@@ -236,7 +243,8 @@ def test_shutdown_timeout_lets_requests_end(tmp_path: Path):
         time.sleep(0.3)
         idle = httpx.Client(base_url=server.url)
         assert idle.get("/health").status_code == 200
-        server.process.send_signal(signal.SIGINT)
+        # As Ctrl-C in a terminal does, to the engine's process, too.
+        os.killpg(server.process.pid, signal.SIGINT)
         time.sleep(0.2)
         # A connection that is open already is told; a new one finds nobody.
         if server.process.poll() is None and asking.is_alive():

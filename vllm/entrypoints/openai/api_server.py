@@ -12,6 +12,7 @@ import os
 import signal
 import socket
 import stat
+import sys
 import threading
 import time
 from importlib import import_module
@@ -171,3 +172,9 @@ def run_server(args: argparse.Namespace) -> int:
         sock.close()
         if frontend.uds and os.path.exists(frontend.uds):
             os.unlink(frontend.uds)
+
+
+if __name__ == "__main__":
+    from vllm.entrypoints.cli.main import main
+
+    sys.exit(main(["serve", *sys.argv[1:]]))

@@ -169,7 +169,7 @@ async def _serve(
 
 
 def _is_worth_a_line(record: logging.LogRecord) -> bool:
-    return record.levelno > logging.INFO
+    return record.levelno != logging.INFO
 
 
 def serve(

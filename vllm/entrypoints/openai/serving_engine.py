@@ -237,10 +237,12 @@ class OpenAIServing:
             )
         if asked is not None:
             if asked > room:
+                name = getattr(request, "max_completion_tokens", None)
+                name = "max_tokens" if name is None else "max_completion_tokens"
                 raise VLLMValidationError(
-                    f"max_tokens is {asked}, but of the model's {longest} tokens "
+                    f"{name} is {asked}, but of the model's {longest} tokens "
                     f"(--max-model-len) the prompt's {num_prompt_tokens} leave {room}",
-                    parameter="max_tokens",
+                    parameter=name,
                 )
             return asked
         default = self.default_sampling_params.get("max_tokens")

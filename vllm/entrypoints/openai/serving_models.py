@@ -29,7 +29,7 @@ class OpenAIServingModels:
         Raises:
             APIError: 404, naming the models that there are.
         """
-        if not name:
+        if name is None:
             return self.name
         if name not in self.names:
             raise APIError(

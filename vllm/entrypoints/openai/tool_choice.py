@@ -72,7 +72,7 @@ def tool_constraint(request: ChatCompletionRequest) -> StructuredOutputsParams |
         "minItems": 1,
         "items": calls[0] if len(calls) == 1 else {"anyOf": calls},
     }
-    if not request.parallel_tool_calls:
+    if request.parallel_tool_calls is False:
         schema["maxItems"] = 1
     if definitions:
         schema["$defs"] = definitions
@@ -107,7 +107,7 @@ class AnswerReader:
         self._named = (
             choice.function.name if isinstance(choice, ChatCompletionNamedToolChoiceParam) else None
         )
-        self._limit = None if request.parallel_tool_calls else 1
+        self._limit = 1 if request.parallel_tool_calls is False else None
         self._list = JSONCallList(self._limit) if choice == "required" else None
         self._num_calls = 0
         self._named_sent = False
