@@ -229,16 +229,19 @@ class InputBatch:
 
     # ---- tokens -----------------------------------------------------------------------------
 
-    def append_tokens(self, rows: np.ndarray, token_ids: np.ndarray) -> None:
-        """Note one sampled token for each of ``rows`` (both int64 ``(n,)``)."""
+    def append_tokens(self, rows: np.ndarray, token_ids: np.ndarray) -> list[int]:
+        """Note one sampled token for each of ``rows`` (both int64 ``(n,)``); returns the tokens."""
         self.token_ids[rows, self.num_tokens[rows]] = token_ids
         self.num_tokens[rows] += 1
+        tokens: list[int] = token_ids.tolist()
         states = self.states
-        for row, token in zip(rows.tolist(), token_ids.tolist(), strict=True):
-            state = states[row]
+        if len(tokens) != self.num_reqs:
+            states = [states[row] for row in rows.tolist()]
+        for state, token in zip(states, tokens, strict=True):
             state.output_token_ids.append(token)
             if state.history is not None:
                 state.history.append(token)
+        return tokens
 
     def rewind(
         self, rows: np.ndarray, num_computed: Sequence[int], num_output: Sequence[int]

@@ -200,7 +200,10 @@ class ModelRunner:
         batch = self.batch
         scheduled = scheduler_output.num_scheduled_tokens
         step = self._preparer.prepare(
-            batch, np.array([scheduled[req_id] for req_id in batch.req_ids], dtype=np.int64)
+            batch,
+            np.fromiter(
+                map(scheduled.__getitem__, batch.req_ids), dtype=np.int64, count=batch.num_reqs
+            ),
         )
         hidden, transferred = self._forward(scheduler_output, step)
         prompt_logprobs = self.prompt_logprobs.collect(batch, step, hidden)
@@ -283,9 +286,12 @@ class ModelRunner:
                     "forbidden by allowed_token_ids, bad_words or structured_outputs"
                 )
             rows, token_ids = rows[token_ids >= 0], token_ids[token_ids >= 0]
-        batch.append_tokens(rows, token_ids)
-        for row, token in zip(rows.tolist(), token_ids.tolist(), strict=True):
-            output.sampled_token_ids[row].append(token)
+        tokens = batch.append_tokens(rows, token_ids)
+        if len(tokens) == batch.num_reqs:
+            output.sampled_token_ids = [[token] for token in tokens]
+        else:
+            for row, token in zip(rows.tolist(), tokens, strict=True):
+                output.sampled_token_ids[row].append(token)
         if sampled.logprobs is not None:
             self._publish_logprobs(step.inputs.sample_rows, sampled.logprobs, output)
         return output
@@ -365,9 +371,10 @@ class ModelRunner:
                     state.num_computed_tokens = computed
                     state.keep_output(num_output)
                     outside.append(state)
-        for req_id, row, new_blocks in zip(cached.req_ids, rows, cached.new_block_ids, strict=True):
+        for i, new_blocks in enumerate(cached.new_block_ids):
             if new_blocks is None:
                 continue
+            req_id, row = cached.req_ids[i], rows[i]
             state = self.requests[req_id]
             if req_id in cached.resumed_req_ids:
                 state.block_ids = tuple(list(ids) for ids in new_blocks)
