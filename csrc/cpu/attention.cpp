@@ -95,10 +95,14 @@ void locate(const AttentionArgs& a, const int32_t* table, int64_t head, int64_t 
   }
 }
 
+// Both of these fetch the `coming` tile's lines while they put this one's in order: a few at a time,
+// into L2, since prefetches in one go wait for each other (10 against 5 GB/s, one thread, D = 64).
+
 // Keys to [units][kTile], a unit being 32 bits: a float, or a pair of bf16 taken as it is. Columns
 // of tokens that do not exist become zero.
 template <typename A, typename C>
-void pack_keys(const C* const (&tokens)[kTile], int count, int64_t head_size, A* to) {
+void pack_keys(const C* const (&tokens)[kTile], const C* const (&coming)[kTile], int count,
+               int64_t head_size, A* to) {
   constexpr bool kPairs = sizeof(A) == 2;
   const int64_t units = kPairs ? head_size / 2 : head_size;
   float* out = reinterpret_cast<float*>(to);
@@ -107,6 +111,7 @@ void pack_keys(const C* const (&tokens)[kTile], int count, int64_t head_size, A*
       const int lanes = static_cast<int>(smaller(kLanes, units - u));
       Vec rows[kLanes];
       for (int i = 0; i < kLanes; ++i) {
+        prefetch_l2(reinterpret_cast<const float*>(coming[t + i]) + u);
         if (t + i >= count) {
           rows[i] = zero();
         } else if constexpr (kPairs) {
@@ -122,12 +127,13 @@ void pack_keys(const C* const (&tokens)[kTile], int count, int64_t head_size, A*
 }
 
 template <typename A, typename C>
-void pack_values(const C* const (&tokens)[kTile], int count, int64_t head_size, int64_t padded,
-                 A* to) {
+void pack_values(const C* const (&tokens)[kTile], const C* const (&coming)[kTile], int count,
+                 int64_t head_size, int64_t padded, A* to) {
   if constexpr (sizeof(A) == 4) {
     for (int t = 0; t < count; ++t) {
       const C* from = tokens[t] + head_size;
       for (int64_t d = 0; d < padded; d += kLanes) {
+        prefetch_l2(coming[t] + head_size + d);
         const int64_t lanes = larger(0, smaller(kLanes, head_size - d));
         store(to + t * padded + d, load(from + d, static_cast<int>(lanes)));
       }
@@ -143,6 +149,8 @@ void pack_values(const C* const (&tokens)[kTile], int count, int64_t head_size, 
       const C* even = tokens[t] + head_size;
       const C* odd = t + 1 < count ? tokens[t + 1] + head_size : nullptr;
       for (int64_t d = 0; d < padded; d += 32) {
+        prefetch_l2(coming[t] + head_size + d);
+        prefetch_l2(coming[t + 1] + head_size + d);
         const int64_t valid = larger(0, smaller(32, head_size - d));
         const __mmask32 mask = _bzhi_u32(0xffffffffu, static_cast<unsigned>(valid));
         const __m512i x = _mm512_maskz_loadu_epi16(mask, even + d);
@@ -174,17 +182,20 @@ VLLM_INLINE Vec outside_to(Vec x, int column, int low, int high, float other) {
   return x;
 }
 
-// Scores of a row -> probabilities relative to the new maximum. Returns the factor for what the
-// row has summed up before.
-template <typename A>
-float softmax_row(const AttentionArgs& a, const RowView& row, int columns, float* scores, A* probs,
-                  float& most, float& total) {
-  const int low = row.low > 0 ? row.low : 0;
-  if (low >= row.high) {
-    for (int c = 0; c < columns; c += kLanes) store(probs + c, zero());
-    return 1.0f;
-  }
+// A row that sees every column of the tile, with nothing but a scale on its scores: those are
+// scaled on the way into the exponential.
+VLLM_INLINE bool is_plain(const AttentionArgs& a, const RowView& row, int columns) {
+  return row.low <= 0 && row.high >= columns && row.slope == 0 && !(a.soft_cap > 0) && a.scale > 0;
+}
+
+// The largest score of a row; scores that are not plain are finished in place.
+VLLM_INLINE float largest_score(const AttentionArgs& a, const RowView& row, int columns,
+                                float* scores) {
   Vec best = set1(kLow);
+  if (is_plain(a, row, columns)) {
+    for (int c = 0; c < columns; c += kLanes) best = max(best, load(scores + c));
+    return reduce_max(best) * a.scale;
+  }
   const Vec scale = set1(a.soft_cap > 0 ? a.scale / a.soft_cap : a.scale);
   for (int c = 0; c < columns; c += kLanes) {
     Vec x = mul(load(scores + c), scale);
@@ -193,21 +204,34 @@ float softmax_row(const AttentionArgs& a, const RowView& row, int columns, float
       const Vec distance = add(iota(), set1(row.distance + static_cast<float>(c)));
       x = fma(distance, set1(row.slope), x);
     }
-    x = outside_to(x, c, low, row.high, kLow);
+    x = outside_to(x, c, row.low, row.high, kLow);
     store(scores + c, x);
     best = max(best, x);
   }
-  const float now = larger_of(most, reduce_max(best));
-  const float factor = most == kLow ? 0.0f : exp1(most - now);
+  return reduce_max(best);
+}
+
+// Scores of a row -> exp(score - most); returns their sum. Probabilities that are rounded to 16
+// bits need no better exponential than one of 16 bits.
+template <typename A>
+VLLM_INLINE float exponentials(const AttentionArgs& a, const RowView& row, int columns,
+                               const float* scores, float most, A* probs) {
+  constexpr float kLog2E = 1.44269504088896341f;
+  const bool plain = is_plain(a, row, columns);
+  const float scale = plain ? a.scale : 1.0f;
   Vec sum = zero();
   for (int c = 0; c < columns; c += kLanes) {
-    const Vec p = outside_to(exp(sub(load(scores + c), set1(now))), c, low, row.high, 0.0f);
+    Vec p;
+    if constexpr (sizeof(A) == 2) {
+      p = exp2_16bit(fma(load(scores + c), set1(scale * kLog2E), set1(-most * kLog2E)));
+    } else {
+      p = exp(fma(load(scores + c), set1(scale), set1(-most)));
+    }
+    if (!plain) p = outside_to(p, c, row.low, row.high, 0.0f);
     store(probs + c, p);
     sum = add(sum, p);
   }
-  most = now;
-  total = total * factor + reduce_add(sum);
-  return factor;
+  return reduce_add(sum);
 }
 
 // Rows [first, first + MR) of the task against one tile of keys and values.
@@ -217,6 +241,7 @@ void tile_rows(const AttentionArgs& a, const Buffers<typename Form::A>& s, int f
   using A = typename Form::A;
   using L = Buffers<A>;
   constexpr int64_t kStep = Form::kStep;
+  static_assert(MR <= kLanes, "one vector holds a number for each row");
   for (int c = 0; c < columns; c += kTileCols) {
     Vec acc[MR][2];
     for (int r = 0; r < MR; ++r) acc[r][0] = acc[r][1] = zero();
@@ -228,12 +253,27 @@ void tile_rows(const AttentionArgs& a, const Buffers<typename Form::A>& s, int f
       store(s.scores + r * kTile + c + kLanes, acc[r][1]);
     }
   }
-  float factors[MR];
+  alignas(64) float most[kLanes], factors[kLanes];
+  for (int r = 0; r < MR; ++r) {
+    const float top = largest_score(a, views[first + r], columns, s.scores + r * kTile);
+    most[r] = larger_of(s.most[first + r], top);
+    factors[r] = s.most[first + r] - most[r];
+  }
+  // exp of the differences; -inf minus -inf is NaN, and stands for a row with nothing to rescale.
+  store(factors, exp(load(factors)));
   int high = 0;
   for (int r = 0; r < MR; ++r) {
-    factors[r] = softmax_row(a, views[first + r], columns, s.scores + r * kTile,
-                             s.probs + r * L::kProbDistance, s.most[first + r], s.total[first + r]);
-    if (views[first + r].high > high) high = views[first + r].high;
+    const RowView& row = views[first + r];
+    A* const probs = s.probs + r * L::kProbDistance;
+    if (s.most[first + r] == kLow) factors[r] = 0;
+    if (row.low >= row.high) {
+      for (int c = 0; c < columns; c += kLanes) store(probs + c, zero());
+    } else {
+      const float sum = exponentials(a, row, columns, s.scores + r * kTile, most[r], probs);
+      s.total[first + r] = s.total[first + r] * factors[r] + sum;
+      if (row.high > high) high = row.high;
+    }
+    s.most[first + r] = most[r];
   }
   for (int64_t d = 0; d < padded; d += kTileCols) {
     Vec acc[MR][2];
@@ -438,14 +478,17 @@ class Call {
     memset(s.sums, 0, static_cast<size_t>(rows * padded_) * sizeof(float));
 
     const int32_t* table = a_.block_table + p.request * a_.block_table_stride;
-    const C* tokens[kTile];
+    const C *tokens[kTile], *coming[kTile];
     RowView views[kTaskRows];
     const int tiles = static_cast<int>(ceil_div(rows, Form::kRows));
     for (int64_t key = p.key0; key < p.key1; key += kTile) {
       const int count = static_cast<int>(smaller(kTile, p.key1 - key));
       locate(a_, table, kv_head, key, count, tokens);
-      pack_keys<A>(tokens, count, a_.head_size, s.keys);
-      pack_values<A>(tokens, count, a_.head_size, padded_, s.values);
+      const int next = static_cast<int>(smaller(kTile, p.key1 - key - count));
+      locate(a_, table, kv_head, key + count, next, coming);
+      for (int t = next; t < kTile; ++t) coming[t] = tokens[0];
+      pack_keys<A>(tokens, coming, count, a_.head_size, s.keys);
+      pack_values<A>(tokens, coming, count, a_.head_size, padded_, s.values);
       for (int r = 0; r < rows; ++r) views[r] = view(p, r, kv_head, before, key, count);
       for (int t = 0; t < tiles; ++t) {
         const int first = rows * t / tiles, last = rows * (t + 1) / tiles;
