@@ -491,13 +491,13 @@ class Scheduler(SchedulerInterface):
         self.kv_transfer.record(request.num_tokens - num_local, num_external)
 
     def _make_scheduler_output(self, step: Step) -> SchedulerOutput:
-        new_reqs, cached_reqs = step.make_request_data(self.kv_cache_manager)
+        new_reqs, cached_reqs, num_scheduled = step.make_request_data(self.kv_cache_manager)
         num_tokens = self.max_num_scheduled_tokens - step.budget
         self._num_scheduled_tokens += num_tokens
         output = SchedulerOutput(
             scheduled_new_reqs=new_reqs,
             scheduled_cached_reqs=cached_reqs,
-            num_scheduled_tokens=step.num_scheduled_tokens(),
+            num_scheduled_tokens=num_scheduled,
             total_num_scheduled_tokens=num_tokens,
             num_common_prefix_blocks=self._common_prefix_blocks(),
             finished_req_ids=self.finished_req_ids,

@@ -54,21 +54,18 @@ class Step:
     def has_structured_output_requests(self) -> bool:
         return any(request.use_structured_output for request in (*self.running, *self.admitted))
 
-    def num_scheduled_tokens(self) -> dict[str, int]:
-        scheduled = dict(
-            zip([request.request_id for request in self.running], self.counts, strict=True)
-        )
-        for request, count in zip(self.admitted, self.admitted_counts, strict=True):
-            scheduled[request.request_id] = count
-        return scheduled
-
     def make_request_data(
         self, kv_cache_manager: KVCacheManager
-    ) -> tuple[list[NewRequestData], CachedRequestData]:
-        """What the workers need to know of requests new to them, and of the others."""
+    ) -> tuple[list[NewRequestData], CachedRequestData, dict[str, int]]:
+        """What the workers need to know of requests new to them and of the others.
+
+        The third is the number of tokens by request id.
+        """
         running = self.running
+        req_ids = [request.request_id for request in running]
+        num_scheduled_tokens = dict(zip(req_ids, self.counts, strict=True))
         cached = CachedRequestData(
-            req_ids=[request.request_id for request in running],
+            req_ids=req_ids,
             new_block_ids=self.blocks,
             num_computed_tokens=[request.num_computed_tokens for request in running],
             num_output_tokens=[
@@ -76,8 +73,9 @@ class Step:
             ],
         )
         new: list[NewRequestData] = []
-        for request in self.admitted:
+        for request, count in zip(self.admitted, self.admitted_counts, strict=True):
             request_id = request.request_id
+            num_scheduled_tokens[request_id] = count
             block_ids = kv_cache_manager.get_block_ids(request_id)
             if request.num_preemptions:
                 cached.resumed_req_ids.add(request_id)
@@ -96,7 +94,7 @@ class Step:
                         request.num_computed_tokens,
                     )
                 )
-        return new, cached
+        return new, cached, num_scheduled_tokens
 
     def advance(self) -> None:
         """Count the step's tokens as computed: later steps come after it on the device too."""
