@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -33,6 +34,8 @@ __all__ = [
     "embedding",
     "fused_add_rms_norm",
     "gate_up_silu",
+    "grouped_gate_up_silu",
+    "grouped_linear",
     "has_extension",
     "isa",
     "linear",
@@ -211,6 +214,93 @@ def gate_up_silu(x: torch.Tensor, weight: PackedWeight | torch.Tensor) -> torch.
     if isinstance(weight, PackedWeight) and weight.plain is None and weight.n % (2 * _PANEL) == 0:
         return _product(x, weight, None, weight.n // 2, _SILU_MUL)
     return silu_and_mul(linear(x, weight))
+
+
+def grouped_linear(
+    x: torch.Tensor,
+    weights: Sequence[PackedWeight | torch.Tensor],
+    counts: Sequence[int],
+    bias: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """``linear`` of each run of rows with a weight of its own.
+
+    Args:
+        x: (M, k); the first ``counts[0]`` rows are multiplied with ``weights[0]``, and so on.
+        weights: each (n, k), all alike in shape, dtype and packing.
+        counts: rows of each weight, in sum M.
+        bias: (weights, n).
+
+    Returns:
+        (M, n), dtype of x.
+    """
+    first = weights[0]
+    return _grouped_product(x, weights, counts, bias, first.shape[0], _PLAIN)
+
+
+def grouped_gate_up_silu(
+    x: torch.Tensor, weights: Sequence[PackedWeight | torch.Tensor], counts: Sequence[int]
+) -> torch.Tensor:
+    """``gate_up_silu`` of each run of rows with a weight of its own; as ``grouped_linear``."""
+    first = weights[0]
+    width = first.shape[0]
+    if isinstance(first, PackedWeight) and first.plain is None and width % (2 * _PANEL) == 0:
+        return _grouped_product(x, weights, counts, None, width // 2, _SILU_MUL)
+    return silu_and_mul(_grouped_product(x, weights, counts, None, width, _PLAIN))
+
+
+def _grouped_product(
+    x: torch.Tensor,
+    weights: Sequence[PackedWeight | torch.Tensor],
+    counts: Sequence[int],
+    bias: torch.Tensor | None,
+    n: int,
+    epilogue: int,
+) -> torch.Tensor:
+    if len(weights) != len(counts) or sum(counts) != x.shape[0]:
+        raise ValueError(f"{sum(counts)} rows for {len(counts)} of {len(weights)} weights")
+    out = torch.empty((x.shape[0], n), dtype=x.dtype, device=x.device)
+    starts = accumulate(counts, initial=0)
+    used = [
+        (i, start, rows)
+        for i, (start, rows) in enumerate(zip(starts, counts, strict=False))
+        if rows
+    ]
+    first = weights[0]
+    if not isinstance(first, PackedWeight) or first.plain is not None:
+        for i, start, rows in used:
+            one_bias = None if bias is None else bias[i]
+            out[start : start + rows] = linear(x[start : start + rows], weights[i], one_bias)
+        return out
+    k, code = first.k, first.code
+    if x.shape[1] != k or x.dtype is not first.dtype or x.stride(1) != 1:
+        raise ValueError(
+            f"input {tuple(x.shape)} {x.dtype} does not fit weights {tuple(first.shape)} "
+            f"{first.dtype}"
+        )
+    if bias is not None and (bias.dtype is not x.dtype or not bias.is_contiguous()):
+        raise ValueError(f"the biases must be dense and {x.dtype}")
+    size = x.element_size()
+    x_address, x_row = x.data_ptr(), x.stride(0)
+    out_address = out.data_ptr()
+    bias_address = 0 if bias is None else bias.data_ptr()
+    bias_row = 0 if bias is None else n * size
+    for i, start, rows in used:
+        weight = weights[i]
+        assert isinstance(weight, PackedWeight)
+        _C.gemm(
+            x_address + start * x_row * size,
+            x_row,
+            weight.address,
+            bias_address + i * bias_row,
+            out_address + start * n * size,
+            n,
+            rows,
+            n,
+            k,
+            code,
+            epilogue,
+        )
+    return out
 
 
 def embedding(ids: torch.Tensor, weight: PackedWeight | torch.Tensor) -> torch.Tensor:

@@ -1,11 +1,15 @@
-"""Activation functions of gated MLPs."""
+"""Activation functions of gated MLPs: (..., 2 * i), gate before up -> (..., i)."""
+
+from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from vllm import _custom_ops as ops
+from vllm.errors import UnsupportedError
 
-__all__ = ["SiluAndMul"]
+__all__ = ["GeluAndMul", "SiluAndMul", "SwigluOAI", "get_gated_activation"]
 
 
 class SiluAndMul(nn.Module):
@@ -13,3 +17,61 @@ class SiluAndMul(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return ops.silu_and_mul(x)
+
+
+class GeluAndMul(nn.Module):
+    """``gelu(first half) * second half``; ``approximate`` is "none" or "tanh"."""
+
+    def __init__(self, approximate: str = "none") -> None:
+        super().__init__()
+        self.approximate = approximate
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        gate, up = x.chunk(2, dim=-1)
+        return F.gelu(gate, approximate=self.approximate).mul_(up)
+
+    def extra_repr(self) -> str:
+        return f"approximate={self.approximate}"
+
+
+class SwigluOAI(nn.Module):
+    """gpt-oss's: ``(up + 1) * gate * sigmoid(alpha * gate)``, both clamped.
+
+    The gate is at most ``limit``, the up projection within ``[-limit, limit]``.
+    """
+
+    def __init__(self, alpha: float = 1.702, limit: float = 7.0) -> None:
+        super().__init__()
+        self.alpha = alpha
+        self.limit = limit
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        gate, up = x.chunk(2, dim=-1)
+        gate = gate.clamp(max=self.limit)
+        up = up.clamp(-self.limit, self.limit)
+        return (up + 1).mul_(gate).mul_((gate * self.alpha).sigmoid_())
+
+    def extra_repr(self) -> str:
+        return f"alpha={self.alpha}, limit={self.limit}"
+
+
+_GATED: dict[str, Callable[[], nn.Module]] = {
+    "silu": SiluAndMul,
+    "swish": SiluAndMul,
+    "gelu": GeluAndMul,
+    "gelu_pytorch_tanh": lambda: GeluAndMul("tanh"),
+    "gelu_tanh": lambda: GeluAndMul("tanh"),
+}
+
+
+def get_gated_activation(name: str) -> nn.Module:
+    """The gated form of the activation that config.json calls ``name``.
+
+    Raises:
+        UnsupportedError: there is none of that name.
+    """
+    if name not in _GATED:
+        raise UnsupportedError(
+            f"config.json: the activation {name!r} is not supported; these are: {', '.join(_GATED)}"
+        )
+    return _GATED[name]()

@@ -22,7 +22,8 @@ __all__ = [
     "take_shard",
 ]
 
-ShardId = str | int | None
+ShardId = str | int | tuple[int, str] | None
+"""Which part of a parameter: a name, a number, or (expert, name); None for all of it."""
 
 
 class WeightShapeError(ValueError):

@@ -7,6 +7,7 @@ the weights, not two.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 
 import torch
 from torch import nn
@@ -14,7 +15,7 @@ from torch import nn
 from vllm.errors import ConfigError
 from vllm.model_executor.layers.weight_loading import ShardId, WeightShapeError
 
-__all__ = ["load_checkpoint", "maybe_prefix", "process_module"]
+__all__ = ["CheckpointNames", "load_checkpoint", "maybe_prefix", "process_module"]
 
 _SHOWN = 8
 _DERIVED_BUFFERS = ("rotary_emb.inv_freq", "rotary_emb.cos_cached", "rotary_emb.sin_cached")
@@ -36,6 +37,7 @@ class _Outstanding:
 
     def __init__(self, model: nn.Module) -> None:
         self.shards: dict[str, set[ShardId]] = {}
+        self.all_shards: dict[str, frozenset[ShardId]] = {}
         self.module_of: dict[str, nn.Module] = {}
         self.params: dict[str, nn.Parameter] = {}
         self.names_left: dict[nn.Module, set[str]] = {}
@@ -47,9 +49,17 @@ class _Outstanding:
             for name, param in module.named_parameters(recurse=False):
                 full = maybe_prefix(prefix, name)
                 self.params[full] = param
-                self.shards[full] = set(getattr(param, "shard_ids", (None,)))
+                self.all_shards[full] = frozenset(getattr(param, "shard_ids", (None,)))
+                self.shards[full] = set(self.all_shards[full])
                 self.module_of[full] = module
                 self.names_left.setdefault(module, set()).add(full)
+
+    def failed(self, name: str, shard_id: ShardId) -> None:
+        """The shard came, but does not fit: it is not missing, and the parameter stays unfilled."""
+        if shard_id is None:
+            self.shards[name].clear()
+        else:
+            self.shards[name].discard(shard_id)
 
     def arrived(self, name: str, shard_id: ShardId) -> None:
         left = self.shards[name]
@@ -69,11 +79,64 @@ class _Outstanding:
                 self.params.pop(loaded, None)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CheckpointNames:
+    """How a checkpoint's names become those of parameters here, and back for messages."""
+
+    fused: Mapping[str, tuple[str, ShardId]] = field(default_factory=dict)
+    """Part of a name -> (part of the parameter's name, shard)."""
+    experts: Mapping[str, tuple[str, str]] = field(default_factory=dict)
+    """A projection of one expert, ``<experts>.<number>.<projection>.weight`` -> (prefix of the
+    parameter in ``<experts>``, shard's name)."""
+    renamed: Mapping[str, str] = field(default_factory=dict)
+    """Part of a name -> what it is called here."""
+
+    def find(self, name: str, known: set[str]) -> tuple[str | None, ShardId]:
+        """The parameter that ``name`` fills, and which shard of it; (None, None) for none."""
+        if name in known:
+            return name, None
+        parts = [self.renamed.get(part, part) for part in name.split(".")]
+        name = ".".join(parts)
+        if name in known:
+            return name, None
+        for index, part in enumerate(parts):
+            if part in self.fused:
+                target, shard_id = self.fused[part]
+                full = ".".join((*parts[:index], target, *parts[index + 1 :]))
+                if full in known:
+                    return full, shard_id
+        if len(parts) > 3 and parts[-3].isdecimal() and parts[-2] in self.experts:
+            prefix, shard = self.experts[parts[-2]]
+            full = ".".join((*parts[:-3], f"{prefix}_{parts[-1]}"))
+            if full in known:
+                return full, (int(parts[-3]), shard)
+        return None, None
+
+    def in_checkpoint(self, name: str, shard_id: ShardId) -> str:
+        """What a checkpoint calls a shard of the parameter ``name``."""
+        parts = name.split(".")
+        if isinstance(shard_id, tuple):
+            expert, shard = shard_id
+            prefix, _, kind = parts[-1].rpartition("_")
+            for projection, target in self.experts.items():
+                if target == (prefix, shard):
+                    parts = [*parts[:-1], str(expert), projection, kind]
+                    break
+            else:
+                shard_id = None
+        part_of = {target: part for part, target in self.fused.items()}
+        called = {here: there for there, here in self.renamed.items()}
+        parts = [part_of.get((part, shard_id), part) for part in parts]
+        return ".".join(called.get(part, part) for part in parts)
+
+
 def load_checkpoint(
     model: nn.Module,
     weights: Iterable[tuple[str, torch.Tensor]],
     *,
-    fused: Mapping[str, tuple[str, ShardId]],
+    fused: Mapping[str, tuple[str, ShardId]] | None = None,
+    experts: Mapping[str, tuple[str, str]] | None = None,
+    renamed: Mapping[str, str] | None = None,
     ignored: Iterable[str] = (),
 ) -> set[str]:
     """Fill every parameter of ``model``.
@@ -82,6 +145,8 @@ def load_checkpoint(
         weights: checkpoint names and tensors, in any order.
         fused: part of a checkpoint name -> (part of the parameter's name, shard), for instance
             ``{"q_proj": ("qkv_proj", "q")}``. A name that is a parameter already wins.
+        experts: for instance ``{"gate_proj": ("w13", "gate")}``; see ``CheckpointNames``.
+        renamed: part of a checkpoint name -> its name here, ``{"block_sparse_moe": "mlp"}``.
         ignored: names in the checkpoint that this model does without.
 
     Returns:
@@ -91,6 +156,7 @@ def load_checkpoint(
         ConfigError: one line that lists the weights that are missing, unexpected or of a wrong
             shape.
     """
+    names = CheckpointNames(fused=fused or {}, experts=experts or {}, renamed=renamed or {})
     outstanding = _Outstanding(model)
     known = set(outstanding.params)
     skip = set(ignored)
@@ -98,7 +164,7 @@ def load_checkpoint(
     misshaped: list[str] = []
     touched: set[str] = set()
     for name, tensor in weights:
-        target, shard_id = _find(name, known, fused)
+        target, shard_id = names.find(name, known)
         if target is None:
             if name not in skip and not name.endswith(_DERIVED_BUFFERS):
                 unexpected.append(name)
@@ -108,47 +174,28 @@ def load_checkpoint(
         if param is None:
             unexpected.append(f"{name} (a second time)")
             continue
+        if shard_id is not None and shard_id not in outstanding.all_shards[target]:
+            unexpected.append(name)
+            continue
         try:
             param.weight_loader(param, tensor, shard_id)  # type: ignore[attr-defined]
         except WeightShapeError as error:
             misshaped.append(f"{name} {error}")
-            outstanding.shards[target].discard(shard_id)
+            outstanding.failed(target, shard_id)
             continue
         outstanding.arrived(target, shard_id)
-    missing = _missing_names(outstanding.shards, fused)
+    missing = {
+        names.in_checkpoint(name, shard_id): None
+        for name, left in outstanding.shards.items()
+        for shard_id in sorted(left, key=_shard_order)
+    }
     if missing or unexpected or misshaped:
-        raise ConfigError(_problems(missing, unexpected, misshaped), parameter="model")
+        raise ConfigError(_problems(list(missing), unexpected, misshaped), parameter="model")
     return touched
 
 
-def _find(
-    name: str, known: set[str], fused: Mapping[str, tuple[str, ShardId]]
-) -> tuple[str | None, ShardId]:
-    if name in known:
-        return name, None
-    parts = name.split(".")
-    for index, part in enumerate(parts):
-        if part in fused:
-            target, shard_id = fused[part]
-            full = ".".join((*parts[:index], target, *parts[index + 1 :]))
-            if full in known:
-                return full, shard_id
-    return None, None
-
-
-def _missing_names(
-    shards: Mapping[str, set[ShardId]], fused: Mapping[str, tuple[str, ShardId]]
-) -> list[str]:
-    """Missing shards by the names that a checkpoint would give them."""
-    part_of = {target: part for part, target in fused.items()}
-    missing = []
-    for name, left in shards.items():
-        for shard_id in sorted(left, key=str):
-            parts = name.split(".")
-            if shard_id is not None:
-                parts = [part_of.get((part, shard_id), part) for part in parts]
-            missing.append(".".join(parts))
-    return missing
+def _shard_order(shard_id: ShardId) -> tuple[int, str]:
+    return shard_id if isinstance(shard_id, tuple) else (0, str(shard_id))
 
 
 def _problems(missing: list[str], unexpected: list[str], misshaped: list[str]) -> str:
