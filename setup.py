@@ -96,6 +96,7 @@ class BuildKernels(build_ext):
 
 
 setup(
+    options={"bdist_wheel": {"py_limited_api": "cp311"}},
     ext_modules=[Extension("vllm._C", sources=[], py_limited_api=True)],
     cmdclass={"build_ext": BuildKernels},
 )
