@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from vllm.errors import ConfigError
+from vllm.transformers_utils.model_types import DEFAULTS, FINISHERS
 
 __all__ = ["HFConfig", "derive_max_model_len", "fill_in_config"]
 
@@ -75,6 +76,7 @@ MODEL_TYPE_DEFAULTS: dict[str, dict[str, Any]] = {
     "mistral": _MISTRAL,
     "qwen2": _QWEN2,
     "qwen3": _QWEN3,
+    **DEFAULTS,
 }
 """Defaults of the transformers configuration class of each model type."""
 
@@ -149,6 +151,8 @@ def _fill_in(values: dict[str, Any]) -> dict[str, Any]:
     _check_shape(values)
     if model_type in ("qwen2", "qwen3"):
         _set_qwen_windows(values)
+    if model_type in FINISHERS:
+        FINISHERS[model_type](values)
     if "rope_theta" in values or values.get("rope_parameters"):
         _set_rope_parameters(values)
     dtype = values.get("dtype") or values.get("torch_dtype")
@@ -195,7 +199,13 @@ def _set_qwen_windows(values: dict[str, Any]) -> None:
 
 
 def _set_rope_parameters(values: dict[str, Any]) -> None:
-    """Bring ``rope_theta`` + ``rope_scaling`` (4.x) and ``rope_parameters`` (5.x) to the latter."""
+    """Bring ``rope_theta`` + ``rope_scaling`` (4.x) and ``rope_parameters`` (5.x) to the latter.
+
+    A model whose kinds of layers have a RoPE each has them by kind in ``rope_parameters``.
+    """
+    if isinstance((values.get("rope_parameters") or {}).get("full_attention"), dict):
+        values["rope_scaling"] = None
+        return
     rope = dict(values.get("rope_parameters") or values.get("rope_scaling") or {})
     rope["rope_type"] = rope.pop("type", None) or rope.get("rope_type") or "default"
     if rope.get("rope_theta") is None:

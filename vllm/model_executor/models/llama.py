@@ -6,7 +6,7 @@ engine, the scheduler or how a cache is laid out.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import Any, ClassVar
 
@@ -24,7 +24,7 @@ from vllm.model_executor.layers.linear import (
     RowParallelLinear,
 )
 from vllm.model_executor.layers.logits_processor import LogitsProcessor
-from vllm.model_executor.layers.rotary_embedding import get_rope
+from vllm.model_executor.layers.rotary_embedding import RotaryEmbedding, get_rope
 from vllm.model_executor.layers.vocab_parallel_embedding import (
     ParallelLMHead,
     VocabParallelEmbedding,
@@ -66,21 +66,37 @@ class HotModule(nn.Module):
 
 
 class LlamaMLP(HotModule):
-    """``down(silu(gate(x)) * up(x))``."""
+    """``down(silu(gate(x)) * up(x))``.
 
-    def __init__(self, config: Any, prefix: str) -> None:
+    Args:
+        intermediate_size: inner size; the configuration's if None.
+        reduce_results: sum over the tensor-parallel ranks; else the caller does.
+    """
+
+    def __init__(
+        self,
+        config: Any,
+        prefix: str,
+        intermediate_size: int | None = None,
+        reduce_results: bool = True,
+    ) -> None:
         super().__init__()
         if config.hidden_act != "silu":
             raise UnsupportedError(
                 f"config.json: hidden_act {config.hidden_act!r} is not supported; 'silu' is"
             )
         bias = getattr(config, "mlp_bias", False)
-        hidden, inner = config.hidden_size, config.intermediate_size
+        hidden, inner = config.hidden_size, intermediate_size or config.intermediate_size
         self.gate_up_proj = MergedColumnParallelLinear(
             hidden, [inner, inner], bias=bias, prefix=f"{prefix}.gate_up_proj"
         )
         self.down_proj = RowParallelLinear(
-            inner, hidden, bias=bias, prefix=f"{prefix}.down_proj", return_bias=False
+            inner,
+            hidden,
+            bias=bias,
+            reduce_results=reduce_results,
+            prefix=f"{prefix}.down_proj",
+            return_bias=False,
         )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -88,7 +104,10 @@ class LlamaMLP(HotModule):
 
 
 class LlamaAttention(HotModule):
-    """Self-attention of one layer; what subclasses change is said by three methods."""
+    """Self-attention of one layer; what subclasses change is said by the methods after the first.
+
+    Those that make modules are called from the constructor, when the projections are there.
+    """
 
     def __init__(self, vllm_config: VllmConfig, config: Any, layer_index: int, prefix: str) -> None:
         super().__init__()
@@ -116,24 +135,51 @@ class LlamaAttention(HotModule):
             prefix=f"{prefix}.o_proj",
             return_bias=False,
         )
-        model_config = vllm_config.model_config
-        self.rotary_emb = get_rope(
+        self.rotary_emb = self.make_rotary_emb(vllm_config, config, layer_index)
+        self.attn = self.make_attention(vllm_config, config, layer_index, prefix=f"{prefix}.attn")
+
+    def make_rotary_emb(
+        self, vllm_config: VllmConfig, config: Any, layer_index: int
+    ) -> RotaryEmbedding:
+        return get_rope(
             self.head_dim,
-            max_position=model_config.max_model_len,
-            rope_parameters=config.rope_parameters,
+            max_position=vllm_config.model_config.max_model_len,
+            rope_parameters=self.rope_parameters(config, layer_index),
             trained_max_position=config.max_position_embeddings,
         )
+
+    def make_attention(
+        self,
+        vllm_config: VllmConfig,
+        config: Any,
+        layer_index: int,
+        prefix: str,
+        attention_cls: type[Attention] = Attention,
+        **options: Any,
+    ) -> Attention:
+        """``options`` go to the attention layer as they are."""
         window = self.sliding_window(config, layer_index)
-        self.attn = Attention(
+        if vllm_config.model_config.disable_sliding_window:
+            window = None
+        return attention_cls(
             self.num_heads,
             self.head_dim,
-            self.head_dim**-0.5,
+            self.scale(config),
             num_kv_heads=self.num_kv_heads,
             # The window is each layer's own: a default for all would reach the full ones.
             cache_config=replace(vllm_config.cache_config, sliding_window=None),
-            per_layer_sliding_window=None if model_config.disable_sliding_window else window,
-            prefix=f"{prefix}.attn",
+            per_layer_sliding_window=window,
+            prefix=prefix,
+            **options,
         )
+
+    def scale(self, config: Any) -> float:
+        """Factor of the scores."""
+        return self.head_dim**-0.5
+
+    @staticmethod
+    def rope_parameters(config: Any, layer_index: int) -> Mapping[str, Any]:
+        return config.rope_parameters
 
     @staticmethod
     def has_qkv_bias(config: Any) -> bool:
@@ -171,10 +217,13 @@ class LlamaDecoderLayer(HotModule):
             vllm_config, config, layer_index, prefix=f"{prefix}.self_attn"
         )
         self.post_attention_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.mlp = LlamaMLP(config, prefix=f"{prefix}.mlp")
+        self.mlp = self.make_mlp(config, layer_index, prefix=f"{prefix}.mlp")
         # Made in the first step, when the weights are there, and again after a change of modules.
         self.fused: FusedDecoderLayer | None = None
         self.fused_at = -1
+
+    def make_mlp(self, config: Any, layer_index: int, prefix: str) -> nn.Module:
+        return LlamaMLP(config, prefix)
 
     def fuse(self) -> FusedDecoderLayer | None:
         """This layer as one kernel; None where there is none that does what its modules do."""
@@ -220,6 +269,8 @@ class LlamaDecoderLayer(HotModule):
 class LlamaModel(HotModule):
     """Embedding, decoder layers and the last norm."""
 
+    norm_cls: type[RMSNorm] = RMSNorm
+
     def __init__(
         self,
         *,
@@ -236,7 +287,11 @@ class LlamaModel(HotModule):
             layer_cls(vllm_config, config, index, prefix=maybe_prefix(prefix, f"layers.{index}"))
             for index in range(config.num_hidden_layers)
         )
-        self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.norm = self.norm_cls(config.hidden_size, eps=config.rms_norm_eps)
+
+    def embed_input_ids(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """Ids (T,) -> what the first layer takes, (T, hidden)."""
+        return self.embed_tokens(input_ids)
 
     def forward(
         self,
@@ -246,7 +301,7 @@ class LlamaModel(HotModule):
     ) -> torch.Tensor:
         if inputs_embeds is None:
             assert input_ids is not None, "a step has token ids or embeddings"
-            hidden_states = self.embed_tokens(input_ids)
+            hidden_states = self.embed_input_ids(input_ids)
         else:
             hidden_states = inputs_embeds.clone()  # the residual stream is added to in place
         residual = None
@@ -259,6 +314,7 @@ class LlamaModel(HotModule):
 class LlamaForCausalLM(HotModule):
     """A ``LlamaModel`` with its output head."""
 
+    model_cls: type[LlamaModel] = LlamaModel
     layer_cls: type[LlamaDecoderLayer] = LlamaDecoderLayer
     packed_modules_mapping = {
         "qkv_proj": ["q_proj", "k_proj", "v_proj"],
@@ -272,6 +328,10 @@ class LlamaForCausalLM(HotModule):
         "up_proj": ("gate_up_proj", 1),
     }
     """Projections of a checkpoint -> the fused parameter here, and which part of it."""
+    expert_names: dict[str, tuple[str, str]] = {}
+    """Projections of one expert; see ``CheckpointNames.experts``."""
+    renamed_parts: dict[str, str] = {}
+    """Parts of a checkpoint's names -> what they are called here."""
 
     lm_head: VocabParallelEmbedding
 
@@ -279,7 +339,7 @@ class LlamaForCausalLM(HotModule):
         super().__init__()
         config = vllm_config.model_config.hf_text_config
         self.config = config
-        self.model = LlamaModel(
+        self.model = self.model_cls(
             vllm_config=vllm_config,
             prefix=maybe_prefix(prefix, "model"),
             layer_cls=self.layer_cls,
@@ -290,11 +350,13 @@ class LlamaForCausalLM(HotModule):
             self.lm_head = ParallelLMHead(
                 config.vocab_size, config.hidden_size, prefix=maybe_prefix(prefix, "lm_head")
             )
-        self.logits_processor = LogitsProcessor(config.vocab_size)
+        self.logits_processor = LogitsProcessor(
+            config.vocab_size, soft_cap=getattr(config, "final_logit_softcapping", None)
+        )
 
     def embed_input_ids(self, input_ids: torch.Tensor) -> torch.Tensor:
         """Ids (T,) -> embeddings (T, hidden)."""
-        return self.model.embed_tokens(input_ids)
+        return self.model.embed_input_ids(input_ids)
 
     def forward(
         self,
@@ -311,7 +373,14 @@ class LlamaForCausalLM(HotModule):
         """Take a checkpoint with Hugging Face's names; see ``load_checkpoint``."""
         # A tied checkpoint may carry the head a second time.
         ignored = ("lm_head.weight",) if self.config.tie_word_embeddings else ()
-        return load_checkpoint(self, weights, fused=self.checkpoint_names, ignored=ignored)
+        return load_checkpoint(
+            self,
+            weights,
+            fused=self.checkpoint_names,
+            experts=self.expert_names,
+            renamed=self.renamed_parts,
+            ignored=ignored,
+        )
 
 
 class MistralForCausalLM(LlamaForCausalLM):

@@ -1,0 +1,294 @@
+"""What the configurations of model types leave out, and what their fields imply.
+
+For each model type beyond the Llama family: the defaults of its transformers configuration class,
+and a function that completes its values. ``hf_config`` applies both. No torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from vllm.errors import ConfigError, UnsupportedError
+
+__all__ = ["DEFAULTS", "FINISHERS"]
+
+Values = dict[str, Any]
+
+_COMMON: Values = {
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "bos_token_id": None,
+    "eos_token_id": None,
+    "head_dim": None,
+    "hidden_act": "silu",
+    "initializer_range": 0.02,
+    "layer_types": None,
+    "num_key_value_heads": None,
+    "pad_token_id": None,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 10000.0,
+    "sliding_window": None,
+    "tie_word_embeddings": False,
+    "use_cache": True,
+}
+_GEMMA2: Values = {
+    **_COMMON,
+    "attn_logit_softcapping": 50.0,
+    "bos_token_id": 2,
+    "eos_token_id": 1,
+    "final_logit_softcapping": 30.0,
+    "head_dim": 256,
+    "hidden_activation": "gelu_pytorch_tanh",
+    "hidden_size": 2304,
+    "intermediate_size": 9216,
+    "max_position_embeddings": 8192,
+    "num_attention_heads": 8,
+    "num_hidden_layers": 26,
+    "num_key_value_heads": 4,
+    "pad_token_id": 0,
+    "query_pre_attn_scalar": 256,
+    "sliding_window": 4096,
+    "tie_word_embeddings": True,
+    "use_bidirectional_attention": None,
+    "vocab_size": 256000,
+}
+_GEMMA3: Values = {
+    **_GEMMA2,
+    "attn_logit_softcapping": None,
+    "final_logit_softcapping": None,
+    "max_position_embeddings": 131072,
+    "rope_local_base_freq": 10000.0,
+    "rope_theta": 1000000.0,
+    "sliding_window_pattern": 6,
+    "use_bidirectional_attention": False,
+    "vocab_size": 262208,
+}
+_MIXTRAL: Values = {
+    **_COMMON,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "max_position_embeddings": 131072,
+    "num_attention_heads": 32,
+    "num_experts_per_tok": 2,
+    "num_hidden_layers": 32,
+    "num_key_value_heads": 8,
+    "num_local_experts": 8,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 1000000.0,
+    "vocab_size": 32000,
+}
+_QWEN_MOE: Values = {
+    **_COMMON,
+    "decoder_sparse_step": 1,
+    "hidden_size": 2048,
+    "max_position_embeddings": 32768,
+    "mlp_only_layers": None,
+    "norm_topk_prob": False,
+    "num_hidden_layers": 24,
+    "sliding_window": 4096,
+    "use_sliding_window": False,
+    "vocab_size": 151936,
+}
+_QWEN2_MOE: Values = {
+    **_QWEN_MOE,
+    "intermediate_size": 5632,
+    "max_window_layers": 28,
+    "moe_intermediate_size": 1408,
+    "num_attention_heads": 16,
+    "num_experts": 60,
+    "num_experts_per_tok": 4,
+    "num_key_value_heads": 16,
+    "qkv_bias": True,
+    "shared_expert_intermediate_size": 5632,
+}
+_QWEN3_MOE: Values = {
+    **_QWEN_MOE,
+    "intermediate_size": 6144,
+    "moe_intermediate_size": 768,
+    "num_attention_heads": 32,
+    "num_experts": 128,
+    "num_experts_per_tok": 8,
+    "num_key_value_heads": 4,
+}
+_GPT_OSS: Values = {
+    **_COMMON,
+    "attention_bias": True,
+    "head_dim": 64,
+    "hidden_size": 2880,
+    "intermediate_size": 2880,
+    "max_position_embeddings": 131072,
+    "num_attention_heads": 64,
+    "num_experts_per_tok": 4,
+    "num_hidden_layers": 36,
+    "num_key_value_heads": 8,
+    "num_local_experts": 128,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 150000.0,
+    "sliding_window": 128,
+    "swiglu_alpha": 1.702,
+    "swiglu_limit": 7.0,
+    "vocab_size": 201088,
+}
+_LLAMA4: Values = {
+    **_COMMON,
+    "attention_chunk_size": 8192,
+    "attn_scale": 0.1,
+    "attn_temperature_tuning": True,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "floor_scale": 8192,
+    "head_dim": 128,
+    "hidden_size": 5120,
+    "interleave_moe_layer_step": 1,
+    "intermediate_size": 8192,
+    "intermediate_size_mlp": 16384,
+    "max_position_embeddings": 131072,
+    "moe_layers": None,
+    "no_rope_layer_interval": 4,
+    "no_rope_layers": None,
+    "num_attention_heads": 40,
+    "num_experts_per_tok": 1,
+    "num_hidden_layers": 48,
+    "num_key_value_heads": 8,
+    "num_local_experts": 16,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 500000.0,
+    "use_qk_norm": True,
+    "vocab_size": 202048,
+}
+DEFAULTS: dict[str, Values] = {
+    "gemma2": _GEMMA2,
+    "gemma3_text": _GEMMA3,
+    "mixtral": _MIXTRAL,
+    "qwen2_moe": _QWEN2_MOE,
+    "qwen3_moe": _QWEN3_MOE,
+    "gpt_oss": _GPT_OSS,
+    "llama4_text": _LLAMA4,
+}
+"""Defaults of the transformers configuration class of each model type."""
+
+_GPT_OSS_ROPE: Values = {
+    "rope_type": "yarn",
+    "factor": 32.0,
+    "beta_fast": 32.0,
+    "beta_slow": 1.0,
+    "truncate": False,
+    "original_max_position_embeddings": 4096,
+}
+
+
+def _set_layer_types(values: Values, is_sliding: Callable[[int], bool]) -> None:
+    """Kinds of attention layers by their number, where the configuration does not list them."""
+    count = values["num_hidden_layers"]
+    if values["layer_types"] is None:
+        values["layer_types"] = [
+            "sliding_attention" if is_sliding(layer) else "full_attention" for layer in range(count)
+        ]
+    if len(values["layer_types"]) < count:
+        raise ConfigError(
+            f"config.json: layer_types names {len(values['layer_types'])} layers, but "
+            f"num_hidden_layers is {count}"
+        )
+
+
+def _refuse_bidirectional(values: Values) -> None:
+    if values["use_bidirectional_attention"]:
+        raise UnsupportedError(
+            "config.json: use_bidirectional_attention makes an encoder of this model; this engine "
+            "serves decoders",
+            parameter="model",
+        )
+
+
+def _finish_gemma2(values: Values) -> None:
+    _refuse_bidirectional(values)
+    _set_layer_types(values, lambda layer: layer % 2 == 0)
+
+
+def _finish_gemma3(values: Values) -> None:
+    """Every sixth layer is full and has a RoPE of its own; older files name the two bases."""
+    _refuse_bidirectional(values)
+    # A model that was saved by transformers 5 names the pattern with an underscore.
+    pattern = values.get("_sliding_window_pattern") or values["sliding_window_pattern"]
+    _set_layer_types(values, lambda layer: (layer + 1) % pattern != 0)
+    given = dict(values.get("rope_parameters") or {})
+    if "full_attention" not in given and "sliding_attention" not in given:
+        scaling = given or dict(values.get("rope_scaling") or {})
+        given = {"full_attention": scaling}
+    full = dict(given.get("full_attention") or {})
+    sliding = dict(given.get("sliding_attention") or {})
+    full.setdefault("rope_theta", values["rope_theta"])
+    sliding.setdefault("rope_theta", values["rope_local_base_freq"])
+    for rope in (full, sliding):
+        rope["rope_type"] = rope.pop("type", None) or rope.get("rope_type") or "default"
+    values["rope_parameters"] = {"full_attention": full, "sliding_attention": sliding}
+
+
+def _set_experts(values: Values) -> None:
+    """One name for the number of experts, which files call by two."""
+    local = values.get("num_local_experts")
+    if local is not None:
+        values["num_experts"] = local
+    values["num_local_experts"] = values["num_experts"]
+
+
+def _finish_qwen2_moe(values: Values) -> None:
+    _set_experts(values)
+    values["mlp_only_layers"] = values["mlp_only_layers"] or []
+    sliding = values["use_sliding_window"]
+    if not sliding:
+        values["sliding_window"] = None
+    last = values["max_window_layers"]
+    _set_layer_types(values, lambda layer: sliding and layer % 2 == 0 and layer < last)
+
+
+def _finish_qwen3_moe(values: Values) -> None:
+    _set_experts(values)
+    values["mlp_only_layers"] = values["mlp_only_layers"] or []
+    if not values["use_sliding_window"]:
+        values["sliding_window"] = None
+    values["layer_types"] = None
+
+
+def _finish_gpt_oss(values: Values) -> None:
+    _set_experts(values)
+    _set_layer_types(values, lambda layer: layer % 2 == 0)
+    if not values.get("rope_parameters") and not values.get("rope_scaling"):
+        values["rope_parameters"] = dict(_GPT_OSS_ROPE)
+
+
+def _finish_llama4(values: Values) -> None:
+    """``no_rope_layers`` says 1 for a layer with RoPE: it attends within its chunk."""
+    _set_experts(values)
+    count = values["num_hidden_layers"]
+    if not values["no_rope_layers"]:
+        interval = values["no_rope_layer_interval"]
+        values["no_rope_layers"] = [int((layer + 1) % interval != 0) for layer in range(count)]
+    if values["moe_layers"] is None:
+        step = values["interleave_moe_layer_step"]
+        values["moe_layers"] = list(range(step - 1, count, step))
+    if values["layer_types"] is None:
+        values["layer_types"] = [
+            "chunked_attention" if rope else "full_attention" for rope in values["no_rope_layers"]
+        ]
+    for name in ("no_rope_layers", "layer_types"):
+        if len(values[name]) < count:
+            raise ConfigError(
+                f"config.json: {name} names {len(values[name])} layers, but num_hidden_layers is "
+                f"{count}"
+            )
+
+
+FINISHERS: dict[str, Callable[[Values], None]] = {
+    "gemma2": _finish_gemma2,
+    "gemma3_text": _finish_gemma3,
+    "mixtral": _set_experts,
+    "qwen2_moe": _finish_qwen2_moe,
+    "qwen3_moe": _finish_qwen3_moe,
+    "gpt_oss": _finish_gpt_oss,
+    "llama4_text": _finish_llama4,
+}
+"""Complete a configuration of this model type, in place, before its rotary settings are."""
