@@ -22,6 +22,7 @@ from triton.testing import do_bench
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from vllm.v1.attention.ops.triton_decode import plan_decodes
 from vllm.v1.attention.ops.triton_paged_attention import paged_attention
 
 Q_HEADS, KV_HEADS, D, LAYERS = 32, 8, 128, 32
@@ -75,7 +76,7 @@ def batch(lengths: list[int], page: int, order: str, prefill: bool) -> dict:
         "query_start_loc": starts.cuda(),
         "seq_lens": torch.tensor(lengths, dtype=torch.int32, device="cuda"),
         "block_table": table, "max_query_len": max(query_lens), "max_seq_len": max(lengths),
-        "total_seq_len": sum(lengths), "scale": D**-0.5, "has_decodes": not prefill,
+        "scale": D**-0.5, "has_decodes": not prefill,
     }  # fmt: skip
 
 
@@ -101,6 +102,10 @@ def plain_read_gb_s(size: int) -> float:
 
 def decode_row(name: str, lengths: list[int], page: int, order: str) -> dict:
     inputs = batch(lengths, page, order, prefill=False)
+    # One plan serves all layers of a step.
+    inputs["plan"] = plan_decodes(
+        inputs["seq_lens"], inputs["query_start_loc"], KV_HEADS, inputs["max_seq_len"]
+    )
     ms = replay_ms(lambda: paged_attention(**inputs))
     size = sum(lengths) * KV_HEADS * 2 * D * 2
     row = {"case": f"decode {name}", "page": page, "order": order, "us": round(ms * 1e3, 1)}

@@ -11,12 +11,9 @@ import triton
 
 from vllm import _torch_ops
 from vllm.v1.attention.backends.triton_attn import TritonAttentionBackend
+from vllm.v1.attention.ops.triton_decode import make_plan_buffers, max_items, plan_decodes
 from vllm.v1.attention.ops.triton_kv_store import rotate_and_store
-from vllm.v1.attention.ops.triton_paged_attention import (
-    choose_chunk,
-    default_config,
-    paged_attention,
-)
+from vllm.v1.attention.ops.triton_paged_attention import default_config, paged_attention
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 3e-3, torch.bfloat16: 2e-2}
@@ -86,7 +83,7 @@ def relative_error(case: Case, seed: int) -> float:
         query, cache, out,
         query_start_loc=starts.to(DEVICE), seq_lens=seq_lens.to(DEVICE),
         block_table=table.to(DEVICE), max_query_len=int(query_lens.max()),
-        max_seq_len=int(seq_lens.max()), total_seq_len=int(seq_lens.sum()), scale=scale,
+        max_seq_len=int(seq_lens.max()), scale=scale,
         has_decodes=bool((query_lens == 1).any()), window=case.window, soft_cap=case.soft_cap,
         alibi_slopes=None if slopes is None else slopes.to(DEVICE),
         sinks=None if sinks is None else sinks.to(DEVICE), causal=case.causal,
@@ -162,11 +159,38 @@ def test_rotating_and_storing_equals_the_plain_operators(
     torch.testing.assert_close(ours, theirs, equal_nan=True)
 
 
-def test_splits_are_short_enough_to_fill_the_device_and_even_out_one_long_request() -> None:
-    assert choose_chunk(32768 * 8, 32768 * 8, 1, 264) == 1024
-    assert choose_chunk(64 * 4096 * 8, 4096 * 8, 64, 264) == 4096
-    assert choose_chunk((31 * 4096 + 131072) * 8, 131072 * 8, 32, 264) == 2048
-    assert choose_chunk(1, 1, 1, 264) == 256
+@pytest.mark.parametrize("window", [0, 300])
+def test_a_plan_covers_each_token_of_each_decode_once(window: int) -> None:
+    seed = random.randrange(1 << 30)
+    print("seed", seed)
+    rng = random.Random(seed)
+    lengths = [rng.choice([0, 1, 63, 64, 900, rng.randrange(1, 5000)]) for _ in range(9)]
+    query_lens = [rng.choice([1, 1, 1, 5]) for _ in lengths]
+    starts = torch.tensor([0, *query_lens], dtype=torch.int32).cumsum(0).to(torch.int32)
+    buffers = make_plan_buffers(16, 2, 5000, torch.device(DEVICE))
+    plan = plan_decodes(
+        torch.tensor(lengths, dtype=torch.int32, device=DEVICE),
+        starts.to(DEVICE), 2, 5000, window, buffers,
+    )  # fmt: skip
+    items = plan.items[: int(plan.count)].tolist()
+    assert len(items) <= plan.num_items <= buffers.num_items
+    for request, (length, query_len) in enumerate(zip(lengths, query_lens, strict=True)):
+        mine = [item for item in items if item[0] == request]
+        if query_len != 1 or not length:
+            assert not mine
+            continue
+        first = max(length - window, 0) if window else 0
+        assert mine[0][1] == first // 64 * 64
+        assert [item[1] for item in mine[1:]] == [item[2] for item in mine[:-1]]
+        assert mine[-1][2] == length
+        assert [item[3] for item in mine] == list(range(len(mine)))
+        assert {tuple(item[4:7]) for item in mine} == {(len(mine), int(starts[request]), length)}
+
+
+def test_a_launch_depends_on_the_number_of_requests_and_holds_every_plan() -> None:
+    assert max_items(1, 8, 131072, 132) == 133
+    assert max_items(256, 8, 4096, 132) == 388
+    assert max_items(4, 8, 200, 132) == 8
 
 
 @pytest.mark.parametrize("page", [16, 32, 48, 64, 128])

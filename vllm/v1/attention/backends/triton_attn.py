@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
+import numpy as np
 import torch
 import triton
 
@@ -20,22 +21,46 @@ from vllm.v1.attention.backend import (
     MultipleOf,
 )
 from vllm.v1.attention.backends.torch_ref import PagedAttentionImpl, PagedAttentionMetadata
+from vllm.v1.attention.ops.triton_decode import DecodePlan, make_plan_buffers, plan_decodes
 from vllm.v1.attention.ops.triton_kv_store import rotate_and_store
 from vllm.v1.attention.ops.triton_paged_attention import paged_attention
 from vllm.v1.kv_cache_interface import KVCacheSpec
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
 
 __all__ = ["TritonAttentionBackend", "TritonAttentionImpl", "TritonAttentionMetadata"]
 
 
 @dataclass(slots=True)
 class TritonAttentionMetadata(PagedAttentionMetadata):
-    """What the launch needs besides, known on the host without asking the device."""
+    """``plan`` is None where no request has exactly one query token."""
 
-    total_seq_len: int
-    has_decodes: bool
+    plan: DecodePlan | None
 
 
 class TritonAttentionMetadataBuilder(AttentionMetadataBuilder[TritonAttentionMetadata]):
+    """Plans the decodes of a step, into buffers that stay where they are.
+
+    What a launch for a batch of decodes looks like depends on the number of requests alone, so a
+    CUDA graph captured with one step's metadata runs with any later one of as many requests.
+    """
+
+    def __init__(
+        self,
+        kv_cache_spec: KVCacheSpec,
+        layer_names: list[str],
+        vllm_config: VllmConfig,
+        device: torch.device,
+    ) -> None:
+        super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+        self._window = getattr(kv_cache_spec, "sliding_window", None) or 0
+        self._max_seq_len = vllm_config.model_config.max_model_len
+        self._kv_heads = kv_cache_spec.num_kv_heads
+        self._buffers = make_plan_buffers(
+            vllm_config.scheduler_config.max_num_seqs, self._kv_heads, self._max_seq_len, device
+        )
+
     def build(
         self,
         common_prefix_len: int,
@@ -43,7 +68,17 @@ class TritonAttentionMetadataBuilder(AttentionMetadataBuilder[TritonAttentionMet
         fast_build: bool = False,
     ) -> TritonAttentionMetadata:
         common = common_attn_metadata
-        query_lens = common.query_start_loc_cpu[1:] - common.query_start_loc_cpu[:-1]
+        plan = None
+        starts = common.query_start_loc_cpu.numpy()
+        if common.max_query_len == 1 or (np.diff(starts) == 1).any():
+            plan = plan_decodes(
+                common.seq_lens,
+                common.query_start_loc,
+                self._kv_heads,
+                self._max_seq_len,
+                self._window,
+                self._buffers,
+            )
         return TritonAttentionMetadata(
             num_actual_tokens=common.num_actual_tokens,
             max_query_len=common.max_query_len,
@@ -53,8 +88,7 @@ class TritonAttentionMetadataBuilder(AttentionMetadataBuilder[TritonAttentionMet
             block_table=common.block_table_tensor,
             slot_mapping=common.slot_mapping,
             causal=common.causal,
-            total_seq_len=int(common.seq_lens_cpu.sum()),
-            has_decodes=bool((query_lens == 1).any()),
+            plan=plan,
         )
 
 
@@ -80,8 +114,8 @@ class TritonAttentionImpl(PagedAttentionImpl):
             block_table=attn_metadata.block_table,
             max_query_len=attn_metadata.max_query_len,
             max_seq_len=attn_metadata.max_seq_len,
-            total_seq_len=attn_metadata.total_seq_len,
-            has_decodes=attn_metadata.has_decodes,
+            has_decodes=attn_metadata.plan is not None,
+            plan=attn_metadata.plan,
             scale=self.scale,
             window=self.sliding_window,
             soft_cap=self.logits_soft_cap,

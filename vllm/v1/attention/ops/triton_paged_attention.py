@@ -1,17 +1,17 @@
-"""Attention over the packed, paged cache in Triton: split-KV decode and tiled prefill.
+"""Attention over the packed, paged cache in Triton: tiled prefill, and the two kinds together.
 
 The cache is a view of logical shape ``(B, H, N, 2 * D)`` with any strides over B, H and N and a
 dense last dimension: K in ``[..., :D]``, V in ``[..., D:]``. Every address is a stride times an
 index; nothing is derived from a product of shape entries, so padded pages, packed blocks and
 block-outermost pools cost nothing extra.
 
-Both kernels put the query heads that share one KV head into the rows of one tile, so that a
-page is read once for all of them. Scores are kept in base 2 (the scale carries log2 e).
+The query heads that share one KV head are in the rows of one tile, so that a page is read once
+for all of them. Scores are kept in base 2 (the scale carries log2 e). Requests with one query
+token are ``triton_decode``'s.
 """
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
 
 import torch
@@ -19,167 +19,12 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-
-@triton.jit
-def _score(
-    q, k, positions_q, tokens, slopes, scale, soft_cap,
-    HAS_SOFT_CAP: tl.constexpr, HAS_ALIBI: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """Scores of a tile in base 2, soft cap and ALiBi applied, before masking."""
-    s = tl.dot(q, k, input_precision=PRECISION)
-    if HAS_SOFT_CAP:
-        # tanh(x) = 2 / (1 + exp(-2x)) - 1
-        x = s * (scale / soft_cap)
-        s = soft_cap * (2.0 / (1.0 + tl.exp2(-2.8853900817779268 * x)) - 1.0)
-        s = s * 1.4426950408889634
-    else:
-        s = s * (scale * 1.4426950408889634)
-    if HAS_ALIBI:
-        distance = (tokens[None, :] - positions_q[:, None]).to(tl.float32)
-        s += slopes[:, None] * distance * 1.4426950408889634
-    return s
-
-
-@triton.jit
-def _decode_kernel(
-    q_ptr, kv_ptr, out_ptr, part_ptr, lse_ptr, block_table_ptr, seq_lens_ptr, query_start_ptr,
-    slopes_ptr, sinks_ptr, scale, soft_cap, chunk,
-    stride_q_t, stride_q_h, stride_o_t, stride_o_h,
-    stride_kv_b, stride_kv_h, stride_kv_n, stride_bt,
-    stride_part_r, stride_part_h, stride_part_s, stride_lse_r, stride_lse_h,
-    WINDOW: tl.constexpr, HAS_SOFT_CAP: tl.constexpr, HAS_ALIBI: tl.constexpr,
-    HAS_SINKS: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr,
-    D: tl.constexpr, D_PAD: tl.constexpr, PAGE: tl.constexpr, TILE: tl.constexpr,
-    PRECISION: tl.constexpr,
-):  # fmt: skip
-    """One split of one request's KV, for all query heads of one KV head.
-
-    Splits are ``chunk`` tokens long, so a long request simply has more of them. A request with
-    a single split writes its output at once; otherwise the split leaves a normalised partial
-    output (fp32) and its log2-sum-exp for ``_merge_kernel``.
-    """
-    head = tl.program_id(0)
-    split = tl.program_id(1)
-    request = tl.program_id(2)
-    first = tl.load(query_start_ptr + request)
-    if tl.load(query_start_ptr + request + 1) - first != 1:
-        return
-    length = tl.load(seq_lens_ptr + request)
-    lowest = 0
-    if WINDOW > 0:
-        lowest = tl.maximum(length - WINDOW, 0)
-    first_split = lowest // chunk
-    num_splits = tl.cdiv(length, chunk) - first_split
-    if split >= num_splits:
-        return
-    start = tl.maximum((first_split + split) * chunk, lowest)
-    end = tl.minimum((first_split + split + 1) * chunk, length)
-
-    rows = tl.arange(0, ROWS)
-    row_valid = rows < GROUP
-    heads = head * GROUP + rows
-    dims = tl.arange(0, D_PAD)
-    dim_valid = dims < D
-    q = tl.load(
-        q_ptr + first.to(tl.int64) * stride_q_t + heads[:, None] * stride_q_h + dims[None, :],
-        mask=row_valid[:, None] & dim_valid[None, :], other=0.0,
-    )  # fmt: skip
-    slopes = tl.zeros([ROWS], tl.float32)
-    if HAS_ALIBI:
-        slopes = tl.load(slopes_ptr + heads, mask=row_valid, other=0.0)
-    positions_q = tl.zeros([ROWS], tl.int32) + (length - 1)
-    top = tl.full([ROWS], float("-inf"), tl.float32)
-    total = tl.zeros([ROWS], tl.float32)
-    # A sink is one more score without a value; it counts once, in the first split.
-    if HAS_SINKS:  # noqa: SIM102 (a constexpr prunes the branch)
-        if split == 0:
-            top = tl.load(sinks_ptr + heads, mask=row_valid, other=0.0).to(tl.float32)
-            top *= 1.4426950408889634
-            total += 1.0
-    acc = tl.zeros([ROWS, D_PAD], tl.float32)
-    base = kv_ptr + head.to(tl.int64) * stride_kv_h
-    table = block_table_ptr + request.to(tl.int64) * stride_bt
-    for begin in tl.range(start // TILE * TILE, end, TILE):
-        tokens = begin + tl.arange(0, TILE)
-        valid = (tokens >= start) & (tokens < end)
-        block = tl.load(table + tokens // PAGE, mask=valid, other=0).to(tl.int64)
-        at = base + block * stride_kv_b + (tokens % PAGE) * stride_kv_n
-        k = tl.load(
-            at[None, :] + dims[:, None], mask=valid[None, :] & dim_valid[:, None], other=0.0
-        )
-        v = tl.load(
-            at[:, None] + (D + dims)[None, :], mask=valid[:, None] & dim_valid[None, :], other=0.0
-        )
-        s = _score(
-            q, k, positions_q, tokens, slopes, scale, soft_cap, HAS_SOFT_CAP, HAS_ALIBI, PRECISION
-        )
-        s = tl.where(valid[None, :], s, float("-inf"))
-        new_top = tl.maximum(top, tl.max(s, 1))
-        p = tl.exp2(s - new_top[:, None])
-        shrink = tl.exp2(top - new_top)
-        total = total * shrink + tl.sum(p, 1)
-        acc = acc * shrink[:, None] + tl.dot(p.to(v.dtype), v, input_precision=PRECISION)
-        top = new_top
-    acc /= total[:, None]
-    if num_splits == 1:
-        tl.store(
-            out_ptr + first.to(tl.int64) * stride_o_t + heads[:, None] * stride_o_h + dims[None, :],
-            acc, mask=row_valid[:, None] & dim_valid[None, :],
-        )  # fmt: skip
-    else:
-        at_part = part_ptr + request.to(tl.int64) * stride_part_r + split * stride_part_s
-        tl.store(
-            at_part + heads[:, None] * stride_part_h + dims[None, :],
-            acc, mask=row_valid[:, None] & dim_valid[None, :],
-        )  # fmt: skip
-        tl.store(
-            lse_ptr + request.to(tl.int64) * stride_lse_r + heads * stride_lse_h + split,
-            top + tl.log2(total), mask=row_valid,
-        )  # fmt: skip
-
-
-@triton.jit
-def _merge_kernel(
-    out_ptr, part_ptr, lse_ptr, seq_lens_ptr, query_start_ptr, chunk,
-    stride_o_t, stride_o_h, stride_part_r, stride_part_h, stride_part_s,
-    stride_lse_r, stride_lse_h,
-    WINDOW: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, MAX_SPLITS: tl.constexpr,
-    STEP: tl.constexpr,
-):  # fmt: skip
-    """Merge the splits of one (request, query head), weighted by their sums of exponentials."""
-    request = tl.program_id(0)
-    head = tl.program_id(1)
-    first = tl.load(query_start_ptr + request)
-    if tl.load(query_start_ptr + request + 1) - first != 1:
-        return
-    length = tl.load(seq_lens_ptr + request)
-    lowest = 0
-    if WINDOW > 0:
-        lowest = tl.maximum(length - WINDOW, 0)
-    num_splits = tl.cdiv(length, chunk) - lowest // chunk
-    if num_splits == 1:
-        return
-    splits = tl.arange(0, MAX_SPLITS)
-    at_lse = lse_ptr + request.to(tl.int64) * stride_lse_r + head * stride_lse_h
-    lse = tl.load(at_lse + splits, mask=splits < num_splits, other=float("-inf"))
-    top = tl.max(lse, 0)
-    total = tl.sum(tl.exp2(lse - top), 0)
-    dims = tl.arange(0, D_PAD)
-    dim_valid = dims < D
-    acc = tl.zeros([D_PAD], tl.float32)
-    at_part = part_ptr + request.to(tl.int64) * stride_part_r + head * stride_part_h
-    for begin in tl.range(0, num_splits, STEP):
-        some = begin + tl.arange(0, STEP)
-        weight = tl.load(at_lse + some, mask=some < num_splits, other=float("-inf"))
-        weight = tl.exp2(weight - top) / total
-        part = tl.load(
-            at_part + some[:, None] * stride_part_s + dims[None, :],
-            mask=(some < num_splits)[:, None] & dim_valid[None, :], other=0.0,
-        )  # fmt: skip
-        acc += tl.sum(part * weight[:, None], 0)
-    tl.store(
-        out_ptr + first.to(tl.int64) * stride_o_t + head * stride_o_h + dims, acc, mask=dim_valid
-    )
+from vllm.v1.attention.ops.triton_decode import (
+    DecodePlan,
+    decode_attention,
+    plan_decodes,
+    score,
+)
 
 
 @triton.jit
@@ -209,7 +54,7 @@ def _attend(
                 k = tl.load(at[None, :] + dims[:, None])
             else:
                 k = tl.load(at[None, :] + dims[:, None], mask=(dims < D)[:, None], other=0.0)
-        s = _score(
+        s = score(
             q, k, positions_q, tokens, slopes, scale, soft_cap, HAS_SOFT_CAP, HAS_ALIBI, PRECISION
         )
         if MASKED:
@@ -238,14 +83,14 @@ def _attend(
     return acc, total, top
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_requests"])
 def _prefill_kernel(
     q_ptr, kv_ptr, kv_desc, out_ptr, block_table_ptr, seq_lens_ptr, query_start_ptr,
     slopes_ptr, sinks_ptr, num_requests, scale, soft_cap,
     stride_q_t, stride_q_h, stride_o_t, stride_o_h,
     stride_kv_b, stride_kv_h, stride_kv_n, stride_bt,
     WINDOW: tl.constexpr, HAS_SOFT_CAP: tl.constexpr, HAS_ALIBI: tl.constexpr,
-    HAS_SINKS: tl.constexpr, SKIP_DECODES: tl.constexpr, CAUSAL: tl.constexpr,
+    HAS_SINKS: tl.constexpr, CAUSAL: tl.constexpr,
     GROUP: tl.constexpr, TOKENS: tl.constexpr, ROWS: tl.constexpr,
     D: tl.constexpr, D_PAD: tl.constexpr, PAGE: tl.constexpr, TILE: tl.constexpr,
     USE_TMA: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
@@ -271,11 +116,9 @@ def _prefill_kernel(
     first = tl.load(query_start_ptr + request)
     query_len = tl.load(query_start_ptr + request + 1) - first
     begin_q = (tile - (first // TOKENS + request)) * TOKENS
-    if begin_q >= query_len:
+    # Requests with one query token are the decode kernel's.
+    if (begin_q >= query_len) | (query_len == 1):
         return
-    if SKIP_DECODES:  # noqa: SIM102 (a constexpr prunes the branch)
-        if query_len == 1:
-            return
     length = tl.load(seq_lens_ptr + request)
     context = length - query_len
 
@@ -342,7 +185,7 @@ def _prefill_kernel(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KernelConfig:
-    """Tile sizes and launch parameters of both kernels; ``chunk`` None is chosen per batch."""
+    """Tile sizes and launch parameters of both kernels."""
 
     decode_tile: int
     decode_warps: int
@@ -352,7 +195,6 @@ class KernelConfig:
     prefill_warps: int
     prefill_stages: int
     tma: bool
-    chunk: int | None = None
 
 
 def default_config(page: int, head_size: int, dtype: torch.dtype, is_cuda: bool) -> KernelConfig:
@@ -377,26 +219,6 @@ def default_config(page: int, head_size: int, dtype: torch.dtype, is_cuda: bool)
     )  # fmt: skip
 
 
-@functools.cache
-def num_programs(device: torch.device) -> int:
-    """Multiprocessors of a GPU; 4 stands in for them under the interpreter."""
-    if device.type != "cuda":
-        return 4
-    return torch.cuda.get_device_properties(device).multi_processor_count
-
-
-def choose_chunk(total_tokens: int, max_tokens: int, requests: int, programs: int) -> int:
-    """Tokens of one split: a power of two from 256 to 4096.
-
-    ``total_tokens`` x KV heads is divided so that ``programs`` programs, what the device runs at
-    once, get one split each; longer splits are cheaper to merge. Where one request is far longer
-    than the rest, splits stay short, so that its last one doesn't run alone at the end.
-    """
-    want = max(total_tokens // programs, 1)
-    longest = 2048 if max_tokens * requests > 4 * total_tokens else 4096
-    return min(max(1 << (want - 1).bit_length(), 256), longest)
-
-
 def paged_attention(
     q: torch.Tensor,
     kv_cache: torch.Tensor,
@@ -407,9 +229,9 @@ def paged_attention(
     block_table: torch.Tensor,
     max_query_len: int,
     max_seq_len: int,
-    total_seq_len: int,
     scale: float,
     has_decodes: bool = True,
+    plan: DecodePlan | None = None,
     window: int = 0,
     soft_cap: float = 0.0,
     alibi_slopes: torch.Tensor | None = None,
@@ -425,49 +247,26 @@ def paged_attention(
         out: ``(T, Q, D)``; every row of a scheduled token is written.
         query_start_loc: int32 ``(R + 1,)``; seq_lens: int32 ``(R,)``; block_table: int32
             ``(R, max_blocks)`` of blocks of ``N`` tokens.
-        max_query_len, max_seq_len, total_seq_len: upper bounds known on the host.
+        max_query_len, max_seq_len: upper bounds known on the host.
         window: tokens that a query sees, itself included; 0 for all.
         alibi_slopes, sinks: float32 ``(Q,)``.
         has_decodes: some request has exactly one query token.
+        plan: of these requests; made here where None.
     """
     num_heads, head_size = q.shape[1], q.shape[2]
     num_kv_heads, page = kv_cache.shape[1], kv_cache.shape[2]
     group = num_heads // num_kv_heads
     requests = seq_lens.shape[0]
-    d_pad = triton.next_power_of_2(head_size)
     config = config or default_config(page, head_size, q.dtype, q.is_cuda)
-    precision = "ieee" if q.dtype == torch.float32 else "tf32"
-    common = {
-        "WINDOW": window, "HAS_SOFT_CAP": soft_cap > 0, "HAS_ALIBI": alibi_slopes is not None,
-        "HAS_SINKS": sinks is not None, "GROUP": group, "D": head_size, "D_PAD": d_pad,
-        "PAGE": page, "PRECISION": precision,
-    }  # fmt: skip
-    kv_strides = kv_cache.stride()[:3]
     assert kv_cache.stride(3) == 1 and q.stride(2) == 1 and out.stride(2) == 1
     if has_decodes:
-        programs = 2 * num_programs(q.device)
-        chunk = config.chunk or choose_chunk(
-            total_seq_len * num_kv_heads, max_seq_len * num_kv_heads, requests, programs
-        )
-        visible = min(max_seq_len, window) if window else max_seq_len
-        max_splits = triton.cdiv(visible, chunk) + (1 if window else 0)
-        part = q.new_empty((requests, num_heads, max_splits, head_size), dtype=torch.float32)
-        lse = q.new_empty((requests, num_heads, max_splits), dtype=torch.float32)
-        _decode_kernel[(num_kv_heads, max_splits, requests)](
-            q, kv_cache, out, part, lse, block_table, seq_lens, query_start_loc,
-            alibi_slopes, sinks, scale, soft_cap, chunk,
-            q.stride(0), q.stride(1), out.stride(0), out.stride(1), *kv_strides,
-            block_table.stride(0), *part.stride()[:3], *lse.stride()[:2],
-            ROWS=max(16, triton.next_power_of_2(group)), TILE=config.decode_tile,
-            num_warps=config.decode_warps, num_stages=config.decode_stages, **common,
+        if plan is None:
+            plan = plan_decodes(seq_lens, query_start_loc, num_kv_heads, max_seq_len, window)
+        decode_attention(
+            q, kv_cache, out, plan, block_table, scale=scale, window=window, soft_cap=soft_cap,
+            alibi_slopes=alibi_slopes, sinks=sinks, tile=config.decode_tile,
+            num_warps=config.decode_warps, num_stages=config.decode_stages,
         )  # fmt: skip
-        if max_splits > 1:
-            _merge_kernel[(requests, num_heads)](
-                out, part, lse, seq_lens, query_start_loc, chunk,
-                out.stride(0), out.stride(1), *part.stride()[:3], *lse.stride()[:2],
-                WINDOW=window, D=head_size, D_PAD=d_pad,
-                MAX_SPLITS=triton.next_power_of_2(max_splits), STEP=4, num_warps=1,
-            )  # fmt: skip
     if max_query_len > 1:
         rows = max(config.prefill_rows, triton.next_power_of_2(group))
         tokens = rows // group
@@ -479,8 +278,11 @@ def paged_attention(
         _prefill_kernel[(num_kv_heads, q.shape[0] // tokens + requests)](
             q, kv_cache, kv_desc, out, block_table, seq_lens, query_start_loc,
             alibi_slopes, sinks, requests, scale, soft_cap,
-            q.stride(0), q.stride(1), out.stride(0), out.stride(1), *kv_strides,
-            block_table.stride(0), SKIP_DECODES=has_decodes, CAUSAL=causal, TOKENS=tokens,
-            ROWS=rows, TILE=tile, USE_TMA=config.tma, num_warps=config.prefill_warps,
-            STAGES=config.prefill_stages, **common,
+            q.stride(0), q.stride(1), out.stride(0), out.stride(1), *kv_cache.stride()[:3],
+            block_table.stride(0), WINDOW=window, HAS_SOFT_CAP=soft_cap > 0,
+            HAS_ALIBI=alibi_slopes is not None, HAS_SINKS=sinks is not None, CAUSAL=causal,
+            GROUP=group, TOKENS=tokens, ROWS=rows, D=head_size,
+            D_PAD=triton.next_power_of_2(head_size), PAGE=page, TILE=tile, USE_TMA=config.tma,
+            PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
+            num_warps=config.prefill_warps, STAGES=config.prefill_stages,
         )  # fmt: skip

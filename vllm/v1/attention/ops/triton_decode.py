@@ -1,0 +1,351 @@
+"""Decode attention over the packed, paged cache in Triton, in work items planned on the device.
+
+The cache is a view of logical shape ``(B, H, N, 2 * D)`` with any strides over B, H and N and a
+dense last dimension: K in ``[..., :D]``, V in ``[..., D:]``. Every address is a stride times an
+index.
+
+A work item is a stretch of one request's tokens. The plan, made once a step for all layers, cuts
+long requests so that items are about equal and enough of them keep the device busy. It depends on
+the lengths, which only the device has to know: the launch depends on the number of requests
+alone, so a CUDA graph can hold it.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+
+__all__ = [
+    "DecodePlan",
+    "decode_attention",
+    "make_plan_buffers",
+    "max_items",
+    "num_multiprocessors",
+    "plan_decodes",
+]
+
+# int32 fields of an item: request, first token, end, split, number of splits, query row.
+_FIELDS = 8
+# Shortest stretch worth a program of its own, in tokens.
+_MIN_CHUNK = 256
+# One program merges the splits of a request and head: no more than this many.
+_MAX_SPLITS = 64
+# Programs per multiprocessor that the plan aims at; two to four are resident at a time.
+_WAVES = 8
+# Items begin at multiples of this: a multiple of every tile.
+_ALIGN = 64
+
+
+@triton.jit
+def score(
+    q, k, positions_q, tokens, slopes, scale, soft_cap,
+    HAS_SOFT_CAP: tl.constexpr, HAS_ALIBI: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Scores of a tile in base 2, soft cap and ALiBi applied, before masking."""
+    s = tl.dot(q, k, input_precision=PRECISION)
+    if HAS_SOFT_CAP:
+        # tanh(x) = 2 / (1 + exp(-2x)) - 1
+        x = s * (scale / soft_cap)
+        s = soft_cap * (2.0 / (1.0 + tl.exp2(-2.8853900817779268 * x)) - 1.0)
+        s = s * 1.4426950408889634
+    else:
+        s = s * (scale * 1.4426950408889634)
+    if HAS_ALIBI:
+        distance = (tokens[None, :] - positions_q[:, None]).to(tl.float32)
+        s += slopes[:, None] * distance * 1.4426950408889634
+    return s
+
+
+@triton.jit(do_not_specialize=["requests", "target", "min_chunk"])
+def _plan_kernel(
+    seq_lens_ptr, query_start_ptr, items_ptr, count_ptr, requests, target, min_chunk, window,
+    REQUESTS: tl.constexpr, MAX_SPLITS: tl.constexpr, ALIGN: tl.constexpr, FIELDS: tl.constexpr,
+):  # fmt: skip
+    """Cut every request with one query token into stretches; one program."""
+    request = tl.arange(0, REQUESTS)
+    valid = request < requests
+    row = tl.load(query_start_ptr + request, mask=valid, other=0)
+    query_len = tl.load(query_start_ptr + request + 1, mask=valid, other=0) - row
+    length = tl.load(seq_lens_ptr + request, mask=valid & (query_len == 1), other=0)
+    lowest = tl.where(window > 0, tl.maximum(length - window, 0), 0) // ALIGN * ALIGN
+    span = length - lowest
+    total = tl.sum(span, 0)
+    longest = tl.max(span, 0)
+    chunk = tl.maximum(tl.cdiv(total, target), tl.cdiv(longest, MAX_SPLITS))
+    chunk = tl.maximum(chunk, min_chunk)
+    # Even stretches: a request just longer than a chunk is cut in halves.
+    size = tl.cdiv(tl.cdiv(span, tl.maximum(tl.cdiv(span, chunk), 1)), ALIGN) * ALIGN
+    splits = tl.cdiv(span, tl.maximum(size, 1))
+    end = tl.cumsum(splits, 0)
+    tl.store(count_ptr, tl.sum(splits, 0))
+    for split in tl.range(0, tl.max(splits, 0)):
+        at = items_ptr + (end - splits + split) * FIELDS
+        mine = split < splits
+        start = lowest + split * size
+        tl.store(at, request, mask=mine)
+        tl.store(at + 1, start, mask=mine)
+        tl.store(at + 2, tl.minimum(start + size, length), mask=mine)
+        tl.store(at + 3, split + tl.zeros_like(splits), mask=mine)
+        tl.store(at + 4, splits, mask=mine)
+        tl.store(at + 5, row, mask=mine)
+        tl.store(at + 6, length, mask=mine)
+
+
+@triton.jit
+def _decode_kernel(
+    q_ptr, kv_ptr, out_ptr, part_ptr, lse_ptr, block_table_ptr, items_ptr, count_ptr, arrived_ptr,
+    slopes_ptr, sinks_ptr, scale, soft_cap,
+    stride_q_t, stride_q_h, stride_o_t, stride_o_h,
+    stride_kv_b, stride_kv_h, stride_kv_n, stride_bt,
+    stride_part_i, stride_part_h, stride_lse_i,
+    WINDOW: tl.constexpr, HAS_SOFT_CAP: tl.constexpr, HAS_ALIBI: tl.constexpr,
+    HAS_SINKS: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, FIELDS: tl.constexpr,
+    D: tl.constexpr, D_PAD: tl.constexpr, PAGE: tl.constexpr, TILE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One item, for all query heads of one KV head.
+
+    The query heads that share a KV head are the rows of one tile, so that a page is read once for
+    all of them. An item that is all of its request writes the output; the others leave a
+    normalised partial output (fp32) and its log2-sum-exp, and the last to arrive merges them, in
+    the order of the tokens.
+    """
+    head = tl.program_id(0)
+    index = tl.program_id(1)
+    if index >= tl.load(count_ptr):
+        return
+    item = items_ptr + index * FIELDS
+    request = tl.load(item)
+    start = tl.load(item + 1)
+    end = tl.load(item + 2)
+    split = tl.load(item + 3)
+    num_splits = tl.load(item + 4)
+    row = tl.load(item + 5).to(tl.int64)
+    length = tl.load(item + 6)
+
+    rows = tl.arange(0, ROWS)
+    row_valid = rows < GROUP
+    heads = head * GROUP + rows
+    dims = tl.arange(0, D_PAD)
+    dim_valid = dims < D
+    q = tl.load(
+        q_ptr + row * stride_q_t + heads[:, None] * stride_q_h + dims[None, :],
+        mask=row_valid[:, None] & dim_valid[None, :], other=0.0,
+    )  # fmt: skip
+    slopes = tl.zeros([ROWS], tl.float32)
+    if HAS_ALIBI:
+        slopes = tl.load(slopes_ptr + heads, mask=row_valid, other=0.0)
+    positions_q = tl.zeros([ROWS], tl.int32) + (length - 1)
+    top = tl.full([ROWS], -1.0e30, tl.float32)
+    total = tl.zeros([ROWS], tl.float32)
+    # A sink is one more score without a value; it counts once, in the first split.
+    if HAS_SINKS:  # noqa: SIM102 (a constexpr prunes the branch)
+        if split == 0:
+            top = tl.load(sinks_ptr + heads, mask=row_valid, other=0.0).to(tl.float32)
+            top *= 1.4426950408889634
+            total += 1.0
+    acc = tl.zeros([ROWS, D_PAD], tl.float32)
+    base = kv_ptr + head.to(tl.int64) * stride_kv_h
+    table = block_table_ptr + request.to(tl.int64) * stride_bt
+    for begin in tl.range(start, end, TILE):
+        begin = tl.multiple_of(begin, TILE)
+        tokens = begin + tl.arange(0, TILE)
+        valid = tokens < end
+        if WINDOW > 0:
+            valid = valid & (tokens >= length - WINDOW)
+        if PAGE % TILE == 0:
+            # A tile lies in one page.
+            block = tl.load(table + begin // PAGE).to(tl.int64)
+            at = base + block * stride_kv_b + (tokens % PAGE) * stride_kv_n
+        else:
+            blocks = tl.load(table + tokens // PAGE, mask=valid, other=0).to(tl.int64)
+            at = base + blocks * stride_kv_b + (tokens % PAGE) * stride_kv_n
+        k = tl.load(
+            at[None, :] + dims[:, None], mask=valid[None, :] & dim_valid[:, None], other=0.0
+        )
+        v = tl.load(
+            at[:, None] + (D + dims)[None, :], mask=valid[:, None] & dim_valid[None, :], other=0.0
+        )
+        s = score(
+            q, k, positions_q, tokens, slopes, scale, soft_cap, HAS_SOFT_CAP, HAS_ALIBI, PRECISION
+        )
+        s = tl.where(valid[None, :], s, float("-inf"))
+        new_top = tl.maximum(top, tl.max(s, 1))
+        p = tl.exp2(s - new_top[:, None])
+        shrink = tl.exp2(top - new_top)
+        total = total * shrink + tl.sum(p, 1)
+        acc = acc * shrink[:, None] + tl.dot(p.to(v.dtype), v, input_precision=PRECISION)
+        top = new_top
+    acc /= total[:, None]
+    at_out = out_ptr + row * stride_o_t + heads[:, None] * stride_o_h + dims[None, :]
+    out_valid = row_valid[:, None] & dim_valid[None, :]
+    if num_splits == 1:
+        tl.store(at_out, acc, mask=out_valid)
+        return
+    at_part = part_ptr + heads[:, None] * stride_part_h + dims[None, :]
+    at_lse = lse_ptr + heads
+    mine = index.to(tl.int64)
+    tl.store(at_part + mine * stride_part_i, acc, mask=out_valid)
+    tl.store(at_lse + mine * stride_lse_i, top + tl.log2(total), mask=row_valid)
+    # All threads have written before the one that counts says so.
+    tl.debug_barrier()
+    arrived = arrived_ptr + request * tl.num_programs(0) + head
+    if tl.atomic_add(arrived, 1, sem="acq_rel") != num_splits - 1:
+        return
+    # For the next launch.
+    tl.store(arrived, 0)
+    first = mine - split
+    top = tl.full([ROWS], -1.0e30, tl.float32)
+    total = tl.zeros([ROWS], tl.float32)
+    acc = tl.zeros([ROWS, D_PAD], tl.float32)
+    for other in tl.range(0, num_splits):
+        # Past the first-level cache, which knows nothing of other multiprocessors' writes.
+        lse = tl.load(
+            at_lse + (first + other) * stride_lse_i, mask=row_valid, other=0.0,
+            cache_modifier=".cg",
+        )  # fmt: skip
+        part = tl.load(
+            at_part + (first + other) * stride_part_i, mask=out_valid, other=0.0,
+            cache_modifier=".cg",
+        )  # fmt: skip
+        new_top = tl.maximum(top, lse)
+        weight = tl.exp2(lse - new_top)
+        shrink = tl.exp2(top - new_top)
+        acc = acc * shrink[:, None] + part * weight[:, None]
+        total = total * shrink + weight
+        top = new_top
+    tl.store(at_out, acc / total[:, None], mask=out_valid)
+
+
+@functools.cache
+def num_multiprocessors(device: torch.device) -> int:
+    """Multiprocessors of a GPU; 2 stand in for them under the interpreter."""
+    if device.type != "cuda":
+        return 2
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DecodePlan:
+    """The work items of one step.
+
+    Attributes:
+        items: int32 ``(max_items, 8)``, of which ``count`` (int32 ``(1,)``) are filled.
+        arrived: int32 ``(R, KV heads)``, zero between launches.
+        num_items: rows of ``items`` that a launch has to cover; the same for the same number
+            of requests.
+    """
+
+    items: torch.Tensor
+    count: torch.Tensor
+    arrived: torch.Tensor
+    num_items: int
+
+
+def max_items(requests: int, kv_heads: int, max_seq_len: int, programs: int) -> int:
+    """Items of a plan at most.
+
+    Each request has its last stretch, and all others are at least a chunk long.
+    """
+    return min(
+        requests + _target(kv_heads, programs), requests * -(-(max_seq_len + _ALIGN) // _MIN_CHUNK)
+    )
+
+
+def _target(kv_heads: int, programs: int) -> int:
+    return -(-_WAVES * programs // kv_heads)
+
+
+def make_plan_buffers(
+    requests: int, kv_heads: int, max_seq_len: int, device: torch.device
+) -> DecodePlan:
+    """Buffers for plans of up to ``requests`` requests of up to ``max_seq_len`` tokens."""
+    items = max_items(requests, kv_heads, max_seq_len, num_multiprocessors(device))
+    options = {"dtype": torch.int32, "device": device}
+    return DecodePlan(
+        items=torch.zeros((items, _FIELDS), **options),
+        count=torch.zeros(1, **options),
+        arrived=torch.zeros((requests, kv_heads), **options),
+        num_items=items,
+    )
+
+
+def plan_decodes(
+    seq_lens: torch.Tensor,
+    query_start_loc: torch.Tensor,
+    kv_heads: int,
+    max_seq_len: int,
+    window: int = 0,
+    buffers: DecodePlan | None = None,
+) -> DecodePlan:
+    """The items of the requests that have exactly one query token; the others get none.
+
+    Args:
+        seq_lens: int32 ``(R,)``, 0 for a request that is not there. query_start_loc: int32
+            ``(R + 1,)``.
+        max_seq_len: no request is ever longer; with ``buffers``, what they were made for.
+        window: tokens that a query sees; 0 for all.
+        buffers: written to; new ones where None.
+    """
+    requests = seq_lens.shape[0]
+    programs = num_multiprocessors(seq_lens.device)
+    if buffers is None:
+        buffers = make_plan_buffers(requests, kv_heads, max_seq_len, seq_lens.device)
+    _plan_kernel[(1,)](
+        seq_lens, query_start_loc, buffers.items, buffers.count, requests,
+        _target(kv_heads, programs), _MIN_CHUNK, window,
+        REQUESTS=triton.next_power_of_2(buffers.arrived.shape[0]), MAX_SPLITS=_MAX_SPLITS,
+        ALIGN=_ALIGN, FIELDS=_FIELDS, num_warps=4,
+    )  # fmt: skip
+    return DecodePlan(
+        items=buffers.items,
+        count=buffers.count,
+        arrived=buffers.arrived,
+        num_items=max_items(requests, kv_heads, max_seq_len, programs),
+    )
+
+
+def decode_attention(
+    q: torch.Tensor,
+    kv_cache: torch.Tensor,
+    out: torch.Tensor,
+    plan: DecodePlan,
+    block_table: torch.Tensor,
+    *,
+    scale: float,
+    window: int = 0,
+    soft_cap: float = 0.0,
+    alibi_slopes: torch.Tensor | None = None,
+    sinks: torch.Tensor | None = None,
+    tile: int,
+    num_warps: int,
+    num_stages: int,
+) -> None:
+    """Attention of the planned requests' tokens into their rows of ``out``.
+
+    Args:
+        q, out: ``(T, Q, D)``, any strides over T and Q, dense D.
+        kv_cache: ``(B, H, N, 2 * D)`` view in the dtype of ``q``, dense last dimension.
+        block_table: int32 ``(R, max_blocks)`` of blocks of ``N`` tokens.
+        tile: tokens of one iteration; divides 64.
+    """
+    num_heads, head_size = q.shape[1], q.shape[2]
+    num_kv_heads, page = kv_cache.shape[1], kv_cache.shape[2]
+    group = num_heads // num_kv_heads
+    part = q.new_empty((plan.num_items, num_heads, head_size), dtype=torch.float32)
+    lse = q.new_empty((plan.num_items, num_heads), dtype=torch.float32)
+    _decode_kernel[(num_kv_heads, plan.num_items)](
+        q, kv_cache, out, part, lse, block_table, plan.items, plan.count, plan.arrived,
+        alibi_slopes, sinks, scale, soft_cap,
+        q.stride(0), q.stride(1), out.stride(0), out.stride(1), *kv_cache.stride()[:3],
+        block_table.stride(0), part.stride(0), part.stride(1), lse.stride(0),
+        WINDOW=window, HAS_SOFT_CAP=soft_cap > 0, HAS_ALIBI=alibi_slopes is not None,
+        HAS_SINKS=sinks is not None, GROUP=group, ROWS=max(16, triton.next_power_of_2(group)),
+        FIELDS=_FIELDS, D=head_size, D_PAD=triton.next_power_of_2(head_size), PAGE=page,
+        TILE=tile, PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
+        num_warps=num_warps, num_stages=num_stages,
+    )  # fmt: skip
