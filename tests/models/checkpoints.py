@@ -8,6 +8,8 @@ import transformers
 
 from tests.models.harness import VOCAB
 
+WINDOW = 24
+"""Of windowed layers: more than a block of 16 tokens, and no multiple of one."""
 SHAPE = {
     "vocab_size": VOCAB,
     "hidden_size": 96,
@@ -32,19 +34,92 @@ CLASSES = {
     "llama4_text": (transformers.Llama4TextConfig, transformers.Llama4ForCausalLM),
 }
 
+KINDS: dict[str, dict[str, Any]] = {
+    "gemma2": {
+        "num_hidden_layers": 4,
+        "head_dim": 16,
+        "query_pre_attn_scalar": 24,
+        "sliding_window": WINDOW,
+        "attn_logit_softcapping": 3.0,
+        "final_logit_softcapping": 5.0,
+    },
+    "gemma3_text": {
+        "num_hidden_layers": 6,
+        "head_dim": 16,
+        "query_pre_attn_scalar": 24,
+        "sliding_window": WINDOW,
+        "sliding_window_pattern": 3,
+        "rope_parameters": {
+            "full_attention": {"rope_type": "linear", "factor": 4.0, "rope_theta": 100000.0},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 1000.0},
+        },
+    },
+    "mixtral": {"num_local_experts": 5, "num_experts_per_tok": 2},
+    "qwen2_moe": {
+        "num_hidden_layers": 4,
+        "num_experts": 6,
+        "num_experts_per_tok": 3,
+        "moe_intermediate_size": 64,
+        "shared_expert_intermediate_size": 72,
+        "decoder_sparse_step": 2,
+        "use_sliding_window": True,
+        "sliding_window": WINDOW,
+        "max_window_layers": 4,
+    },
+    "qwen3_moe": {
+        "num_hidden_layers": 5,
+        "head_dim": 16,
+        "num_experts": 6,
+        "num_experts_per_tok": 3,
+        "moe_intermediate_size": 64,
+        "norm_topk_prob": True,
+        "mlp_only_layers": [1, 4],
+    },
+    "gpt_oss": {
+        "num_hidden_layers": 4,
+        "head_dim": 16,
+        "num_local_experts": 5,
+        "num_experts_per_tok": 2,
+        "sliding_window": WINDOW,
+        "rope_parameters": {
+            "rope_type": "yarn",
+            "rope_theta": 1000.0,
+            "factor": 8.0,
+            "beta_fast": 32.0,
+            "beta_slow": 1.0,
+            "truncate": False,
+            "original_max_position_embeddings": 64,
+        },
+        "max_position_embeddings": 512,
+        "swiglu_limit": 1.5,
+    },
+    "llama4_text": {
+        "num_hidden_layers": 6,
+        "head_dim": 16,
+        "num_local_experts": 4,
+        "intermediate_size_mlp": 96,
+        "interleave_moe_layer_step": 2,
+        "no_rope_layer_interval": 3,
+        "attention_chunk_size": 32,
+        "floor_scale": 16,
+    },
+}
+"""What makes a small model of its type have every kind of layer at least twice."""
+
 
 def make_hf_model(model_type: str, seed: int = 0, **overrides: Any) -> Any:
     """A random float32 model; norms and biases are random too, so that each one counts."""
     config_cls, model_cls = CLASSES[model_type]
     torch.manual_seed(seed)
-    config = config_cls(**{**SHAPE, **overrides})
+    config = config_cls(**{**SHAPE, **KINDS.get(model_type, {}), **overrides})
     config._attn_implementation = "eager"
     model = model_cls(config).eval()
     with torch.no_grad():
         for name, param in model.named_parameters():
             if name.endswith("norm.weight"):
-                param.uniform_(0.5, 1.5)
-            elif name.endswith(".bias"):
+                # Gemma's are stored less one.
+                param.uniform_(*((-0.5, 0.5) if model_type.startswith("gemma") else (0.5, 1.5)))
+            elif name.endswith(("bias", "sinks")):
                 param.normal_(0, 0.3)
     return model
 

@@ -1,4 +1,4 @@
-"""RMSNorm, alone or fused with the residual sum before it."""
+"""RMSNorm, alone or fused with the residual sum before it; Gemma's form of it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import nn
 from vllm import _custom_ops as ops
 from vllm.model_executor.layers.weight_loading import make_parameter
 
-__all__ = ["RMSNorm"]
+__all__ = ["GemmaRMSNorm", "RMSNorm"]
 
 
 class RMSNorm(nn.Module):
@@ -42,3 +42,20 @@ class RMSNorm(nn.Module):
 
     def extra_repr(self) -> str:
         return f"hidden_size={self.hidden_size}, eps={self.variance_epsilon}"
+
+
+class GemmaRMSNorm(RMSNorm):
+    """An RMSNorm whose weight is stored less one: ``... * (1 + weight)``.
+
+    The sum is kept in float32, where 16 bits would round small weights away.
+    """
+
+    def __init__(
+        self, hidden_size: int, eps: float = 1e-6, dtype: torch.dtype | None = None
+    ) -> None:
+        super().__init__(hidden_size, eps, dtype)
+        nn.init.zeros_(self.weight)
+        self.process_weights_after_loading()
+
+    def process_weights_after_loading(self) -> None:
+        self.weight_data = self.weight.data.float() + 1

@@ -209,14 +209,15 @@ class LlamaAttention(HotModule):
 
 class LlamaDecoderLayer(HotModule):
     attention_cls: type[LlamaAttention] = LlamaAttention
+    norm_cls: type[RMSNorm] = RMSNorm
 
     def __init__(self, vllm_config: VllmConfig, config: Any, layer_index: int, prefix: str) -> None:
         super().__init__()
-        self.input_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.input_layernorm = self.norm_cls(config.hidden_size, eps=config.rms_norm_eps)
         self.self_attn = self.attention_cls(
             vllm_config, config, layer_index, prefix=f"{prefix}.self_attn"
         )
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.post_attention_layernorm = self.norm_cls(config.hidden_size, eps=config.rms_norm_eps)
         self.mlp = self.make_mlp(config, layer_index, prefix=f"{prefix}.mlp")
         # Made in the first step, when the weights are there, and again after a change of modules.
         self.fused: FusedDecoderLayer | None = None

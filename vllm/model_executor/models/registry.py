@@ -16,10 +16,16 @@ __all__ = ["ModelRegistry"]
 
 _MODELS = "vllm.model_executor.models"
 _BUILT_IN: dict[str, str] = {
+    "Gemma2ForCausalLM": f"{_MODELS}.gemma2:Gemma2ForCausalLM",
+    "Gemma3ForCausalLM": f"{_MODELS}.gemma3:Gemma3ForCausalLM",
+    "Gemma3ForConditionalGeneration": f"{_MODELS}.gemma3:Gemma3ForConditionalGeneration",
     "LlamaForCausalLM": f"{_MODELS}.llama:LlamaForCausalLM",
     "MistralForCausalLM": f"{_MODELS}.llama:MistralForCausalLM",
+    "MixtralForCausalLM": f"{_MODELS}.mixtral:MixtralForCausalLM",
     "Qwen2ForCausalLM": f"{_MODELS}.qwen2:Qwen2ForCausalLM",
+    "Qwen2MoeForCausalLM": f"{_MODELS}.qwen2_moe:Qwen2MoeForCausalLM",
     "Qwen3ForCausalLM": f"{_MODELS}.qwen3:Qwen3ForCausalLM",
+    "Qwen3MoeForCausalLM": f"{_MODELS}.qwen3_moe:Qwen3MoeForCausalLM",
 }
 
 

@@ -6,7 +6,7 @@ the weights, not two.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -15,7 +15,13 @@ from torch import nn
 from vllm.errors import ConfigError
 from vllm.model_executor.layers.weight_loading import ShardId, WeightShapeError
 
-__all__ = ["CheckpointNames", "load_checkpoint", "maybe_prefix", "process_module"]
+__all__ = [
+    "CheckpointNames",
+    "language_model_weights",
+    "load_checkpoint",
+    "maybe_prefix",
+    "process_module",
+]
 
 _SHOWN = 8
 _DERIVED_BUFFERS = ("rotary_emb.inv_freq", "rotary_emb.cos_cached", "rotary_emb.sin_cached")
@@ -196,6 +202,25 @@ def load_checkpoint(
 
 def _shard_order(shard_id: ShardId) -> tuple[int, str]:
     return shard_id if isinstance(shard_id, tuple) else (0, str(shard_id))
+
+
+def language_model_weights(
+    weights: Iterable[tuple[str, torch.Tensor]], left_out: Iterable[str]
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """The language model's tensors of a multimodal checkpoint, by the names of a text model's.
+
+    Their names hold ``language_model`` in one of the orders in use: ``language_model.model.norm``
+    or ``model.language_model.norm``.
+
+    Args:
+        left_out: parts of names that only the other modalities have.
+    """
+    others = set(left_out)
+    for name, tensor in weights:
+        parts = name.split(".")
+        if not others.isdisjoint(parts):
+            continue
+        yield ".".join(part for part in parts if part != "language_model"), tensor
 
 
 def _problems(missing: list[str], unexpected: list[str], misshaped: list[str]) -> str:
