@@ -193,6 +193,31 @@ def test_a_launch_depends_on_the_number_of_requests_and_holds_every_plan() -> No
     assert max_items(4, 8, 200, 132) == 8
 
 
+@pytest.mark.parametrize("rotary", [64, 32, 0])
+def test_head_norms_on_the_way_equal_norms_before(rotary: int) -> None:
+    case = Case(lengths=((9, 9),), heads=5, kv_heads=3, head_size=64)
+    ours, theirs = poisoned_cache(case, 5), poisoned_cache(case, 5)
+    qkv = torch.randn(9, 11, 64, device=DEVICE) * 3
+    query, key, value = qkv[:, :5].clone(), qkv[:, 5:8], qkv[:, 8:]
+    slots = torch.tensor([17, 3, -1, 40, 41, 79, 0, -1, 5], device=DEVICE)
+    positions = torch.tensor([5, 0, 3, 9, 2, 7, 7, 1, 4], device=DEVICE)
+    table = torch.randn(10, rotary, device=DEVICE) if rotary else None
+    weights = torch.randn(64, device=DEVICE), torch.randn(64, device=DEVICE)
+    normed_query = _torch_ops.rms_norm(query, weights[0], 1e-5)
+    normed_key = _torch_ops.rms_norm(key, weights[1], 1e-5)
+    rotate_and_store(
+        query, key, value, ours, slots, positions, table, norm_weights=weights, eps=1e-5
+    )
+    if table is None:
+        _torch_ops.store_kv_cache(normed_key, value, theirs, slots)
+    else:
+        _torch_ops.rope_and_store(
+            positions, normed_query, normed_key, value, table, True, theirs, slots
+        )
+    torch.testing.assert_close(query, normed_query)
+    torch.testing.assert_close(ours, theirs, equal_nan=True)
+
+
 @pytest.mark.parametrize("page", [16, 32, 48, 64, 128])
 @pytest.mark.parametrize("head_size", TritonAttentionBackend.get_supported_head_sizes())
 def test_every_declared_shape_has_a_configuration_that_the_copy_engine_can_read(

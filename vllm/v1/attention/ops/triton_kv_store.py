@@ -1,4 +1,4 @@
-"""Storing keys and values into the packed, paged cache in Triton, with RoPE on the way if asked.
+"""Storing keys and values into the packed, paged cache in Triton; norms and RoPE on the way.
 
 The cache is a view ``(B, H, N, 2 * D)`` with any strides over B, H and N and a dense last
 dimension. Slot ``s`` is token ``s % N`` of block ``s // N``; slot -1 stores nothing.
@@ -10,24 +10,53 @@ import torch
 import triton
 import triton.language as tl
 
+__all__ = ["rotate_and_store"]
+
+# Heads of one program.
+_HEADS = 8
+
+
+@triton.jit
+def _normed_and_rotated(
+    row, weight_ptr, eps, dims, partner, valid, rotated, cos, sin,
+    D: tl.constexpr, ROTARY: tl.constexpr, HAS_NORM: tl.constexpr,
+):  # fmt: skip
+    """Rows ``(heads, D)`` in fp32 from addresses of their starts, norm and rotation applied.
+
+    A dimension's partner is read again rather than shuffled between threads: it is in the same
+    cache lines.
+    """
+    x = tl.load(row + dims[None, :], mask=valid, other=0.0).to(tl.float32)
+    if HAS_NORM:
+        scale = tl.rsqrt(tl.sum(x * x, 1) / D + eps)[:, None]
+        weight = tl.load(weight_ptr + dims, mask=dims < D, other=0.0).to(tl.float32)
+        x = x * scale * weight[None, :]
+    if ROTARY > 0:
+        other = tl.load(row + partner[None, :], mask=valid & rotated[None, :], other=0.0)
+        other = other.to(tl.float32)
+        if HAS_NORM:
+            weight = tl.load(weight_ptr + partner, mask=rotated, other=0.0).to(tl.float32)
+            other = other * scale * weight[None, :]
+        x = tl.where(rotated[None, :], x * cos[None, :] + other * sin[None, :], x)
+    return x
+
 
 @triton.jit
 def _rotate_and_store_kernel(
-    q_ptr, k_ptr, v_ptr, kv_ptr, positions_ptr, cos_sin_ptr, slots_ptr,
+    q_ptr, k_ptr, v_ptr, kv_ptr, positions_ptr, cos_sin_ptr, slots_ptr, q_weight_ptr,
+    k_weight_ptr, eps,
     stride_q_t, stride_q_h, stride_k_t, stride_k_h, stride_v_t, stride_v_h,
     stride_kv_b, stride_kv_h, stride_kv_n, stride_cos_sin, page,
-    Q_HEADS: tl.constexpr, KV_HEADS: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr,
-    ROTARY: tl.constexpr, NEOX: tl.constexpr,
+    Q_HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr,
+    D_PAD: tl.constexpr, ROTARY: tl.constexpr, NEOX: tl.constexpr, HAS_NORM: tl.constexpr,
 ):  # fmt: skip
-    """One (token, head): a query head is rotated in place, a KV head rotated and stored.
+    """Some heads of one token: query heads are rewritten in place, KV heads stored.
 
-    Dimension ``d < ROTARY`` pairs with ``d +- ROTARY / 2`` (NEOX) or ``d ^ 1``; its partner is
-    read again rather than shuffled between threads: it is in the same cache line.
+    Dimension ``d < ROTARY`` pairs with ``d +- ROTARY / 2`` (NEOX) or ``d ^ 1``.
     """
     token = tl.program_id(0).to(tl.int64)
-    head = tl.program_id(1)
+    part = tl.program_id(1)
     dims = tl.arange(0, D_PAD)
-    valid = dims < D
     HALF: tl.constexpr = ROTARY // 2
     if NEOX:
         first = dims < HALF
@@ -38,36 +67,45 @@ def _rotate_and_store_kernel(
         partner = dims ^ 1
         frequency = dims // 2
     rotated = dims < ROTARY
+    cos = tl.zeros([D_PAD], tl.float32)
+    sin = tl.zeros([D_PAD], tl.float32)
     if ROTARY > 0:
         at = cos_sin_ptr + tl.load(positions_ptr + token) * stride_cos_sin + frequency
         cos = tl.load(at, mask=rotated, other=1.0).to(tl.float32)
         sin = tl.load(at + HALF, mask=rotated, other=0.0).to(tl.float32)
         sin = tl.where(first, -sin, sin)
-    if Q_HEADS > 0:  # noqa: SIM102 (a constexpr prunes the branch: there may be no query)
-        if head < Q_HEADS:
-            row = q_ptr + token * stride_q_t + head * stride_q_h
-            x = tl.load(row + dims, mask=valid, other=0.0)
-            other = tl.load(row + partner, mask=rotated, other=0.0)
-            y = x * cos + other * sin
+    Q_PARTS: tl.constexpr = (Q_HEADS + HEADS - 1) // HEADS
+    heads = part * HEADS + tl.arange(0, HEADS)
+    if Q_PARTS > 0:  # noqa: SIM102 (a constexpr prunes the branch: there may be no query)
+        if part < Q_PARTS:
+            valid = (heads < Q_HEADS)[:, None] & (dims < D)[None, :]
+            row = q_ptr + token * stride_q_t + heads[:, None] * stride_q_h
+            q = _normed_and_rotated(
+                row, q_weight_ptr, eps, dims, partner, valid, rotated, cos, sin,
+                D, ROTARY, HAS_NORM,
+            )  # fmt: skip
             # Every thread has read its partner before any writes it.
             tl.debug_barrier()
-            tl.store(row + dims, y, mask=rotated)
-    if head >= Q_HEADS:
-        kv_head = head - Q_HEADS
+            tl.store(row + dims[None, :], q, mask=valid if HAS_NORM else valid & rotated[None, :])
+    if part >= Q_PARTS:
+        heads -= Q_PARTS * HEADS
         slot = tl.load(slots_ptr + token)
         if slot >= 0:
-            row = k_ptr + token * stride_k_t + kv_head * stride_k_h
-            k = tl.load(row + dims, mask=valid, other=0.0)
-            if ROTARY > 0:
-                other = tl.load(row + partner, mask=rotated, other=0.0)
-                k = tl.where(rotated, k * cos + other * sin, k.to(tl.float32)).to(k.dtype)
-            v = tl.load(v_ptr + token * stride_v_t + kv_head * stride_v_h + dims, mask=valid)
-            at_slot = (
-                kv_ptr + (slot // page) * stride_kv_b + kv_head * stride_kv_h
-                + (slot % page) * stride_kv_n
+            valid = (heads < KV_HEADS)[:, None] & (dims < D)[None, :]
+            k = _normed_and_rotated(
+                k_ptr + token * stride_k_t + heads[:, None] * stride_k_h, k_weight_ptr, eps,
+                dims, partner, valid, rotated, cos, sin, D, ROTARY, HAS_NORM,
             )  # fmt: skip
-            tl.store(at_slot + dims, k, mask=valid)
-            tl.store(at_slot + D + dims, v, mask=valid)
+            v = tl.load(
+                v_ptr + token * stride_v_t + heads[:, None] * stride_v_h + dims[None, :],
+                mask=valid,
+            )
+            at_slot = (
+                kv_ptr + (slot // page) * stride_kv_b + (slot % page) * stride_kv_n
+                + heads[:, None].to(tl.int64) * stride_kv_h + dims[None, :]
+            )  # fmt: skip
+            tl.store(at_slot, k, mask=valid)
+            tl.store(at_slot + D, v, mask=valid)
 
 
 def rotate_and_store(
@@ -79,15 +117,19 @@ def rotate_and_store(
     positions: torch.Tensor | None = None,
     cos_sin_cache: torch.Tensor | None = None,
     is_neox: bool = True,
+    norm_weights: tuple[torch.Tensor, torch.Tensor] | None = None,
+    eps: float = 0.0,
 ) -> None:
     """Store ``key`` and ``value`` at their slots; with ``positions``, rotate q and k first.
 
     Args:
-        query: ``(T, Q, D)``, rotated in place; None where nothing is rotated.
+        query: ``(T, Q, D)``, rewritten in place; None where nothing is rotated or normed.
         key, value: ``(T, K, D)``, any strides over T and K; ``key`` itself stays as it is.
         kv_cache: ``(B, K, N, 2 * D)`` view.
         slot_mapping: int64 ``(T,)``. positions: int64 ``(T,)``.
         cos_sin_cache: ``(max positions, rotary)``, cosines then sines.
+        norm_weights: ``(D,)`` each, of an RMSNorm over each head of query and key that comes
+            before the rotation.
     """
     tokens = slot_mapping.shape[0]
     kv_heads, head_size = key.shape[1:]
@@ -96,11 +138,14 @@ def rotate_and_store(
     assert kv_cache.stride(3) == 1 and key.stride(2) == 1 and value.stride(2) == 1
     if not tokens:
         return
-    _rotate_and_store_kernel[(tokens, q_heads + kv_heads)](
-        query, key, value, kv_cache, positions, cos_sin_cache, slot_mapping,
-        *((0, 0) if query is None else query.stride()[:2]), *key.stride()[:2],
+    heads = min(_HEADS, triton.next_power_of_2(kv_heads))
+    q_weight, k_weight = norm_weights or (None, None)
+    _rotate_and_store_kernel[(tokens, triton.cdiv(q_heads, heads) + triton.cdiv(kv_heads, heads))](
+        query, key, value, kv_cache, positions, cos_sin_cache, slot_mapping, q_weight, k_weight,
+        eps, *((0, 0) if query is None else query.stride()[:2]), *key.stride()[:2],
         *value.stride()[:2], *kv_cache.stride()[:3],
         0 if cos_sin_cache is None else cos_sin_cache.stride(0), kv_cache.shape[2],
-        Q_HEADS=q_heads, KV_HEADS=kv_heads, D=head_size,
-        D_PAD=triton.next_power_of_2(head_size), ROTARY=rotary, NEOX=is_neox, num_warps=1,
+        Q_HEADS=q_heads, KV_HEADS=kv_heads, HEADS=heads, D=head_size,
+        D_PAD=triton.next_power_of_2(head_size), ROTARY=rotary, NEOX=is_neox,
+        HAS_NORM=norm_weights is not None, num_warps=4 if heads > 2 else 1,
     )  # fmt: skip
