@@ -120,7 +120,7 @@ void run(const GemmArgs& g) {
                  smaller(S::kBlock, g.k - b * S::kBlock), Form::kStep);
       }
     };
-    if (m * g.k < 65536) {
+    if (m * g.k < 16384) {
       for (int64_t row = 0; row < m; ++row) pack(row);
     } else {
       parallel_for(m, pack);
