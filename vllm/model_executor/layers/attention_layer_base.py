@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from vllm.v1.attention.backend import AttentionBackend
     from vllm.v1.kv_cache_interface import KVCacheSpec
 
-__all__ = ["AttentionLayerBase", "collect_layers", "register_layer"]
+__all__ = ["AttentionLayerBase", "LatentLayerBase", "collect_layers", "register_layer"]
 
 
 class AttentionLayerBase(ABC):
@@ -49,6 +49,19 @@ class AttentionLayerBase(ABC):
     @abstractmethod
     def get_kv_cache_spec(self, vllm_config: VllmConfig) -> KVCacheSpec | None:
         """What the layer keeps per block; None if it keeps nothing of its own."""
+
+
+class LatentLayerBase(AttentionLayerBase):
+    """A layer whose cache is one latent per state, without heads: MLA and indexers."""
+
+    kv_cache: torch.Tensor
+    """``(B, N, C)``."""
+
+    def bind_kv_cache(self, kv_cache: torch.Tensor) -> None:
+        """Take ``(B, 1, N, C)`` and drop the head axis."""
+        from vllm.v1.kv_cache.views import drop_head_dim
+
+        self.kv_cache = drop_head_dim(kv_cache)
 
 
 _collecting = threading.local()

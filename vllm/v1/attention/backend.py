@@ -17,11 +17,11 @@ from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 import torch
 
 from vllm.errors import ConfigError
+from vllm.v1.kv_cache.declare import kv_cache_storage
 from vllm.v1.kv_cache_interface import (
     AttentionSpec,
     FullAttentionSpec,
     KVCacheSpec,
-    KVQuantMode,
     MLAAttentionSpec,
     MultipleOf,
     dtype_itemsize,
@@ -63,40 +63,6 @@ AttentionLayer = Any
 """A layer as an impl sees it: attributes ``layer_name`` and scales such as ``_k_scale``."""
 
 M = TypeVar("M")
-
-_STORAGE: dict[str, tuple[str, KVQuantMode]] = {
-    "fp8": ("uint8", KVQuantMode.FP8_PER_TENSOR),
-    "fp8_e4m3": ("uint8", KVQuantMode.FP8_PER_TENSOR),
-    "fp8_e5m2": ("uint8", KVQuantMode.FP8_PER_TENSOR),
-    "fp8_inc": ("uint8", KVQuantMode.FP8_PER_TENSOR),
-    "int8_per_token_head": ("int8", KVQuantMode.INT8_PER_TOKEN_HEAD),
-    "fp8_per_token_head": ("uint8", KVQuantMode.FP8_PER_TOKEN_HEAD),
-    "int4_per_token_head": ("uint8", KVQuantMode.INT4_PER_TOKEN_HEAD),
-    "nvfp4": ("uint8", KVQuantMode.NVFP4),
-    "fp8_ds_mla": ("uint8", KVQuantMode.NONE),
-    "nvfp4_ds_mla": ("uint8", KVQuantMode.NONE),
-}
-
-
-def kv_cache_storage(cache_dtype: str, model_dtype: Any) -> tuple[str, KVQuantMode]:
-    """Element dtype (name) and quantisation of a cache asked for as ``--kv-cache-dtype``.
-
-    Raises:
-        ConfigError: the name is unknown.
-    """
-    if cache_dtype == "auto":
-        return str(model_dtype).removeprefix("torch."), KVQuantMode.NONE
-    if cache_dtype in ("bfloat16", "float16", "float32"):
-        return cache_dtype, KVQuantMode.NONE
-    if cache_dtype in _STORAGE:
-        return _STORAGE[cache_dtype]
-    raise ConfigError(
-        f"--kv-cache-dtype {cache_dtype!r} is unknown: use auto, bfloat16, float16, float32, "
-        f"{', '.join(_STORAGE)}",
-        parameter="kv_cache_dtype",
-        value=cache_dtype,
-    )
-
 
 _resolved_layout: KVCacheLayout | None = None
 

@@ -150,6 +150,24 @@ class ContentFormat(enum.StrEnum):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Segment:
+    """Rows along a state's sharded axis that ranks share out: a projection's, or heads.
+
+    The whole model has ``units`` of ``rows`` rows each; a rank holds ``units_per_rank`` of them.
+    Where ranks hold more in all than there are, neighbours hold copies.
+    """
+
+    name: str
+    units: int
+    rows: int
+    units_per_rank: int
+
+    @property
+    def rows_per_rank(self) -> int:
+        return self.units_per_rank * self.rows
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class StateSlice:
     """One state array inside a page: bytes ``[offset, offset + size_bytes)``."""
 
@@ -157,3 +175,7 @@ class StateSlice:
     dtype_name: str
     offset: int
     size_bytes: int
+    sharded_axis: int = 0
+    """Axis that tensor-parallel ranks share out."""
+    segments: tuple[Segment, ...] = ()
+    """What lies along that axis, in order; empty where the layer does not say."""

@@ -17,7 +17,7 @@ from typing import Any
 
 from vllm.errors import KVTransferError
 from vllm.v1.kv_cache.config import KVCacheConfig
-from vllm.v1.kv_cache.content import StateSlice
+from vllm.v1.kv_cache.content import Segment, StateSlice
 from vllm.v1.kv_cache.runs import ByteRun, runs_by_layer
 from vllm.v1.kv_cache.strides import compute_layer_kv_cache_shape_bytes, tensor_strides
 
@@ -90,7 +90,10 @@ class LayerDescriptor:
             "parts": [list(part) for part in self.parts],
             "dtype": self.dtype,
             "tokens_per_state": self.tokens_per_state,
-            "states": [[state.dtype_name, len(state.shape)] for state in self.states],
+            "states": [
+                [state.dtype_name, len(state.shape), [part.name for part in state.segments]]
+                for state in self.states
+            ],
             "state_layout": self.state_layout,
         }
 
@@ -166,11 +169,14 @@ def _layer_from_json(data: Mapping[str, Any]) -> LayerDescriptor:
             "parts": tuple((name, size) for name, size in data["parts"]),
             "runs": tuple(ByteRun(**run) for run in data["runs"]),
             "head_axis": HeadAxis(**axis) if axis is not None else None,
-            "states": tuple(
-                StateSlice(**{**state, "shape": tuple(state["shape"])}) for state in data["states"]
-            ),
+            "states": tuple(_state_from_json(state) for state in data["states"]),
         }
     )
+
+
+def _state_from_json(data: Mapping[str, Any]) -> StateSlice:
+    segments = tuple(Segment(**segment) for segment in data["segments"])
+    return StateSlice(**{**data, "shape": tuple(data["shape"]), "segments": segments})
 
 
 def describe(config: KVCacheConfig, base_ptr: int = 0) -> CacheDescriptor:

@@ -17,6 +17,7 @@ from vllm.v1.kv_cache.content import (
     ITEMSIZE,
     ContentFormat,
     KVCacheSpecKind,
+    Segment,
     StateSlice,
     cdiv,
     dtype_itemsize,
@@ -48,6 +49,10 @@ class MambaSpec(KVCacheSpec):
     num_speculative_blocks: int = 0
     conv_state_layout: str = "SD"
     """"SD" (state rows by time) or "DS" (rows by channel, so a channel range is one run)."""
+    segments: tuple[tuple[Segment, ...], ...] = ()
+    """Of each state, what lies along its sharded axis; empty where the layer does not say."""
+    sharded_axes: tuple[int, ...] = ()
+    """Axis of each state that ranks share out; empty for axis 0 of each."""
     dtype_names: tuple[str, ...] = field(init=False, repr=False)
 
     kind = KVCacheSpecKind.MAMBA
@@ -61,6 +66,7 @@ class MambaSpec(KVCacheSpec):
             raise ConfigError(
                 f"{self.where}{len(self.shapes)} state shapes and {len(self.dtypes)} dtypes"
             )
+        self._check_segments()
         if self.mamba_cache_mode not in ("none", "align", "all"):
             raise ConfigError(
                 f"mamba_cache_mode must be none, align or all, not {self.mamba_cache_mode!r}",
@@ -88,13 +94,37 @@ class MambaSpec(KVCacheSpec):
                     f"{state.dtype_name}; pad the page to {round_up(page, item)}"
                 )
 
+    def _check_segments(self) -> None:
+        for given in (self.segments, self.sharded_axes):
+            if given and len(given) != len(self.shapes):
+                raise ConfigError(
+                    f"{self.where}{len(given)} segments or axes for {len(self.shapes)} states"
+                )
+        for i, (parts, shape) in enumerate(zip(self.segments, self.shapes, strict=False)):
+            axis = self.sharded_axes[i] if self.sharded_axes else 0
+            rows = sum(part.rows_per_rank for part in parts)
+            if parts and rows != shape[axis]:
+                raise ConfigError(
+                    f"{self.where}state {i} {shape} of {self.mamba_type} has segments of {rows} "
+                    f"rows along axis {axis}"
+                )
+
     @property
     def state_table(self) -> tuple[StateSlice, ...]:
         """Where each state lies in the page."""
         table, offset = [], 0
-        for shape, name in zip(self.shapes, self.dtype_names, strict=True):
+        for i, (shape, name) in enumerate(zip(self.shapes, self.dtype_names, strict=True)):
             size = math.prod(shape) * ITEMSIZE[name]
-            table.append(StateSlice(shape=shape, dtype_name=name, offset=offset, size_bytes=size))
+            table.append(
+                StateSlice(
+                    shape=shape,
+                    dtype_name=name,
+                    offset=offset,
+                    size_bytes=size,
+                    sharded_axis=self.sharded_axes[i] if self.sharded_axes else 0,
+                    segments=self.segments[i] if self.segments else (),
+                )
+            )
             offset += size
         return tuple(table)
 
