@@ -219,16 +219,22 @@ def _read_generation_config(directory: Path) -> dict[str, Any]:
     return values
 
 
+_EXPANDED_BY = {"mxfp4": ("gpt_oss",)}
+"""Formats of weights -> model types whose loading expands them."""
+
+
 def refuse_quantized(model: str, hf_config: Any) -> None:
-    """Refuse a checkpoint whose weights are stored quantised.
+    """Refuse a checkpoint whose weights are stored in a format that no loader expands.
 
     Raises:
-        UnsupportedError: the configuration has a ``quantization_config``.
+        UnsupportedError: the configuration's ``quantization_config`` names such a format.
     """
     quantization = getattr(hf_config, "quantization_config", None)
     if not quantization:
         return
     method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
+    if getattr(hf_config, "model_type", None) in _EXPANDED_BY.get(str(method), ()):
+        return
     raise UnsupportedError(
         f"--model {model}: its weights are quantised ({method}); vLLM has this; this engine does "
         "not yet (unquantised safetensors and GGUF files work)",

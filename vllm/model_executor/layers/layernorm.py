@@ -14,17 +14,28 @@ __all__ = ["GemmaRMSNorm", "RMSNorm"]
 
 
 class RMSNorm(nn.Module):
-    """``x / sqrt(mean(x^2) + eps) * weight`` over the last dim, in fp32 inside."""
+    """``x / sqrt(mean(x^2) + eps) * weight`` over the last dim, in fp32 inside.
+
+    Args:
+        has_weight: False for a weight of ones that no checkpoint holds.
+    """
+
+    weight: nn.Parameter | None
 
     def __init__(
-        self, hidden_size: int, eps: float = 1e-6, dtype: torch.dtype | None = None
+        self,
+        hidden_size: int,
+        eps: float = 1e-6,
+        dtype: torch.dtype | None = None,
+        has_weight: bool = True,
     ) -> None:
         super().__init__()
         self.hidden_size = hidden_size
         self.variance_epsilon = eps
-        self.weight = make_parameter(hidden_size, dtype=dtype)
-        nn.init.ones_(self.weight)
-        self.weight_data = self.weight.data
+        weight = make_parameter(hidden_size, dtype=dtype)
+        nn.init.ones_(weight)
+        self.register_parameter("weight", weight if has_weight else None)
+        self.weight_data = weight.data
 
     def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> Any:
         """The norm of ``x`` (..., h); with ``residual`` (T, h): (norm of the sum, the sum).
@@ -54,8 +65,9 @@ class GemmaRMSNorm(RMSNorm):
         self, hidden_size: int, eps: float = 1e-6, dtype: torch.dtype | None = None
     ) -> None:
         super().__init__(hidden_size, eps, dtype)
-        nn.init.zeros_(self.weight)
+        self.weight_data.zero_()
         self.process_weights_after_loading()
 
     def process_weights_after_loading(self) -> None:
+        assert self.weight is not None
         self.weight_data = self.weight.data.float() + 1

@@ -109,6 +109,10 @@ class LlamaAttention(HotModule):
     Those that make modules are called from the constructor, when the projections are there.
     """
 
+    is_neox_style = True
+    """RoPE turns the halves of a head; else neighbours."""
+    rotary_emb: RotaryEmbedding | None
+
     def __init__(self, vllm_config: VllmConfig, config: Any, layer_index: int, prefix: str) -> None:
         super().__init__()
         self.head_dim = config.head_dim
@@ -140,10 +144,11 @@ class LlamaAttention(HotModule):
 
     def make_rotary_emb(
         self, vllm_config: VllmConfig, config: Any, layer_index: int
-    ) -> RotaryEmbedding:
+    ) -> RotaryEmbedding | None:
         return get_rope(
             self.head_dim,
             max_position=vllm_config.model_config.max_model_len,
+            is_neox_style=self.is_neox_style,
             rope_parameters=self.rope_parameters(config, layer_index),
             trained_max_position=config.max_position_embeddings,
         )

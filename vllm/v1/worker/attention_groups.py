@@ -48,7 +48,11 @@ class AttentionGroups:
             for name in group.layer_names:
                 spec = group.spec_of(targets.get(name, name))
                 by_kind.setdefault((layers[name].get_attn_backend(), spec), []).append(name)
+            kernel_block_size = kv_cache_config.kernel_block_size(group_id)
             for (backend, spec), names in by_kind.items():
+                if spec.block_size != kernel_block_size:
+                    # A builder sees the block table, which is in kernel blocks.
+                    spec = spec.copy_with_new_block_size(kernel_block_size)
                 builder = backend.get_builder_cls()(spec, names, vllm_config, device)
                 self.groups.append(AttentionGroup(builder, names, group_id))
 

@@ -22,6 +22,7 @@ from vllm.v1.attention.selector import get_attn_backend
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheSpec, SlidingWindowSpec
 
 if TYPE_CHECKING:
+    from vllm.model_executor.layers.layernorm import RMSNorm
     from vllm.v1.attention.backend import AttentionBackend
 
 __all__ = ["Attention"]
@@ -119,6 +120,7 @@ class Attention(nn.Module, AttentionLayerBase):
             sinks,
         )
         self._fused_rope = self.impl.fused_rope_kvcache_supported()
+        self._fused_norms = self.impl.fused_head_norms_supported()
         self._stores_apart = not self.attn_backend.forward_includes_kv_cache_update
         register_layer(prefix, self)
 
@@ -136,6 +138,7 @@ class Attention(nn.Module, AttentionLayerBase):
         output: torch.Tensor | None = None,
         positions: torch.Tensor | None = None,
         rotary_emb: nn.Module | None = None,
+        head_norms: tuple[RMSNorm, RMSNorm] | None = None,
     ) -> torch.Tensor:
         """Store ``key`` and ``value``, then attend.
 
@@ -146,6 +149,8 @@ class Attention(nn.Module, AttentionLayerBase):
             output: (T, Q * D) to write to.
             positions: (T,) int64; needed with ``rotary_emb``.
             rotary_emb: RoPE to apply to query and key in here, fused with the store if possible.
+            head_norms: norms over each head of query and of key that come before all else, fused
+                likewise; query and key are then overwritten.
 
         Returns:
             (T, Q * D). Rows of padding tokens are undefined; zeros in a profiling run.
@@ -168,7 +173,14 @@ class Attention(nn.Module, AttentionLayerBase):
             query = query.unflatten(-1, heads)
         else:
             query, key, value = self._rope_and_store(
-                query, key, value, attn_metadata, context.slot_mapping, positions, rotary_emb
+                query,
+                key,
+                value,
+                attn_metadata,
+                context.slot_mapping,
+                positions,
+                rotary_emb,
+                head_norms,
             )
         self.impl.forward(
             self,
@@ -190,22 +202,31 @@ class Attention(nn.Module, AttentionLayerBase):
         slot_mappings: dict[str, torch.Tensor],
         positions: torch.Tensor | None,
         rotary_emb: nn.Module | None,
+        head_norms: tuple[RMSNorm, RMSNorm] | None,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Rotate if asked, write key and value to the cache; returns (T, heads, D) views."""
+        """Norm and rotate if asked, write key and value to the cache; returns (T, heads, D) views.
+
+        Norms and rotation write over query, and over key where they are not fused.
+        """
         stores = self._stores_apart and self.kv_sharing_target_layer_name is None
         fused = rotary_emb is not None and stores and self._fused_rope
-        if rotary_emb is not None and not fused:
-            query, key = rotary_emb(positions, query, key)
         num_heads, num_kv_heads, head_size = self.num_heads, self.num_kv_heads, self.head_size
         query = query.view(-1, num_heads, head_size)
         key = key.view(-1, num_kv_heads, head_size)
         value = value.view(-1, num_kv_heads, head_size)
+        fuses_norms = fused and head_norms is not None and self._fused_norms
+        if head_norms is not None and not fuses_norms:
+            head_norms[0].forward_in_place(query)
+            head_norms[1].forward_in_place(key)
+        if rotary_emb is not None and not fused:
+            query, key = rotary_emb(positions, query, key)
         if stores:
             slot_mapping = slot_mappings.get(self.layer_name)
             if slot_mapping is None:
                 slot_mapping = attn_metadata.slot_mapping
             if fused:
                 assert rotary_emb is not None
+                norms = {"head_norms": head_norms} if fuses_norms else {}
                 self.impl.do_rope_and_kv_cache_update(
                     self,
                     query,
@@ -216,6 +237,7 @@ class Attention(nn.Module, AttentionLayerBase):
                     rotary_emb.is_neox_style,
                     self.kv_cache,
                     slot_mapping,
+                    **norms,
                 )
             else:
                 self.impl.do_kv_cache_update(self, key, value, self.kv_cache, slot_mapping)

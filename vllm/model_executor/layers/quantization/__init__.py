@@ -1,0 +1,1 @@
+"""Formats that checkpoints store weights in; each is expanded while it is loaded."""
