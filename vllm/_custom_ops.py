@@ -1,7 +1,7 @@
 """Every operator that has a kernel of ours, each with a PyTorch form of the same meaning.
 
 On the CPU the compiled extension ``vllm._C`` is used where it was built and knows the dtype; else
-PyTorch does the work, which is said once. This module owns the check of dtypes, shapes and strides
+PyTorch does the work, which is said once. On a GPU ``_cuda_ops`` has the kernels. This module owns the check of dtypes, shapes and strides
 before an address is handed to C++; it must not know layers, caches' owners or models.
 
 Letters: T tokens, Q query heads, K KV heads, D head size, B cache blocks, N tokens per block.
@@ -19,11 +19,16 @@ import torch.nn.functional as F
 
 from vllm import _torch_ops
 from vllm.logger import init_logger, log_once
+from vllm.utils.huge_pages import HugePageArena
 
 try:
     from vllm import _C
 except ImportError:
     _C = None
+
+_cuda_ops: Any = None
+if torch.version.cuda is not None:
+    from vllm import _cuda_ops
 
 logger = init_logger(__name__)
 
@@ -145,6 +150,9 @@ class PackedWeight:
         return weight
 
 
+_weights = HugePageArena()
+
+
 def pack_weight(weight: torch.Tensor) -> PackedWeight:
     """Pack ``weight`` (n, k); the caller may drop it afterwards.
 
@@ -156,7 +164,7 @@ def pack_weight(weight: torch.Tensor) -> PackedWeight:
     if weight.stride(1) != 1:
         weight = weight.contiguous()
     code = _CODES[weight.dtype]
-    data = torch.empty(_C.packed_size(n, k, code), dtype=torch.uint8)
+    data = _weights.empty(_C.packed_size(n, k, code))
     _C.pack(weight.data_ptr(), weight.stride(0), data.data_ptr(), n, k, code)
     return PackedWeight(n=n, k=k, dtype=weight.dtype, data=data)
 
@@ -206,6 +214,8 @@ def linear(
         if weight.plain is None:
             return _product(x, weight, bias, weight.n, _PLAIN)
         weight = weight.plain
+    if x.is_cuda:
+        return _cuda_ops.linear(x, weight, bias)
     return F.linear(x, weight, bias)
 
 
@@ -213,6 +223,9 @@ def gate_up_silu(x: torch.Tensor, weight: PackedWeight | torch.Tensor) -> torch.
     """``silu(x @ gate.T) * (x @ up.T)``; weight (2 * i, k) is gate over up; -> (..., i)."""
     if isinstance(weight, PackedWeight) and weight.plain is None and weight.n % (2 * _PANEL) == 0:
         return _product(x, weight, None, weight.n // 2, _SILU_MUL)
+    if x.is_cuda and x.dim() == 2:
+        plain = weight.plain if isinstance(weight, PackedWeight) else weight
+        return _cuda_ops.gate_up_silu(x, plain)
     return silu_and_mul(linear(x, weight))
 
 
@@ -355,6 +368,8 @@ def rms_norm(
 
     ``out`` may be ``x`` itself.
     """
+    if x.is_cuda and x.dim() <= 3 and x.stride(-1) == 1:
+        return _cuda_ops.rms_norm(x, weight, eps, out)
     if out is None:
         out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if _norm_kernel_takes(x, weight):
@@ -404,11 +419,16 @@ def fused_add_rms_norm(
             _CODES[x.dtype],
         )
         return
+    if x.is_cuda and x.dim() == 2:
+        _cuda_ops.fused_add_rms_norm(x, residual, weight, eps)
+        return
     _torch_ops.fused_add_rms_norm(x, residual, weight, eps)
 
 
 def silu_and_mul(x: torch.Tensor) -> torch.Tensor:
     """``silu(x[..., :i]) * x[..., i:]``; x (..., 2 * i) -> (..., i)."""
+    if x.is_cuda and x.dim() == 2 and x.stride(1) == 1:
+        return _cuda_ops.silu_and_mul(x)
     if _C is None or not x.is_cpu or x.dtype not in _CODES or x.dim() != 2 or x.stride(1) != 1:
         return _torch_ops.silu_and_mul(x)
     rows, width = x.shape

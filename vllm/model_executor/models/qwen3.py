@@ -23,10 +23,8 @@ class Qwen3Attention(LlamaAttention):
     def forward(self, positions: torch.Tensor, hidden_states: torch.Tensor) -> torch.Tensor:
         qkv = self.qkv_proj.forward(hidden_states)
         query, key, value = torch.split_with_sizes(qkv, self.split_sizes, dim=-1)
-        # Views of qkv: the norms write into it.
-        self.q_norm.forward_in_place(query.unflatten(-1, (self.num_heads, self.head_dim)))
-        self.k_norm.forward_in_place(key.unflatten(-1, (self.num_kv_heads, self.head_dim)))
-        output = self.attn.forward(query, key, value, None, positions, self.rotary_emb)
+        norms = self.q_norm, self.k_norm
+        output = self.attn.forward(query, key, value, None, positions, self.rotary_emb, norms)
         return self.o_proj.forward(output)
 
     fused_forward: ClassVar[Callable[..., torch.Tensor]] = staticmethod(forward)

@@ -351,6 +351,12 @@ class AttentionImpl(ABC, Generic[M]):
     def fused_rope_kvcache_supported(self) -> bool:
         return False
 
+    def fused_head_norms_supported(self) -> bool:
+        """``do_rope_and_kv_cache_update`` takes ``head_norms``: RMSNorms of query's and key's heads
+        that come before the rotation.
+        """
+        return False
+
     def do_rope_and_kv_cache_update(
         self,
         layer: AttentionLayer,

@@ -138,6 +138,9 @@ class TritonAttentionImpl(PagedAttentionImpl):
     def fused_rope_kvcache_supported(self) -> bool:
         return True
 
+    def fused_head_norms_supported(self) -> bool:
+        return True
+
     def do_rope_and_kv_cache_update(
         self,
         layer: torch.nn.Module,
@@ -149,9 +152,23 @@ class TritonAttentionImpl(PagedAttentionImpl):
         is_neox: bool,
         kv_cache: torch.Tensor,
         slot_mapping: torch.Tensor,
+        head_norms: tuple[Any, Any] | None = None,
     ) -> None:
+        weights, eps = None, 0.0
+        if head_norms is not None:
+            weights = head_norms[0].weight_data, head_norms[1].weight_data
+            eps = head_norms[0].variance_epsilon
         rotate_and_store(
-            query, key, value, kv_cache, slot_mapping, positions, cos_sin_cache, is_neox
+            query,
+            key,
+            value,
+            kv_cache,
+            slot_mapping,
+            positions,
+            cos_sin_cache,
+            is_neox,
+            weights,
+            eps,
         )
 
 
