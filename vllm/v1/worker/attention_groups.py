@@ -50,7 +50,7 @@ class AttentionGroups:
                 by_kind.setdefault((layers[name].get_attn_backend(), spec), []).append(name)
             kernel_block_size = kv_cache_config.kernel_block_size(group_id)
             for (backend, spec), names in by_kind.items():
-                if spec.block_size != kernel_block_size:
+                if spec.uses_slot_mapping and spec.block_size != kernel_block_size:
                     # A builder sees the block table, which is in kernel blocks.
                     spec = spec.copy_with_new_block_size(kernel_block_size)
                 builder = backend.get_builder_cls()(spec, names, vllm_config, device)
