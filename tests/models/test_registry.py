@@ -50,7 +50,7 @@ def test_a_path_has_a_module_and_a_class():
 def test_near_misses():
     with pytest.raises(ConfigError, match="Qwen3ForCausalML is not supported; nearest: Qwen3ForC"):
         ModelRegistry.choose_arch(["Qwen3ForCausalML"])
-    with pytest.raises(ConfigError, match="Zzz is not supported; this engine serves: .*LlamaForC"):
+    with pytest.raises(ConfigError, match=r"Zzz is not supported; this engine serves: .*LlamaF"):
         ModelRegistry.choose_arch("Zzz")
 
 
