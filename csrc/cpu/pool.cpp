@@ -44,6 +44,8 @@ struct Pool {
   int started = 0;
   int cores[kMaxThreads] = {};
   int num_cores = 0;
+  // Counts the changes of `cores`: a helper binds itself anew when it has missed one.
+  int bindings = 0;
   std::atomic<int64_t> spin_us{60};
   Range ranges[kMaxThreads];
 };
@@ -77,25 +79,35 @@ bool enter(Pool& p, uint64_t& seen) {
   return false;
 }
 
-void bind_to(int core) {
+// Binds the calling thread to its core, or to every core that the process's first thread may use.
+void bind_self(const Pool& p, int self) {
 #if defined(__linux__)
   cpu_set_t set;
-  CPU_ZERO(&set);
-  CPU_SET(core, &set);
+  if (self < p.num_cores) {
+    CPU_ZERO(&set);
+    CPU_SET(p.cores[self], &set);
+  } else if (sched_getaffinity(getpid(), sizeof(set), &set) != 0) {
+    return;
+  }
   pthread_setaffinity_np(pthread_self(), sizeof(set), &set);
 #else
-  (void)core;
+  (void)p;
+  (void)self;
 #endif
 }
 
 void* helper(void* argument) {
   Pool& p = pool();
   const int self = static_cast<int>(reinterpret_cast<intptr_t>(argument));
-  if (self < p.num_cores) bind_to(p.cores[self]);
   uint64_t seen = 0;
+  int bindings = 0;
   for (;;) {
     const uint32_t bell = p.bell.load(std::memory_order_acquire);
     if (enter(p, seen)) {
+      if (bindings != p.bindings) {
+        bindings = p.bindings;
+        bind_self(p, self);
+      }
       work(p, self);
       p.state.fetch_sub(1, std::memory_order_acq_rel);
       continue;
@@ -160,7 +172,8 @@ void set_num_threads(int count, const int* cores, int num_cores) {
   p.threads = count < 1 ? 1 : (count > kMaxThreads ? kMaxThreads : count);
   p.num_cores = num_cores < kMaxThreads ? num_cores : kMaxThreads;
   for (int i = 0; i < p.num_cores; ++i) p.cores[i] = cores[i];
-  if (p.num_cores > 0) bind_to(p.cores[0]);
+  if (p.num_cores > 0) bind_self(p, 0);
+  ++p.bindings;
   prepare(p);
   p.busy.store(false, std::memory_order_release);
 }
