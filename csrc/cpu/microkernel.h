@@ -97,8 +97,8 @@ VLLM_INLINE void multiply(Vec (&acc)[MR][2], const typename Form::A* a, const ty
   for (int64_t s = 0; s < steps; ++s) {
     if (kPrefetch) {
       const char* far = reinterpret_cast<const char*>(b) + ahead;
-      prefetch(far);
-      if (sizeof(typename Form::B) * kTileCols * Form::kStep > 64) prefetch(far + 64);
+      prefetch_l2(far);
+      if (sizeof(typename Form::B) * kTileCols * Form::kStep > 64) prefetch_l2(far + 64);
     }
     Form::template step<MR>(acc, a, LDA, b);
     a += Form::kStep;
