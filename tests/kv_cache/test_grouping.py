@@ -70,12 +70,15 @@ def test_layers_of_a_kind_are_dealt_in_turn():
 def test_pages_of_two_sizes_lie_side_by_side_without_padding():
     """Full layers with twice the page: half as many of them in a block."""
     specs = hybrid(60, 6, full(4), sliding(2))
-    grouping = group_packed(specs, make_config(max_model_len=32_768))
+    config = make_config(max_model_len=32_768)
+    grouping = group_packed(specs, config)
     assert grouping.specs == specs
-    sums = {
-        sum(specs[name].page_size_bytes for name in group.layer_names) for group in grouping.groups
+    sizes = {
+        group.spec.manager_spec.kind.value: len(group.layer_names) for group in grouping.groups
     }
-    assert sums == {grouping.bytes_per_block}
+    assert sizes["sliding_window"] > 1.5 * sizes["full_attention"]
+    payload = sum(spec.payload_bytes_at(8192, config) for spec in specs.values())
+    assert payload > 0.98 * grouping.compared_bytes
 
 
 def test_attention_blocks_grow_to_meet_a_state_page():
@@ -121,20 +124,42 @@ def test_aligned_states_keep_the_attention_block_size():
 
 def test_unify_follows_its_rules():
     large, half, odd = full(4), sliding(2), sliding(3, window=32)
-    specs, notes = unify_kv_cache_spec_page_size({"a": large, "b": half, "c": odd})
+    config = make_config()
+    specs, notes = unify_kv_cache_spec_page_size({"a": large, "b": half, "c": odd}, config)
     assert {spec.page_size_bytes for spec in specs.values()} == {2048}
     assert specs["b"].block_size == 32
     assert specs["c"].block_size == 16
     assert any("padded from 1536 to 2048" in note for note in notes)
-    fixed, _ = unify_kv_cache_spec_page_size({"a": large, "b": half}, may_change_blocks=False)
+    fixed, _ = unify_kv_cache_spec_page_size({"a": large, "b": half}, config, False)
     assert fixed["b"].block_size == 16
     assert fixed["b"].page_size_bytes == 2048
+
+
+def test_a_page_is_scaled_or_padded_whichever_needs_less():
+    """7 heads beside 16: two blocks of 7 and a padding of 2, rather than a padding of 9."""
+    specs, notes = unify_kv_cache_spec_page_size({"a": full(16), "b": sliding(7)}, make_config())
+    assert specs["b"].block_size == 32
+    assert specs["b"].page_size_padded == specs["a"].page_size_bytes
+    assert any("enlarged 2 times" in note for note in notes)
+    # A window of one block: larger blocks would only hold tokens that nobody reads.
+    tiny = sliding(1, window=2, block_size=16)
+    short_steps = make_config(max_num_batched_tokens=8)
+    specs, _ = unify_kv_cache_spec_page_size({"a": full(4), "b": tiny}, short_steps)
+    assert specs["b"].block_size == 16
+    # Kernels that read blocks of 16 only can't be given a padded block of 32.
+    specs, _ = unify_kv_cache_spec_page_size(
+        {"a": full(16), "b": sliding(7)},
+        make_config(),
+        True,
+        lambda specs: all(spec.block_size == 16 for spec in specs.values()),
+    )
+    assert specs["b"].block_size == 16
 
 
 def test_a_latent_page_is_never_padded():
     latent = MLAAttentionSpec(block_size=16, num_kv_heads=1, head_size=9, dtype="bfloat16")
     with pytest.raises(ConfigError, match=r"cannot be padded to the 1024.*BLHNC"):
-        unify_kv_cache_spec_page_size({"a": full(), "b": latent})
+        unify_kv_cache_spec_page_size({"a": full(), "b": latent}, make_config())
 
 
 def test_without_the_hybrid_manager_windows_are_kept_whole():

@@ -189,6 +189,21 @@ class KVCacheSpec:
         """The spec by which the scheduler chooses a manager; a member's for a uniform group."""
         return self
 
+    def num_skipped_tokens(self, num_computed_tokens: int) -> int:
+        """Leading tokens that the next token, and all after it, do not read."""
+        return 0
+
+    def blocks_at(self, num_tokens: int, vllm_config: VllmConfig) -> int:
+        """Blocks that a request of ``num_tokens`` computed tokens holds between two steps."""
+        first = self.num_skipped_tokens(num_tokens) // self.block_size
+        return cdiv(num_tokens, self.block_size) - first
+
+    def payload_bytes_at(self, num_tokens: int, vllm_config: VllmConfig) -> int:
+        """Bytes of those blocks that a layer still reads."""
+        tokens = num_tokens - self.num_skipped_tokens(num_tokens)
+        states = int(Fraction(tokens) / Fraction(self.tokens_per_state))
+        return states * self.num_heads * self.state_content_size_bytes
+
     def max_resident_blocks(self, vllm_config: VllmConfig) -> int:
         """Blocks that one request of the longest length holds at one time, at most."""
         return cdiv(_max_local_len(vllm_config), self.block_size)
@@ -533,6 +548,9 @@ class SlidingWindowSpec(AttentionSpec):
     def group_key(self) -> tuple[Any, ...]:
         return (KVCacheSpecKind.SLIDING_WINDOW.value, self.block_size, self.sliding_window)
 
+    def num_skipped_tokens(self, num_computed_tokens: int) -> int:
+        return max(0, num_computed_tokens - self.sliding_window + 1)
+
     def max_resident_blocks(self, vllm_config: VllmConfig) -> int:
         """cdiv(min(window - 1 + tokens of a step, longest), block_size) + 1.
 
@@ -640,11 +658,19 @@ class ChunkedLocalAttentionSpec(AttentionSpec):
     def group_key(self) -> tuple[Any, ...]:
         return (self.kind.value, self.block_size, self.attention_chunk_size)
 
+    def num_skipped_tokens(self, num_computed_tokens: int) -> int:
+        return num_computed_tokens // self.attention_chunk_size * self.attention_chunk_size
+
     def max_resident_blocks(self, vllm_config: VllmConfig) -> int:
         """cdiv(min(chunk + tokens of a step, longest), block_size)."""
         in_flight = vllm_config.scheduler_config.max_num_batched_tokens
         kept = min(self.attention_chunk_size + in_flight, vllm_config.model_config.max_model_len)
         return cdiv(kept, self.block_size)
+
+
+def _encoder_len(vllm_config: VllmConfig) -> int:
+    config = vllm_config.model_config
+    return getattr(config.hf_config, "max_source_positions", None) or config.max_model_len
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -658,9 +684,13 @@ class CrossAttentionSpec(AttentionSpec):
         return False
 
     def max_resident_blocks(self, vllm_config: VllmConfig) -> int:
-        config = vllm_config.model_config
-        encoder_len = getattr(config.hf_config, "max_source_positions", None)
-        return cdiv(encoder_len or config.max_model_len, self.block_size)
+        return cdiv(_encoder_len(vllm_config), self.block_size)
+
+    def blocks_at(self, num_tokens: int, vllm_config: VllmConfig) -> int:
+        return self.max_resident_blocks(vllm_config)
+
+    def payload_bytes_at(self, num_tokens: int, vllm_config: VllmConfig) -> int:
+        return _encoder_len(vllm_config) * self.num_heads * self.state_content_size_bytes
 
     def max_num_blocks_per_req(self, vllm_config: VllmConfig, max_len: int) -> int:
         return self.max_resident_blocks(vllm_config)
@@ -685,4 +715,10 @@ class EncoderOnlyAttentionSpec(AttentionSpec):
         return False
 
     def max_resident_blocks(self, vllm_config: VllmConfig) -> int:
+        return 0
+
+    def blocks_at(self, num_tokens: int, vllm_config: VllmConfig) -> int:
+        return 0
+
+    def payload_bytes_at(self, num_tokens: int, vllm_config: VllmConfig) -> int:
         return 0

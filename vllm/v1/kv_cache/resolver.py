@@ -14,7 +14,9 @@ from typing import TYPE_CHECKING
 from vllm.errors import ConfigError
 from vllm.v1.kv_cache.attention_specs import KVCacheSpec
 from vllm.v1.kv_cache.content import MultipleOf
+from vllm.v1.kv_cache.equal_pages import plan_with_equal_pages
 from vllm.v1.kv_cache.grouping import (
+    COMPARED_REQUEST,
     Grouping,
     group_packed,
     group_with_equal_pages,
@@ -89,6 +91,8 @@ class LayoutPlan:
     backends: tuple[str, ...] = ()
     bytes_by_layout: dict[str, int] = field(default_factory=dict)
     """Bytes of one request of the longest length under each layout that would work."""
+    compared_with_bytes: int = 0
+    """What the rule of equal pages holds for the request of ``grouping.compared_bytes``."""
 
     def explain(self) -> str:
         """The decision in lines of text; ``explain.py`` makes tables of it."""
@@ -176,12 +180,16 @@ def resolve_layout(
     order = _ORDER_MOVING if movement and movement.takes_descriptors else _ORDER_AT_REST
     possible: dict[KVCacheLayout, tuple[Grouping, tuple[int, ...]]] = {}
     rejected: list[RejectedLayout] = []
+    yardstick = plan_with_equal_pages(specs, vllm_config)
+    ceiling = yardstick.held_bytes(
+        min(COMPARED_REQUEST, vllm_config.model_config.max_model_len), vllm_config
+    )
     for layout in order:
         try:
-            possible[layout] = _try_layout(layout, specs, vllm_config, limits)
+            possible[layout] = _try_layout(layout, specs, vllm_config, limits, ceiling)
         except ConfigError as error:
             rejected.append(RejectedLayout(layout=layout, reason=str(error)))
-    layout, reason = _choose(order, possible, rejected, vllm_config, movement)
+    layout, reason = _choose(order, possible, rejected, vllm_config, movement, ceiling)
     grouping, kernel_block_sizes = possible[layout]
     return LayoutPlan(
         layout=layout,
@@ -193,6 +201,7 @@ def resolve_layout(
         bytes_by_layout={
             str(name): grouping.bytes_per_request for name, (grouping, _) in possible.items()
         },
+        compared_with_bytes=ceiling,
     )
 
 
@@ -201,6 +210,7 @@ def _try_layout(
     specs: Mapping[str, KVCacheSpec],
     vllm_config: VllmConfig,
     constraints: Mapping[str, BackendConstraints],
+    ceiling: int,
 ) -> tuple[Grouping, tuple[int, ...]]:
     """Grouping and kernel block sizes under this layout, or ConfigError with the reason."""
     for limit in constraints.values():
@@ -214,18 +224,18 @@ def _try_layout(
                 "be one run in order H, N, C"
             )
     may_change = not vllm_config.cache_config.user_specified_block_size
+
+    def accepts(scaled: Mapping[str, KVCacheSpec]) -> bool:
+        return all(
+            constraints[name].accepts_block(spec.block_size)
+            for name, spec in scaled.items()
+            if name in constraints and spec.uses_slot_mapping
+        )
+
     if layout.is_block_outermost:
-
-        def accepts(scaled: Mapping[str, KVCacheSpec]) -> bool:
-            return all(
-                constraints[name].accepts_block(spec.block_size)
-                for name, spec in scaled.items()
-                if name in constraints and spec.uses_slot_mapping
-            )
-
-        grouping = group_packed(specs, vllm_config, accepts if may_change else None)
+        grouping = group_packed(specs, vllm_config, accepts if may_change else None, ceiling)
     else:
-        grouping = group_with_equal_pages(specs, vllm_config, may_change)
+        grouping = group_with_equal_pages(specs, vllm_config, may_change, accepts, ceiling)
     if not layout.is_block_compact:
         _check_page_apart(layout, grouping.specs)
     return grouping, _kernel_block_sizes(layout, grouping, constraints)
@@ -291,6 +301,7 @@ def _choose(
     rejected: list[RejectedLayout],
     vllm_config: VllmConfig,
     movement: CacheMovement | None,
+    ceiling: int,
 ) -> tuple[KVCacheLayout, str]:
     asked = vllm_config.cache_config.kv_cache_layout
     reasons = {item.layout: item.reason for item in rejected}
@@ -326,13 +337,17 @@ def _choose(
         _reject_rest(possible, stated, rejected, f"connector {movement.connector} needs another")
         return stated, f"connector {movement.connector} needs it"
     cost = {layout: grouping.bytes_of_mix for layout, (grouping, _) in possible.items()}
-    least = min(cost.values())
-    lean = [name for name in order if name in cost and cost[name] <= least * _WORTH_MOVING]
+    below = [name for name in possible if possible[name][0].is_below(ceiling)] or list(possible)
+    least = min(cost[name] for name in below)
+    lean = [name for name in order if name in below and cost[name] <= least * _WORTH_MOVING]
     layout = min(lean, key=lambda name: possible[name][0].rank)
     for name in possible:
         if name not in lean:
             more = 100 * (cost[name] / cost[layout] - 1)
-            rejected.append(RejectedLayout(layout=name, reason=f"needs {more:.1f} % more memory"))
+            reason = f"needs {more:.1f} % more memory"
+            if name not in below:
+                reason = "a request would hold more than with equal pages for all groups"
+            rejected.append(RejectedLayout(layout=name, reason=reason))
         elif possible[name][0].rank > possible[layout][0].rank:
             notes = "; ".join(possible[name][0].notes) or "many groups"
             rejected.append(RejectedLayout(layout=name, reason=f"would change the layers: {notes}"))

@@ -195,6 +195,18 @@ class MambaSpec(KVCacheSpec):
             self.num_speculative_blocks,
         )
 
+    def num_skipped_tokens(self, num_computed_tokens: int) -> int:
+        return max(0, num_computed_tokens - 1) if self.mamba_cache_mode == "align" else 0
+
+    def blocks_at(self, num_tokens: int, vllm_config: VllmConfig) -> int:
+        running = 1
+        if self.mamba_cache_mode != "none":
+            running = super().blocks_at(num_tokens, vllm_config)
+        return running + self.num_speculative_blocks
+
+    def payload_bytes_at(self, num_tokens: int, vllm_config: VllmConfig) -> int:
+        return self.blocks_at(num_tokens, vllm_config) * self.unpadded_page_size_bytes
+
     def max_resident_blocks(self, vllm_config: VllmConfig) -> int:
         """1, or 2 at boundaries ("align"), or one per block ("all"); + speculative blocks."""
         if self.mamba_cache_mode == "all":
@@ -274,6 +286,16 @@ class UniformTypeKVCacheSpecs(KVCacheSpec):
     @property
     def tokens_per_state(self) -> int | Fraction:
         return self.manager_spec.tokens_per_state
+
+    def num_skipped_tokens(self, num_computed_tokens: int) -> int:
+        return self.manager_spec.num_skipped_tokens(num_computed_tokens)
+
+    def blocks_at(self, num_tokens: int, vllm_config: VllmConfig) -> int:
+        return self.manager_spec.blocks_at(num_tokens, vllm_config)
+
+    def payload_bytes_at(self, num_tokens: int, vllm_config: VllmConfig) -> int:
+        specs = self.kv_cache_specs.values()
+        return sum(spec.payload_bytes_at(num_tokens, vllm_config) for spec in specs)
 
     def max_resident_blocks(self, vllm_config: VllmConfig) -> int:
         return self.manager_spec.max_resident_blocks(vllm_config)
