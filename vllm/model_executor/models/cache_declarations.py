@@ -146,7 +146,11 @@ def _deepseek_v4(model: _Declaring) -> Specs:
     """
     width = model.head_dim
     window = model.need("sliding_window")
-    packed = {"dtype": "uint8", "cache_dtype_str": "fp8_ds_mla", "model_version": "deepseek_v4"}
+    packed: dict[str, Any] = {
+        "dtype": "uint8",
+        "cache_dtype_str": "fp8_ds_mla",
+        "model_version": "deepseek_v4",
+    }
     for i, ratio in enumerate(model.need("compress_ratios")[: model.num_layers]):
         prefix = f"model.layers.{i}.attn"
         yield SlidingWindowMLASpec(

@@ -135,16 +135,20 @@ def group_packed(
             enlarged to sizes that it accepts. None where block sizes must stay as they are.
         ceiling: bytes that ``compared_bytes`` should not exceed, where a grouping allows it.
     """
+    # Layers that are alike share one object here: a scale costs as many specs as there are kinds.
+    alike: dict[KVCacheSpec, KVCacheSpec] = {}
+    shared = {name: alike.setdefault(spec, spec) for name, spec in specs.items()}
     best: tuple[Grouping, int] | None = None
-    for scale in _block_scales(specs) if accepts_block else [1]:
-        scaled = _scale_blocks(specs, scale)
+    for scale in _block_scales(shared) if accepts_block else [1]:
+        scaled = _scale_blocks(shared, scale)
         if scale > 1 and accepts_block is not None and not accepts_block(scaled):
             continue
         grouping = _split_kinds(scaled, vllm_config, ceiling)
         if best is None or _better(grouping, scale, *best, ceiling):
             best = (grouping, scale)
     assert best is not None
-    grouping, scale = best
+    scale = best[1]
+    grouping = _split_kinds(_scale_blocks(specs, scale), vllm_config, ceiling)
     if scale > 1:
         note = f"attention blocks enlarged {scale} times, to fill the block that a state page needs"
         grouping = replace(grouping, notes=(note,))
@@ -192,7 +196,8 @@ def _scale_blocks(specs: Specs, scale: int) -> dict[str, KVCacheSpec]:
             return spec
         return spec.copy_with_new_block_size(spec.block_size * scale)
 
-    return {name: scaled(spec) for name, spec in specs.items()}
+    once = {id(spec): scaled(spec) for spec in specs.values()}
+    return {name: once[id(spec)] for name, spec in specs.items()}
 
 
 def _split_kinds(specs: Specs, vllm_config: VllmConfig, ceiling: int | None) -> Grouping:
@@ -206,10 +211,7 @@ def _split_kinds(specs: Specs, vllm_config: VllmConfig, ceiling: int | None) -> 
     if len(kinds) == 1:
         return _make_grouping(kinds, [1], held, specs)
     # sizes[k][g - 1]: bytes of the largest group when kind k is cut into g groups.
-    sizes = [
-        [_largest_part(names, specs, count) for count in range(1, len(names) + 1)]
-        for names in kinds
-    ]
+    sizes = [_largest_parts([page_room(specs[name]) for name in names]) for names in kinds]
     options: list[tuple[bool, float, list[int]]] = []
     for limit in sorted({size for row in sizes for size in row}):
         cuts = [next((g for g, s in enumerate(row, 1) if s <= limit), 0) for row in sizes]
@@ -239,9 +241,12 @@ def _blocks_held(spec: KVCacheSpec, vllm_config: VllmConfig) -> tuple[int, int, 
     return longest, longest + cdiv(max_model_len, length) * short, compared
 
 
-def _largest_part(names: Sequence[str], specs: Specs, count: int) -> int:
-    rooms = [page_room(specs[name]) for name in names]
-    return max(sum(rooms[i::count]) for i in range(count))
+def _largest_parts(rooms: Sequence[int]) -> list[int]:
+    """Bytes of the largest part when every g-th page goes to one of g parts, for g = 1, 2, ..."""
+    counts = range(1, len(rooms) + 1)
+    if len(set(rooms)) == 1:
+        return [rooms[0] * cdiv(len(rooms), count) for count in counts]
+    return [max(sum(rooms[i::count]) for i in range(count)) for count in counts]
 
 
 def _make_grouping(

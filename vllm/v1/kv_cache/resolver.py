@@ -184,9 +184,10 @@ def resolve_layout(
     ceiling = yardstick.held_bytes(
         min(COMPARED_REQUEST, vllm_config.model_config.max_model_len), vllm_config
     )
+    groupings = _Groupings(specs, vllm_config, limits, ceiling)
     for layout in order:
         try:
-            possible[layout] = _try_layout(layout, specs, vllm_config, limits, ceiling)
+            possible[layout] = _try_layout(layout, specs, limits, groupings)
         except ConfigError as error:
             rejected.append(RejectedLayout(layout=layout, reason=str(error)))
     layout, reason = _choose(order, possible, rejected, vllm_config, movement, ceiling)
@@ -205,12 +206,54 @@ def resolve_layout(
     )
 
 
+class _Groupings:
+    """The grouping of packed blocks and that of equal pages, each made once for all layouts."""
+
+    def __init__(
+        self,
+        specs: Mapping[str, KVCacheSpec],
+        vllm_config: VllmConfig,
+        constraints: Mapping[str, BackendConstraints],
+        ceiling: int,
+    ) -> None:
+        self._arguments = (specs, vllm_config, ceiling)
+        self._constraints = constraints
+        self._made: dict[bool, Grouping | ConfigError] = {}
+
+    def under(self, layout: KVCacheLayout) -> Grouping:
+        """Raises ConfigError where the pages cannot be grouped."""
+        packed = layout.is_block_outermost
+        if packed not in self._made:
+            try:
+                self._made[packed] = self._make(packed)
+            except ConfigError as error:
+                self._made[packed] = error
+        made = self._made[packed]
+        if isinstance(made, ConfigError):
+            raise made
+        return made
+
+    def _make(self, packed: bool) -> Grouping:
+        specs, vllm_config, ceiling = self._arguments
+        may_change = not vllm_config.cache_config.user_specified_block_size
+        if packed:
+            accepts = self._accepts if may_change else None
+            return group_packed(specs, vllm_config, accepts, ceiling)
+        return group_with_equal_pages(specs, vllm_config, may_change, self._accepts, ceiling)
+
+    def _accepts(self, scaled: Mapping[str, KVCacheSpec]) -> bool:
+        return all(
+            self._constraints[name].accepts_block(spec.block_size)
+            for name, spec in scaled.items()
+            if name in self._constraints and spec.uses_slot_mapping
+        )
+
+
 def _try_layout(
     layout: KVCacheLayout,
     specs: Mapping[str, KVCacheSpec],
-    vllm_config: VllmConfig,
     constraints: Mapping[str, BackendConstraints],
-    ceiling: int,
+    groupings: _Groupings,
 ) -> tuple[Grouping, tuple[int, ...]]:
     """Grouping and kernel block sizes under this layout, or ConfigError with the reason."""
     for limit in constraints.values():
@@ -223,19 +266,7 @@ def _try_layout(
                 f"{spec.where}{spec.content_format} keeps scales apart from data, so a page must "
                 "be one run in order H, N, C"
             )
-    may_change = not vllm_config.cache_config.user_specified_block_size
-
-    def accepts(scaled: Mapping[str, KVCacheSpec]) -> bool:
-        return all(
-            constraints[name].accepts_block(spec.block_size)
-            for name, spec in scaled.items()
-            if name in constraints and spec.uses_slot_mapping
-        )
-
-    if layout.is_block_outermost:
-        grouping = group_packed(specs, vllm_config, accepts if may_change else None, ceiling)
-    else:
-        grouping = group_with_equal_pages(specs, vllm_config, may_change, accepts, ceiling)
+    grouping = groupings.under(layout)
     if not layout.is_block_compact:
         _check_page_apart(layout, grouping.specs)
     return grouping, _kernel_block_sizes(layout, grouping, constraints)
