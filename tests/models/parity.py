@@ -45,7 +45,7 @@ def engine(folder: Path, **settings: Any) -> Iterator[LLM]:
         "dtype": "float32",
         "block_size": BLOCK_SIZE,
         "max_model_len": MAX_MODEL_LEN,
-        "kv_cache_memory_bytes": 1 << 27,
+        "kv_cache_memory_bytes": 1 << 23,
         "skip_tokenizer_init": True,
         "max_logprobs": -1,
         "logprobs_mode": "raw_logits",
