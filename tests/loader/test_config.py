@@ -18,7 +18,11 @@ from vllm.transformers_utils.config import (
     load_hf_config,
     resolve_model,
 )
-from vllm.transformers_utils.hf_config import MODEL_TYPE_DEFAULTS, fill_in_config
+from vllm.transformers_utils.hf_config import (
+    MODEL_TYPE_DEFAULTS,
+    fill_in_config,
+    uniform_sliding_window,
+)
 
 LLAMA = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 64}
 
@@ -230,3 +234,17 @@ def test_an_unknown_gguf_architecture_is_refused_by_name(tmp_path):
     path = write_gguf(tmp_path / "m.gguf", hf)
     with pytest.raises(UnsupportedError, match="GGUF architecture 'mamba' is not supported"):
         load_hf_config(path)
+
+
+@pytest.mark.parametrize(
+    ("layer_types", "window"),
+    [
+        (None, 8),
+        (["sliding_attention"] * 2, 8),
+        (["sliding_attention", "full_attention"], None),
+        (["full_attention"] * 2, None),
+    ],
+)
+def test_the_window_of_some_layers_is_not_that_of_all(layer_types, window):
+    config = fill_in_config({"sliding_window": 8, "layer_types": layer_types})
+    assert uniform_sliding_window(config) == window

@@ -36,7 +36,7 @@ class CacheConfig:
     kv_cache_layout: str | None = None
     """A ``KVCacheLayout`` name or HND/NHD that was asked for (VLLM_KV_CACHE_LAYOUT)."""
     sliding_window: int | None = None
-    """Window of the model's sliding layers in tokens; None where it has none."""
+    """Window of every layer in tokens; None where layers differ or have none."""
     mamba_block_size: int | None = None
     """Tokens between two cached states of a state layer."""
     mamba_cache_dtype: str = "auto"

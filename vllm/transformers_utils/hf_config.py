@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from vllm.errors import ConfigError
 from vllm.transformers_utils.model_types import DEFAULTS, FINISHERS
 
-__all__ = ["HFConfig", "derive_max_model_len", "fill_in_config"]
+__all__ = ["HFConfig", "derive_max_model_len", "fill_in_config", "uniform_sliding_window"]
 
 _COMMON: dict[str, Any] = {
     "attention_dropout": 0.0,
@@ -243,3 +243,14 @@ def derive_max_model_len(hf_text_config: Any) -> int | None:
     if rope.get("rope_type") == "yarn":
         return int((rope.get("original_max_position_embeddings") or length) * factor)
     return length
+
+
+def uniform_sliding_window(hf_text_config: Any) -> int | None:
+    """The window of every layer in tokens; None where layers differ or have none.
+
+    It is what a layer gets that names no window of its own, so it must not be that of some.
+    """
+    kinds = set(getattr(hf_text_config, "layer_types", None) or ())
+    if kinds - {"sliding_attention"}:
+        return None
+    return getattr(hf_text_config, "sliding_window", None)
