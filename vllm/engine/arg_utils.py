@@ -617,6 +617,7 @@ class EngineArgs:
     def _create_cache_config(self, model_config: ModelConfig) -> Any:
         from vllm.config import CacheConfig
         from vllm.platforms import current_platform
+        from vllm.transformers_utils.hf_config import uniform_sliding_window
 
         pool = self.kv_cache_memory_bytes
         if current_platform.is_cpu():
@@ -626,7 +627,7 @@ class EngineArgs:
                 envs.DEFAULT_CPU_KVCACHE_SPACE,
                 current_platform.get_device_available_memory(),
             )
-        window = getattr(model_config.hf_text_config, "sliding_window", None)
+        window = uniform_sliding_window(model_config.hf_text_config)
         return CacheConfig(
             block_size=self.block_size or current_platform.default_block_size,
             user_specified_block_size=self.block_size is not None,
