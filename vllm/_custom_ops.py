@@ -1,8 +1,9 @@
 """Every operator that has a kernel of ours, each with a PyTorch form of the same meaning.
 
 On the CPU the compiled extension ``vllm._C`` is used where it was built and knows the dtype; else
-PyTorch does the work, which is said once. On a GPU ``_cuda_ops`` has the kernels. This module owns the check of dtypes, shapes and strides
-before an address is handed to C++; it must not know layers, caches' owners or models.
+PyTorch does the work, which is said once. On a GPU ``_cuda_ops`` has the kernels. This module
+owns the check of dtypes, shapes and strides before an address is handed to C++; it must not know
+layers, caches' owners or models.
 
 Letters: T tokens, Q query heads, K KV heads, D head size, B cache blocks, N tokens per block.
 """

@@ -233,7 +233,7 @@ class TestHelp:
     def test_one_group(self, capsys):
         text = self.help(capsys, "--help=schedulerconfig")
         assert "--max-num-seqs" in text
-        assert "--async-scheduling" in text.partition("not yet")[2]
+        assert "--disable-chunked-mm-input" in text.partition("not yet")[2]
         assert "--max-model-len" not in text
 
     @pytest.mark.parametrize("topic", ["max-model-len", "max_model_len", "--max-model-len"])

@@ -370,6 +370,13 @@ class EngineArgs:
         "Tokens between two parts of a stream.",
         minimum=1,
     )
+    async_scheduling: bool | None = arg(
+        None,
+        "SchedulerConfig",
+        Kind.SWITCH,
+        "Schedule and launch a step while the one before it runs. Default: on a GPU, unless a "
+        "connector, a scheduler class or custom logits processors are in use.",
+    )
     max_num_queued_reqs: int | None = arg(
         None,
         "SchedulerConfig",
@@ -501,6 +508,7 @@ class EngineArgs:
                     max_model_len=model_config.max_model_len,
                     max_num_seqs=max_num_seqs,
                     chunked_prefill=chunked_prefill,
+                    default=current_platform.default_max_num_batched_tokens,
                 ),
                 max_num_seqs=max_num_seqs,
                 max_model_len=model_config.max_model_len,
@@ -509,6 +517,11 @@ class EngineArgs:
                 policy=self.scheduling_policy,
                 long_prefill_token_threshold=self.long_prefill_token_threshold,
                 stream_interval=self.stream_interval,
+                async_scheduling=resolve.resolve_async_scheduling(
+                    self.async_scheduling,
+                    runs_beside_host=current_platform.runs_beside_host,
+                    obstacles=self._need_tokens_at_once(),
+                ),
                 scheduler_cls=self.scheduler_cls,
                 disable_hybrid_kv_cache_manager=self.disable_hybrid_kv_cache_manager,
                 watermark=self.watermark,
@@ -530,6 +543,14 @@ class EngineArgs:
         )
         current_platform.check_config(config)
         return config
+
+    def _need_tokens_at_once(self) -> list[str]:
+        """Options in use that need a step's tokens before the next step is scheduled."""
+        return [
+            dash(name)
+            for name in ("scheduler_cls", "logits_processors", "kv_transfer_config")
+            if getattr(self, name, None)
+        ]
 
     def _create_model_config(self) -> ModelConfig:
         from vllm.config import ModelConfig

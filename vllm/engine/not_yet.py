@@ -49,7 +49,7 @@ _SWITCHES: dict[str, str] = {
         "enable-mfu-metrics jit-monitor-verbose kv-cache-metrics per-request-spec-decode-metrics"
     ),
     "SchedulerConfig": (
-        "async-scheduling disable-chunked-mm-input "
+        "disable-chunked-mm-input "
         "long-prefill-token-threshold-adaptive scheduler-reserve-full-isl"
     ),
     "KernelConfig": "enable-flashinfer-autotune",

@@ -6,6 +6,7 @@ Pure functions of plain values; ``EngineArgs.create_engine_config`` feeds them. 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ __all__ = [
     "generation_defaults",
     "kv_bytes_per_token",
     "kv_pool_bytes",
+    "resolve_async_scheduling",
     "resolve_dtype",
     "resolve_max_model_len",
     "resolve_max_num_batched_tokens",
@@ -109,15 +111,23 @@ def resolve_max_model_len(
 
 
 def resolve_max_num_batched_tokens(
-    requested: int | None, *, max_model_len: int, max_num_seqs: int, chunked_prefill: bool
+    requested: int | None,
+    *,
+    max_model_len: int,
+    max_num_seqs: int,
+    chunked_prefill: bool,
+    default: int = DEFAULT_MAX_NUM_BATCHED_TOKENS,
 ) -> int:
     """Tokens of one step, at most.
+
+    Args:
+        default: the platform's.
 
     Raises:
         ConfigError: fewer than --max-num-seqs, or than --max-model-len without chunked prefill.
     """
     if requested is None:
-        budget = max(DEFAULT_MAX_NUM_BATCHED_TOKENS, max_num_seqs)
+        budget = max(default, max_num_seqs)
         return budget if chunked_prefill else max(budget, max_model_len)
     if requested < max_num_seqs:
         raise ConfigError(
@@ -134,6 +144,31 @@ def resolve_max_num_batched_tokens(
             value=requested,
         )
     return requested
+
+
+def resolve_async_scheduling(
+    requested: bool | None, *, runs_beside_host: bool, obstacles: Sequence[str]
+) -> bool:
+    """Whether a step is scheduled and launched while the one before it runs.
+
+    Args:
+        requested: --async-scheduling; None where it was left open.
+        runs_beside_host: the platform's steps leave the host free.
+        obstacles: options in use that need the tokens of each step before the next.
+
+    Raises:
+        ConfigError: it was asked for and cannot be.
+    """
+    reasons = list(obstacles)
+    if not runs_beside_host:
+        reasons.insert(0, "this device, whose steps are the host's own work")
+    if requested and reasons:
+        raise ConfigError(
+            f"--async-scheduling does not go with {', '.join(reasons)}; leave it out",
+            parameter="async_scheduling",
+            value=True,
+        )
+    return requested is not False and not reasons
 
 
 def kv_bytes_per_token(

@@ -50,6 +50,11 @@ class Platform:
     """Dotted path of the worker class that ``--worker-cls auto`` means."""
     default_block_size: ClassVar[int] = 16
     """Tokens per manager block where --block-size is not given."""
+    default_max_num_batched_tokens: ClassVar[int] = 2048
+    """Tokens of a step where --max-num-batched-tokens is not given: enough to keep the matrix
+    units busy, and no more than other requests can wait for."""
+    runs_beside_host: ClassVar[bool] = False
+    """A step runs while the host prepares the next one."""
     supported_dtype_names: ClassVar[tuple[str, ...]] = ("bfloat16", "float16", "float32")
     """Model dtypes, best first."""
     attention_backend_priority: ClassVar[tuple[str, ...]] = ()

@@ -1,11 +1,18 @@
 """What the model runner returns to the engine core after one step."""
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
 
-__all__ = ["EMPTY_MODEL_RUNNER_OUTPUT", "KVConnectorOutput", "LogprobsLists", "ModelRunnerOutput"]
+__all__ = [
+    "EMPTY_MODEL_RUNNER_OUTPUT",
+    "KVConnectorOutput",
+    "LogprobsLists",
+    "ModelRunnerOutput",
+    "PendingModelRunnerOutput",
+]
 
 
 class LogprobsLists(NamedTuple):
@@ -63,6 +70,16 @@ class ModelRunnerOutput:
     kv_connector_output: KVConnectorOutput | None = None
     num_nans_in_logits: dict[str, int] | None = None
     request_errors: dict[str, str] = field(default_factory=dict)
+
+
+class PendingModelRunnerOutput(ABC):
+    """The output of a step that a device may still be running."""
+
+    __slots__ = ()
+
+    @abstractmethod
+    def result(self) -> ModelRunnerOutput:
+        """The output, once the device has computed it; to be called once."""
 
 
 EMPTY_MODEL_RUNNER_OUTPUT = ModelRunnerOutput(req_ids=[], req_id_to_index={}, sampled_token_ids=[])

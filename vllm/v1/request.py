@@ -85,8 +85,10 @@ class Request:
 
     ``all_token_ids`` is prompt then output; treat both lists as read-only and add tokens with
     ``append_output_token_ids``. ``num_computed_tokens`` counts tokens whose KV is in the cache
-    or is being computed by a step already scheduled. ``block_hashes`` holds the hash of each
-    full block of ``all_token_ids``, at the granularity of the block hasher.
+    or is being computed by a step already scheduled. ``num_expected_tokens`` is ``num_tokens``
+    and the tokens that such steps are going to sample, where the next one is scheduled before
+    they are known. ``block_hashes`` holds the hash of each full block of ``all_token_ids``, at
+    the granularity of the block hasher.
     """
 
     __slots__ = (
@@ -104,8 +106,10 @@ class Request:
         "kv_transfer_params",
         "max_tokens",
         "max_total_tokens",
+        "needs_known_tokens",
         "num_cached_tokens",
         "num_computed_tokens",
+        "num_expected_tokens",
         "num_external_computed_tokens",
         "num_preemptions",
         "num_prompt_tokens",
@@ -154,7 +158,7 @@ class Request:
         self.num_prompt_tokens = len(prompt_token_ids)
         self.output_token_ids: list[int] = []
         self.all_token_ids = prompt_token_ids.copy()
-        self.num_tokens = self.num_prompt_tokens
+        self.num_tokens = self.num_expected_tokens = self.num_prompt_tokens
 
         self.num_computed_tokens = 0
         self.num_cached_tokens = -1
@@ -177,6 +181,8 @@ class Request:
         )
         self.use_structured_output = sampling_params.structured_outputs is not None
         self.structured_output_request: StructuredOutputState | None = None
+        self.needs_known_tokens = self.use_structured_output or _follows_its_tokens(sampling_params)
+        """Each token has to be known before the next can be sampled."""
 
         self.block_hashes: list[bytes] = []
         self._block_hasher: BlockHasher | None = None
@@ -222,6 +228,8 @@ class Request:
         self.output_token_ids.append(token_id)
         self.all_token_ids.append(token_id)
         self.num_tokens += 1
+        if self.num_tokens > self.num_expected_tokens:
+            self.num_expected_tokens = self.num_tokens
         if self.num_tokens >= self._next_hash_at:
             self._hash_new_blocks()
 
@@ -265,6 +273,15 @@ class Request:
             f"Request({self.request_id!r}, {self.status}, {self.num_prompt_tokens} prompt + "
             f"{self.num_output_tokens} output tokens, {self.num_computed_tokens} computed)"
         )
+
+
+def _follows_its_tokens(params: SamplingParams) -> bool:
+    return bool(
+        params.repetition_penalty != 1.0
+        or params.frequency_penalty != 0.0
+        or params.presence_penalty != 0.0
+        or params.bad_words_token_ids
+    )
 
 
 def _stop_ids(params: SamplingParams) -> frozenset[int]:

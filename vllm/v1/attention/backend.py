@@ -98,6 +98,9 @@ class AttentionBackend(ABC):
     """False: the layer calls ``impl.do_kv_cache_update`` before ``forward``."""
     supports_kv_connector: ClassVar[bool] = True
     supports_kv_cache_update_bypass: ClassVar[bool] = False
+    fits_cuda_graphs: ClassVar[bool] = False
+    """Launches for a step of one token per request depend on the number of requests alone, and
+    read everything else from tensors that the builder writes in place."""
 
     @staticmethod
     @abstractmethod

@@ -130,6 +130,15 @@ class SchedulerStats(msgspec.Struct, array_like=True, gc=False, omit_defaults=Tr
     num_scheduled_tokens: int = 0
     num_waiting_by_reason: dict[str, int] = {}
 
+    def add_increments(self, earlier: "SchedulerStats") -> None:
+        """Take in what was counted before; gauges stay as they are."""
+        self.prefix_cache_queries += earlier.prefix_cache_queries
+        self.prefix_cache_hits += earlier.prefix_cache_hits
+        self.external_prefix_cache_queries += earlier.external_prefix_cache_queries
+        self.external_prefix_cache_hits += earlier.external_prefix_cache_hits
+        self.num_preemptions += earlier.num_preemptions
+        self.num_scheduled_tokens += earlier.num_scheduled_tokens
+
 
 class EngineCoreOutputs(msgspec.Struct, array_like=True, omit_defaults=True, gc=False):
     """All that one engine step sends to one front end."""

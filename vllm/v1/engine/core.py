@@ -22,6 +22,7 @@ from vllm.v1.engine import (
     UtilityOutput,
 )
 from vllm.v1.engine.phases import StartupPhases
+from vllm.v1.engine.stepping import make_stepping
 from vllm.v1.engine.tokenizer import tokenizer_from_config
 from vllm.v1.executor.abstract import Executor
 from vllm.v1.request import Request, RequestStatus
@@ -93,6 +94,11 @@ class EngineCore:
             block_size=self._block_size(kv_cache_config),
             log_stats=log_stats,
         )
+        self._stepping = make_stepping(
+            self.scheduler,
+            self.executor,
+            overlapped=vllm_config.scheduler_config.async_scheduling,
+        )
         self._block_hasher = self.scheduler.block_hasher
         self.facts = self._facts(kv_cache_config, phases)
 
@@ -144,20 +150,20 @@ class EngineCore:
 
     def has_work(self) -> bool:
         """Whether a step would do anything."""
-        return bool(self._unscheduled) or (not self._paused and self.scheduler.has_requests())
+        return (
+            bool(self._unscheduled)
+            or self._stepping.in_flight
+            or (not self._paused and self.scheduler.has_requests())
+        )
 
     def step(self) -> tuple[dict[int, EngineCoreOutputs], bool]:
         """One step; returns outputs by client, and whether the model ran."""
         outputs: dict[int, EngineCoreOutputs] = {}
         ran_model = False
         if not self._paused and self.scheduler.has_requests():
-            scheduler_output = self.scheduler.schedule()
-            model_output = self.executor.execute_model(scheduler_output)
-            if model_output is None:
-                grammar_output = self.scheduler.get_grammar_bitmask(scheduler_output)
-                model_output = self.executor.sample_tokens(grammar_output)
-            outputs = self.scheduler.update_from_output(scheduler_output, model_output)
-            ran_model = scheduler_output.total_num_scheduled_tokens > 0
+            outputs, ran_model = self._stepping.step()
+        elif self._stepping.in_flight:
+            outputs = self._stepping.drain()
         if self._unscheduled:
             for client_index, answers in self._unscheduled.items():
                 outputs.setdefault(client_index, EngineCoreOutputs()).outputs.extend(answers)

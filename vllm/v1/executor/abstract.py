@@ -11,7 +11,7 @@ from typing import Any
 from vllm.config import VllmConfig
 from vllm.errors import ConfigError
 from vllm.v1.core.sched.output import GrammarOutput, SchedulerOutput
-from vllm.v1.outputs import ModelRunnerOutput
+from vllm.v1.outputs import ModelRunnerOutput, PendingModelRunnerOutput
 
 __all__ = ["Executor"]
 
@@ -75,11 +75,19 @@ class Executor(ABC):
         self.collective_rpc("compile_or_warm_up_model")
 
     @abstractmethod
-    def execute_model(self, scheduler_output: SchedulerOutput) -> ModelRunnerOutput | None:
-        """Run a step's forward pass; None where sampling waits for ``sample_tokens``."""
+    def execute_model(
+        self, scheduler_output: SchedulerOutput
+    ) -> ModelRunnerOutput | PendingModelRunnerOutput | None:
+        """Run a step's forward pass; None where sampling waits for ``sample_tokens``.
+
+        Pending only with ``--async-scheduling``: the next step may be run before its result is
+        asked for.
+        """
 
     @abstractmethod
-    def sample_tokens(self, grammar_output: GrammarOutput | None) -> ModelRunnerOutput:
+    def sample_tokens(
+        self, grammar_output: GrammarOutput | None
+    ) -> ModelRunnerOutput | PendingModelRunnerOutput:
         """Finish the step that ``execute_model`` left open."""
 
     @abstractmethod

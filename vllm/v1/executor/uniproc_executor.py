@@ -7,7 +7,7 @@ from vllm.config import VllmConfig
 from vllm.utils.import_utils import import_class
 from vllm.v1.core.sched.output import GrammarOutput, SchedulerOutput
 from vllm.v1.executor.abstract import Executor
-from vllm.v1.outputs import ModelRunnerOutput
+from vllm.v1.outputs import ModelRunnerOutput, PendingModelRunnerOutput
 
 __all__ = ["UniProcExecutor", "resolve_worker_class"]
 
@@ -51,10 +51,14 @@ class UniProcExecutor(Executor):
         (kv_cache_config,) = kv_cache_configs
         self.worker.initialize_from_config(kv_cache_config)
 
-    def execute_model(self, scheduler_output: SchedulerOutput) -> ModelRunnerOutput | None:
+    def execute_model(
+        self, scheduler_output: SchedulerOutput
+    ) -> ModelRunnerOutput | PendingModelRunnerOutput | None:
         return self.worker.execute_model(scheduler_output)
 
-    def sample_tokens(self, grammar_output: GrammarOutput | None) -> ModelRunnerOutput:
+    def sample_tokens(
+        self, grammar_output: GrammarOutput | None
+    ) -> ModelRunnerOutput | PendingModelRunnerOutput:
         return self.worker.sample_tokens(grammar_output)
 
     def check_health(self) -> None:

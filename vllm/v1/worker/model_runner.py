@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -53,11 +53,11 @@ from vllm.v1.worker.utils import (
     share_kv_caches,
 )
 
-__all__ = ["ModelRunner"]
+__all__ = ["ModelRunner", "OpenStep"]
 
 
 @dataclass(slots=True)
-class _OpenStep:
+class OpenStep:
     """A step between its forward pass and sampling; ``logits`` is None where no row samples."""
 
     inputs: StepInputs
@@ -74,6 +74,10 @@ class ModelRunner:
         make_connector: makes the worker half of a KV connector for the planned cache, if one is
             configured.
     """
+
+    block_table_class: ClassVar[type[BlockTable]] = BlockTable
+    batch_class: ClassVar[type[InputBatch]] = InputBatch
+    preparer_class: ClassVar[type[InputPreparer]] = InputPreparer
 
     def __init__(
         self,
@@ -94,7 +98,7 @@ class ModelRunner:
         # Requests without a seed of their own draw one here.
         self._seeds = np.random.Generator(np.random.PCG64(model_config.seed))
         self.kv_caches: list[torch.Tensor] = []
-        self._open: _OpenStep | None = None
+        self._open: OpenStep | None = None
         self._make_connector = make_connector
         self._connector = ConnectorStep()
         self.layers: dict[str, AttentionLayerBase] = {}
@@ -152,7 +156,7 @@ class ModelRunner:
         for index, group in enumerate(kv_cache_config.kv_cache_groups):
             spec = group.kv_cache_spec
             tables.append(
-                BlockTable(
+                self.block_table_class(
                     spec.block_size,
                     kv_cache_config.kernel_block_size(index),
                     scheduler_config.max_num_seqs,
@@ -160,14 +164,14 @@ class ModelRunner:
                     self.device,
                 )
             )
-        self.batch = InputBatch(
+        self.batch = self.batch_class(
             scheduler_config.max_num_seqs,
             max_model_len,
             self.vocab_size,
             MultiGroupBlockTable(tables),
             self.logits_processors.make_batch_update_builder(),
         )
-        self._preparer = InputPreparer(
+        self._preparer = self.preparer_class(
             scheduler_config.max_num_batched_tokens,
             scheduler_config.max_num_seqs,
             len(tables),
@@ -207,12 +211,8 @@ class ModelRunner:
         )
         hidden, transferred = self._forward(scheduler_output, step)
         prompt_logprobs = self.prompt_logprobs.collect(batch, step, hidden)
-        logits = None
-        if step.sample_rows.size:
-            if step.sample_rows.size != step.num_tokens:
-                hidden = hidden[self.device.to_device(step.logits_indices)]
-            logits = self._compute_logits(hidden)
-        self._open = _OpenStep(step, logits, prompt_logprobs, transferred)
+        logits = self._logits(step, hidden) if step.sample_rows.size else None
+        self._open = OpenStep(step, logits, prompt_logprobs, transferred)
         if scheduler_output.has_structured_output_requests:
             return None
         return self.sample_tokens(None)
@@ -240,6 +240,12 @@ class ModelRunner:
         self._write_watch.end()
         return hidden, transferred
 
+    def _logits(self, step: StepInputs, hidden: torch.Tensor) -> torch.Tensor:
+        """Logits ``(S, V)`` of the rows that sample."""
+        if step.sample_rows.size != step.num_tokens:
+            hidden = hidden[self.device.to_device(step.logits_indices)]
+        return self._compute_logits(hidden)
+
     def _only_transfer(self, scheduler_output: SchedulerOutput) -> ModelRunnerOutput:
         """A step without tokens: transfers go on."""
         self._connector.begin(scheduler_output, ForwardContext(None, self.layers))
@@ -264,7 +270,7 @@ class ModelRunner:
         edits = self.logits_processors.edits_for(batch.num_reqs, step.sample_rows)
         return self.sampler(logits, metadata, mask, *edits)
 
-    def _publish(self, step: _OpenStep, sampled: SamplerOutput | None) -> ModelRunnerOutput:
+    def _publish(self, step: OpenStep, sampled: SamplerOutput | None) -> ModelRunnerOutput:
         """Put the sampled tokens in the batch and in the answer."""
         batch = self.batch
         batch.num_computed[: step.inputs.num_reqs] += step.inputs.num_scheduled

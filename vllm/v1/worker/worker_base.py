@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from vllm.v1.core.sched.output import GrammarOutput, SchedulerOutput
     from vllm.v1.kv_cache.planner import BackendConstraints
     from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheSpec
-    from vllm.v1.outputs import ModelRunnerOutput
+    from vllm.v1.outputs import ModelRunnerOutput, PendingModelRunnerOutput
 
 __all__ = ["WorkerBase"]
 
@@ -77,11 +77,15 @@ class WorkerBase(ABC):
         """Do once what would make the first request slow."""
 
     @abstractmethod
-    def execute_model(self, scheduler_output: SchedulerOutput) -> ModelRunnerOutput | None:
+    def execute_model(
+        self, scheduler_output: SchedulerOutput
+    ) -> ModelRunnerOutput | PendingModelRunnerOutput | None:
         """Run a step; None where sampling waits for ``sample_tokens``."""
 
     @abstractmethod
-    def sample_tokens(self, grammar_output: GrammarOutput | None) -> ModelRunnerOutput:
+    def sample_tokens(
+        self, grammar_output: GrammarOutput | None
+    ) -> ModelRunnerOutput | PendingModelRunnerOutput:
         """Finish the step that ``execute_model`` left open."""
 
     @abstractmethod

@@ -63,6 +63,8 @@ class FusedMoE(nn.Module):
 
     w13_bias: nn.Parameter | None
     w2_bias: nn.Parameter | None
+    waits_for_device = True
+    """The host has to know how many rows each expert gets: no CUDA graph holds this."""
 
     def __init__(
         self,

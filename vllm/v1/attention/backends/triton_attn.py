@@ -176,6 +176,7 @@ class TritonAttentionBackend(AttentionBackend):
     supported_dtypes: ClassVar[list[torch.dtype]] = [torch.bfloat16, torch.float16, torch.float32]
     supported_kv_cache_dtypes: ClassVar[list[str]] = ["auto", "bfloat16", "float16", "float32"]
     forward_includes_kv_cache_update = False
+    fits_cuda_graphs = True
 
     @staticmethod
     def get_name() -> str:

@@ -40,7 +40,7 @@ def check_integrity(scheduler: Scheduler) -> None:
             assert request_id not in places, f"{request} is {place} and {places[request_id]}"
             places[request_id] = place
             assert request.num_tokens == len(request.all_token_ids), f"{request} miscounts"
-            assert request.num_computed_tokens <= request.num_tokens, f"{request} overran"
+            assert request.num_computed_tokens <= request.num_expected_tokens, f"{request} overran"
     assert places.keys() == scheduler.requests.keys(), "a request is nowhere, or was forgotten"
     with_blocks = {rid for m in scheduler.kv_cache_manager.managers for rid in m.req_to_blocks}
     allowed = scheduler.requests.keys() | scheduler.kv_transfer.holding

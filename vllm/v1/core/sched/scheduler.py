@@ -75,6 +75,7 @@ class Scheduler(SchedulerInterface):
         self.max_num_scheduled_tokens = config.max_num_batched_tokens
         self.max_num_queued_reqs = config.max_num_queued_reqs
         self.max_model_len = config.max_model_len
+        self._overlaps = config.async_scheduling
         self._chunked = config.enable_chunked_prefill
         self._long_prefill_threshold = config.long_prefill_token_threshold if self._chunked else 0
 
@@ -104,6 +105,7 @@ class Scheduler(SchedulerInterface):
         self.running: list[Request] = []
         self.waiting_for_grammar: dict[str, Request] = {}
         self._num_structured = 0
+        self._num_needing_tokens = 0
         self.kv_transfer = KVTransferTracker(self, connector or NullKVConnector())
         self.finished_req_ids: set[str] = set()
         """Ended since the last step; the workers hear of them in the next."""
@@ -146,6 +148,7 @@ class Scheduler(SchedulerInterface):
             self.waiting.add_request(request)
         self.requests[request.request_id] = request
         self._num_structured += request.use_structured_output
+        self._num_needing_tokens += request.needs_known_tokens
         self.kv_transfer.connector.on_new_request(request)
         if self.log_stats:
             request.record_event(EngineCoreEventType.QUEUED)
@@ -217,6 +220,7 @@ class Scheduler(SchedulerInterface):
         params = self.kv_transfer.release_blocks(request)
         del self.requests[request_id]
         self._num_structured -= request.use_structured_output
+        self._num_needing_tokens -= request.needs_known_tokens
         self.finished_req_ids.add(request_id)
         if self.include_finished_set:
             self.results.add_finished(request)
@@ -265,12 +269,15 @@ class Scheduler(SchedulerInterface):
 
         False, with nothing done, where one has more to compute or blocks might run out.
         """
-        running = self.running
+        running = self.running.copy()
+        if self._overlaps:
+            # The last token of some may be on its way.
+            running = [r for r in running if r.num_expected_tokens < r.max_total_tokens]
         needy = [
             index
             for index, request in enumerate(running)
-            if request.num_tokens > request.kv_capacity
-            or request.num_tokens - request.num_computed_tokens != 1
+            if request.num_expected_tokens > request.kv_capacity
+            or request.num_expected_tokens - request.num_computed_tokens != 1
         ]
         kv = self.kv_cache_manager
         if (
@@ -279,9 +286,9 @@ class Scheduler(SchedulerInterface):
         ):
             return False
         for index in needy:
-            if running[index].num_tokens - running[index].num_computed_tokens != 1:
+            if running[index].num_expected_tokens - running[index].num_computed_tokens != 1:
                 return False
-        step.running = running.copy()
+        step.running = running
         step.counts = [1] * len(running)
         step.blocks = [None] * len(running)
         step.budget -= len(running)
@@ -301,7 +308,9 @@ class Scheduler(SchedulerInterface):
             running = running.copy()
         for request in running:
             num_computed = request.num_computed_tokens
-            num_new = request.num_tokens - num_computed
+            num_new = request.num_expected_tokens - num_computed
+            if request.num_expected_tokens >= request.max_total_tokens:
+                continue
             if num_new != 1:
                 if num_new <= 0 or request.status is not RequestStatus.RUNNING:
                     continue
@@ -511,6 +520,8 @@ class Scheduler(SchedulerInterface):
         self._preempted_req_ids = set()
         output.kv_connector_metadata = self.kv_transfer.connector.build_connector_meta(output)
         step.advance()
+        if self._overlaps:
+            step.expect_tokens()
         return output
 
     def _common_prefix_blocks(self) -> list[int]:
@@ -564,6 +575,11 @@ class Scheduler(SchedulerInterface):
     def num_waiting(self) -> int:
         """Requests that have not been admitted, or not again since a preemption."""
         return len(self.waiting) + len(self.waiting_for_grammar) + self.kv_transfer.num_loading
+
+    @property
+    def needs_known_tokens(self) -> bool:
+        """Some request cannot go on before the tokens of the last step are known."""
+        return self._num_needing_tokens > 0
 
     def get_request_counts(self) -> tuple[int, int]:
         return len(self.running), self.num_waiting

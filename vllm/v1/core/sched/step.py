@@ -69,7 +69,7 @@ class Step:
             new_block_ids=self.blocks,
             num_computed_tokens=[request.num_computed_tokens for request in running],
             num_output_tokens=[
-                request.num_tokens - request.num_prompt_tokens for request in running
+                request.num_expected_tokens - request.num_prompt_tokens for request in running
             ],
         )
         new: list[NewRequestData] = []
@@ -102,3 +102,9 @@ class Step:
             request.num_computed_tokens += count
         for request, count in zip(self.admitted, self.admitted_counts, strict=True):
             request.num_computed_tokens += count
+
+    def expect_tokens(self) -> None:
+        """Count what the step is going to sample; after ``advance``."""
+        for request in (*self.running, *self.admitted):
+            if request.num_computed_tokens >= request.num_expected_tokens:
+                request.num_expected_tokens += 1

@@ -1,0 +1,1 @@
+"""The model runner's CUDA side: device-side batch, input preparation, CUDA graphs, sampling."""
