@@ -10,30 +10,12 @@
 // else is float throughout.
 #include <atomic>
 
-#include "microkernel.h"
+#include "attention_tile.h"
 #include "pool.h"
 
 namespace vllm_cpu {
 namespace VLLM_ISA {
 namespace {
-
-constexpr int kTaskRows = 56;
-constexpr int kTile = 64;        // keys at a time
-constexpr int64_t kMinSplit = 128;  // keys of a part, at least
-constexpr int64_t kMaxHead = 256;
-constexpr float kLow = -__builtin_inff();
-
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
-int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
-int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
-float larger_of(float a, float b) { return a > b ? a : b; }
-
-float exp1(float x) {
-  float lanes[kLanes];
-  store(lanes, exp(set1(x)));
-  return x == kLow ? 0.0f : lanes[0];
-}
 
 // Rows [row0, row1) of a request over keys [key0, key1), for every KV head.
 struct Piece {
@@ -43,292 +25,6 @@ struct Piece {
   int32_t part, parts;  // which split of the keys
   int32_t first_piece;  // index of part 0
 };
-
-// Scratch of a task. A: what the microkernel reads as its left side.
-template <typename A>
-struct Buffers {
-  static constexpr int64_t kQueryDistance = kMaxHead + 16;
-  static constexpr int64_t kProbDistance = kTile + 16;
-  A* query;     // [kTaskRows][kQueryDistance]
-  A* probs;     // [kTileRows][kProbDistance]
-  A* keys;      // [D / step][kTile][step]
-  A* values;    // [kTile / step][padded D][step]
-  float* scores;  // [kTileRows][kTile]
-  float* sums;    // [kTaskRows][padded D]
-  float* most;    // [kTaskRows]
-  float* total;   // [kTaskRows]
-};
-
-template <typename A>
-Buffers<A> buffers(int64_t padded) {
-  using L = Buffers<A>;
-  const size_t a = sizeof(A), f = sizeof(float);
-  const size_t sizes[] = {kTaskRows * L::kQueryDistance * a,
-                          kTileRows * L::kProbDistance * a,
-                          static_cast<size_t>(padded) * kTile * a,
-                          static_cast<size_t>(padded) * kTile * a,
-                          kTileRows * kTile * f,
-                          kTaskRows * static_cast<size_t>(padded) * f,
-                          kTaskRows * f + 64,
-                          kTaskRows * f + 64};
-  size_t offsets[9] = {0};
-  for (int i = 0; i < 8; ++i) offsets[i + 1] = offsets[i] + ((sizes[i] + 63) & ~size_t{63});
-  char* base = static_cast<char*>(thread_scratch(offsets[8]));
-  const auto at = [&](int i) { return base + offsets[i]; };
-  return L{reinterpret_cast<A*>(at(0)),     reinterpret_cast<A*>(at(1)),
-           reinterpret_cast<A*>(at(2)),     reinterpret_cast<A*>(at(3)),
-           reinterpret_cast<float*>(at(4)), reinterpret_cast<float*>(at(5)),
-           reinterpret_cast<float*>(at(6)), reinterpret_cast<float*>(at(7))};
-}
-
-// Where the tokens [first, first + count) of a request lie in the cache, for one KV head.
-template <typename C>
-void locate(const AttentionArgs& a, const int32_t* table, int64_t head, int64_t first, int count,
-            const C* (&tokens)[kTile]) {
-  const C* base = static_cast<const C*>(a.cache) + head * a.cache_head_stride;
-  int64_t block = first / a.block_size, offset = first % a.block_size;
-  for (int i = 0; i < count; ++block, offset = 0) {
-    const C* page = base + table[block] * a.cache_block_stride;
-    for (; i < count && offset < a.block_size; ++i, ++offset) {
-      tokens[i] = page + offset * a.cache_token_stride;
-    }
-  }
-}
-
-// Both of these fetch the `coming` tile's lines while they put this one's in order: a few at a time,
-// into L2, since prefetches in one go wait for each other (10 against 5 GB/s, one thread, D = 64).
-
-// Keys to [units][kTile], a unit being 32 bits: a float, or a pair of bf16 taken as it is. Columns
-// of tokens that do not exist become zero.
-template <typename A, typename C>
-void pack_keys(const C* const (&tokens)[kTile], const C* const (&coming)[kTile], int count,
-               int64_t head_size, A* to) {
-  constexpr bool kPairs = sizeof(A) == 2;
-  const int64_t units = kPairs ? head_size / 2 : head_size;
-  float* out = reinterpret_cast<float*>(to);
-  for (int t = 0; t < round_up(count, kTileCols); t += kLanes) {
-    for (int64_t u = 0; u < units; u += kLanes) {
-      const int lanes = static_cast<int>(smaller(kLanes, units - u));
-      Vec rows[kLanes];
-      for (int i = 0; i < kLanes; ++i) {
-        prefetch_l2(reinterpret_cast<const float*>(coming[t + i]) + u);
-        if (t + i >= count) {
-          rows[i] = zero();
-        } else if constexpr (kPairs) {
-          rows[i] = load(reinterpret_cast<const float*>(tokens[t + i]) + u, lanes);
-        } else {
-          rows[i] = load(tokens[t + i] + u, lanes);
-        }
-      }
-      transpose(rows);
-      for (int i = 0; i < lanes; ++i) store(out + (u + i) * kTile + t, rows[i]);
-    }
-  }
-}
-
-template <typename A, typename C>
-void pack_values(const C* const (&tokens)[kTile], const C* const (&coming)[kTile], int count,
-                 int64_t head_size, int64_t padded, A* to) {
-  if constexpr (sizeof(A) == 4) {
-    for (int t = 0; t < count; ++t) {
-      const C* from = tokens[t] + head_size;
-      for (int64_t d = 0; d < padded; d += kLanes) {
-        prefetch_l2(coming[t] + head_size + d);
-        const int64_t lanes = larger(0, smaller(kLanes, head_size - d));
-        store(to + t * padded + d, load(from + d, static_cast<int>(lanes)));
-      }
-    }
-  } else {
-#if defined(VLLM_DOT_BF16)
-    alignas(64) static constexpr uint16_t kLowHalf[32] = {
-        0, 32, 1, 33, 2,  34, 3,  35, 4,  36, 5,  37, 6,  38, 7,  39,
-        8, 40, 9, 41, 10, 42, 11, 43, 12, 44, 13, 45, 14, 46, 15, 47};
-    const __m512i low = _mm512_load_si512(kLowHalf);
-    const __m512i high = _mm512_add_epi16(low, _mm512_set1_epi16(16));
-    for (int t = 0; t < count; t += 2) {
-      const C* even = tokens[t] + head_size;
-      const C* odd = t + 1 < count ? tokens[t + 1] + head_size : nullptr;
-      for (int64_t d = 0; d < padded; d += 32) {
-        prefetch_l2(coming[t] + head_size + d);
-        prefetch_l2(coming[t + 1] + head_size + d);
-        const int64_t valid = larger(0, smaller(32, head_size - d));
-        const __mmask32 mask = _bzhi_u32(0xffffffffu, static_cast<unsigned>(valid));
-        const __m512i x = _mm512_maskz_loadu_epi16(mask, even + d);
-        const __m512i y =
-            odd ? _mm512_maskz_loadu_epi16(mask, odd + d) : _mm512_setzero_si512();
-        A* out = to + (t / 2 * padded + d) * 2;
-        _mm512_storeu_si512(out, _mm512_permutex2var_epi16(x, low, y));
-        _mm512_storeu_si512(out + 32, _mm512_permutex2var_epi16(x, high, y));
-      }
-    }
-#endif
-  }
-}
-
-// What the softmax of one row needs to know about a tile that starts at key `first`.
-struct RowView {
-  int low, high;    // columns that the row sees
-  float slope;      // ALiBi
-  float distance;   // key of column 0 minus the row's own position
-};
-
-VLLM_INLINE Vec outside_to(Vec x, int column, int low, int high, float other) {
-  if (column < low) {
-    x = first_lanes(set1(other), x, static_cast<int>(smaller(kLanes, low - column)));
-  }
-  if (column + kLanes > high) {
-    x = first_lanes(x, set1(other), static_cast<int>(larger(0, high - column)));
-  }
-  return x;
-}
-
-// A row that sees every column of the tile, with nothing but a scale on its scores: those are
-// scaled on the way into the exponential.
-VLLM_INLINE bool is_plain(const AttentionArgs& a, const RowView& row, int columns) {
-  return row.low <= 0 && row.high >= columns && row.slope == 0 && !(a.soft_cap > 0) && a.scale > 0;
-}
-
-// The largest score of a row; scores that are not plain are finished in place.
-VLLM_INLINE float largest_score(const AttentionArgs& a, const RowView& row, int columns,
-                                float* scores) {
-  Vec best = set1(kLow);
-  if (is_plain(a, row, columns)) {
-    for (int c = 0; c < columns; c += kLanes) best = max(best, load(scores + c));
-    return reduce_max(best) * a.scale;
-  }
-  const Vec scale = set1(a.soft_cap > 0 ? a.scale / a.soft_cap : a.scale);
-  for (int c = 0; c < columns; c += kLanes) {
-    Vec x = mul(load(scores + c), scale);
-    if (a.soft_cap > 0) x = mul(tanh(x), set1(a.soft_cap));
-    if (row.slope != 0) {
-      const Vec distance = add(iota(), set1(row.distance + static_cast<float>(c)));
-      x = fma(distance, set1(row.slope), x);
-    }
-    x = outside_to(x, c, row.low, row.high, kLow);
-    store(scores + c, x);
-    best = max(best, x);
-  }
-  return reduce_max(best);
-}
-
-// Scores of a row -> exp(score - most); returns their sum. Probabilities that are rounded to 16
-// bits need no better exponential than one of 16 bits.
-template <typename A>
-VLLM_INLINE float exponentials(const AttentionArgs& a, const RowView& row, int columns,
-                               const float* scores, float most, A* probs) {
-  constexpr float kLog2E = 1.44269504088896341f;
-  const bool plain = is_plain(a, row, columns);
-  const float scale = plain ? a.scale : 1.0f;
-  Vec sum = zero();
-  for (int c = 0; c < columns; c += kLanes) {
-    Vec p;
-    if constexpr (sizeof(A) == 2) {
-      p = exp2_16bit(fma(load(scores + c), set1(scale * kLog2E), set1(-most * kLog2E)));
-    } else {
-      p = exp(fma(load(scores + c), set1(scale), set1(-most)));
-    }
-    if (!plain) p = outside_to(p, c, row.low, row.high, 0.0f);
-    store(probs + c, p);
-    sum = add(sum, p);
-  }
-  return reduce_add(sum);
-}
-
-// Rows [first, first + MR) of the task against one tile of keys and values.
-template <typename Form, int MR>
-void tile_rows(const AttentionArgs& a, const Buffers<typename Form::A>& s, int first, int columns,
-               int64_t padded, const RowView* views) {
-  using A = typename Form::A;
-  using L = Buffers<A>;
-  constexpr int64_t kStep = Form::kStep;
-  static_assert(MR <= kLanes, "one vector holds a number for each row");
-  for (int c = 0; c < columns; c += kTileCols) {
-    Vec acc[MR][2];
-    for (int r = 0; r < MR; ++r) acc[r][0] = acc[r][1] = zero();
-    multiply<Form, MR, L::kQueryDistance, false>(acc, s.query + first * L::kQueryDistance,
-                                                 s.keys + c * kStep, kTile * kStep,
-                                                 a.head_size / kStep, 0);
-    for (int r = 0; r < MR; ++r) {
-      store(s.scores + r * kTile + c, acc[r][0]);
-      store(s.scores + r * kTile + c + kLanes, acc[r][1]);
-    }
-  }
-  alignas(64) float most[kLanes], factors[kLanes];
-  for (int r = 0; r < MR; ++r) {
-    const float top = largest_score(a, views[first + r], columns, s.scores + r * kTile);
-    most[r] = larger_of(s.most[first + r], top);
-    factors[r] = s.most[first + r] - most[r];
-  }
-  // exp of the differences; -inf minus -inf is NaN, and stands for a row with nothing to rescale.
-  store(factors, exp(load(factors)));
-  int high = 0;
-  for (int r = 0; r < MR; ++r) {
-    const RowView& row = views[first + r];
-    A* const probs = s.probs + r * L::kProbDistance;
-    if (s.most[first + r] == kLow) factors[r] = 0;
-    if (row.low >= row.high) {
-      for (int c = 0; c < columns; c += kLanes) store(probs + c, zero());
-    } else {
-      const float sum = exponentials(a, row, columns, s.scores + r * kTile, most[r], probs);
-      s.total[first + r] = s.total[first + r] * factors[r] + sum;
-      if (row.high > high) high = row.high;
-    }
-    s.most[first + r] = most[r];
-  }
-  for (int64_t d = 0; d < padded; d += kTileCols) {
-    Vec acc[MR][2];
-    for (int r = 0; r < MR; ++r) {
-      const float* sums = s.sums + (first + r) * padded + d;
-      acc[r][0] = mul(load(sums), set1(factors[r]));
-      acc[r][1] = mul(load(sums + kLanes), set1(factors[r]));
-    }
-    multiply<Form, MR, L::kProbDistance, false>(acc, s.probs, s.values + d * kStep,
-                                                padded * kStep, ceil_div(high, kStep), 0);
-    for (int r = 0; r < MR; ++r) {
-      float* sums = s.sums + (first + r) * padded + d;
-      store(sums, acc[r][0]);
-      store(sums + kLanes, acc[r][1]);
-    }
-  }
-}
-
-template <typename A, typename T>
-void pack_query(const AttentionArgs& a, int64_t token, int64_t head, A* to) {
-  const T* from = static_cast<const T*>(a.query) + token * a.query_token_stride +
-                  head * a.query_head_stride;
-  for (int64_t d = 0; d < a.head_size; d += kLanes) {
-    const int lanes = static_cast<int>(smaller(kLanes, a.head_size - d));
-    store(to + d, load(from + d, lanes), lanes);
-  }
-}
-
-template <typename T>
-void write_row(T* to, const float* from, float factor, int64_t size) {
-  for (int64_t d = 0; d < size; d += kLanes) {
-    store(to + d, mul(load(from + d), set1(factor)), static_cast<int>(smaller(kLanes, size - d)));
-  }
-}
-
-// Divides a row's sums by its softmax total, with the sink's share, and writes it out.
-void finish_row(const AttentionArgs& a, int64_t token, int64_t head, const float* sums, float most,
-                float total) {
-  float factor = 1.0f;
-  if (a.sinks) {
-    const float now = larger_of(most, a.sinks[head]);
-    factor = most == kLow ? 0.0f : exp1(most - now);
-    total = total * factor + exp1(a.sinks[head] - now);
-  }
-  factor = total > 0 || total != total ? factor / total : 0.0f;
-  const int64_t at = token * a.out_token_stride + head * a.out_head_stride;
-  switch (a.query_dtype) {
-    case kFloat32:
-      return write_row(static_cast<float*>(a.out) + at, sums, factor, a.head_size);
-    case kFloat16:
-      return write_row(static_cast<f16*>(a.out) + at, sums, factor, a.head_size);
-    default:
-      return write_row(static_cast<bf16*>(a.out) + at, sums, factor, a.head_size);
-  }
-}
 
 class Call {
  public:
@@ -454,73 +150,108 @@ class Call {
   template <typename Form, typename C>
   void work(const Piece& p, int64_t kv_head) const {
     using A = typename Form::A;
-    using L = Buffers<A>;
     const Buffers<A> s = buffers<A>(padded_);
-    const int rows = p.row1 - p.row0;
-    const int64_t start = a_.query_start[p.request];
-    const int64_t before = a_.seq_lens[p.request] - tokens_of(p.request);
-    for (int r = 0; r < rows; ++r) {
-      const int64_t token = start + (p.row0 + r) / group_;
-      const int64_t head = kv_head * group_ + (p.row0 + r) % group_;
-      A* to = s.query + r * L::kQueryDistance;
+    Row rows[kTaskRows];
+    const int count = rows_of_piece(p, kv_head, rows);
+    for (int r = 0; r < count; ++r) {
+      A* to = s.query + r * Buffers<A>::kQueryDistance;
       if constexpr (sizeof(A) == 2) {
-        pack_query<A, A>(a_, token, head, to);
+        pack_query<A, A>(a_, rows[r], to);
       } else if (a_.query_dtype == kFloat32) {
-        pack_query<A, float>(a_, token, head, to);
+        pack_query<A, float>(a_, rows[r], to);
       } else if (a_.query_dtype == kFloat16) {
-        pack_query<A, f16>(a_, token, head, to);
+        pack_query<A, f16>(a_, rows[r], to);
       } else {
-        pack_query<A, bf16>(a_, token, head, to);
+        pack_query<A, bf16>(a_, rows[r], to);
       }
       s.most[r] = kLow;
       s.total[r] = 0;
     }
-    memset(s.sums, 0, static_cast<size_t>(rows * padded_) * sizeof(float));
+    memset(s.sums, 0, static_cast<size_t>(count * padded_) * sizeof(float));
 
     const int32_t* table = a_.block_table + p.request * a_.block_table_stride;
-    const C *tokens[kTile], *coming[kTile];
-    RowView views[kTaskRows];
-    const int tiles = static_cast<int>(ceil_div(rows, Form::kRows));
+    TokenPointers<C> buffers[2];
+    TokenPointers<C>*tokens = &buffers[0], *coming = &buffers[1];
+    int here = static_cast<int>(smaller(kTile, p.key1 - p.key0));
+    locate(a_, table, kv_head, p.key0, here, *tokens);
     for (int64_t key = p.key0; key < p.key1; key += kTile) {
-      const int count = static_cast<int>(smaller(kTile, p.key1 - key));
-      locate(a_, table, kv_head, key, count, tokens);
-      const int next = static_cast<int>(smaller(kTile, p.key1 - key - count));
-      locate(a_, table, kv_head, key + count, next, coming);
-      for (int t = next; t < kTile; ++t) coming[t] = tokens[0];
-      pack_keys<A>(tokens, coming, count, a_.head_size, s.keys);
-      pack_values<A>(tokens, coming, count, a_.head_size, padded_, s.values);
-      for (int r = 0; r < rows; ++r) views[r] = view(p, r, kv_head, before, key, count);
-      for (int t = 0; t < tiles; ++t) {
-        const int first = rows * t / tiles, last = rows * (t + 1) / tiles;
-        // A row sees no less far than the one before it.
-        if (views[last - 1].high <= 0) continue;
-        const int columns = static_cast<int>(round_up(views[last - 1].high, kTileCols));
-        with_rows<Form::kRows>(last - first, [&](auto n) {
-          tile_rows<Form, decltype(n)::value>(a_, s, first, columns, padded_, views);
-        });
-      }
+      const int next = static_cast<int>(smaller(kTile, p.key1 - key - here));
+      locate(a_, table, kv_head, key + here, next, *coming);
+      for (int t = next; t < kTile; ++t) (*coming)[t] = (*tokens)[0];
+      RowView views[kTaskRows];
+      for (int r = 0; r < count; ++r) views[r] = view(rows[r], key, here);
+      attend_tile<Form>(s, *tokens, *coming, here, count, views);
+      TokenPointers<C>* const done = tokens;
+      tokens = coming;
+      coming = done;
+      here = next;
     }
     if (p.parts == 1) {
-      for (int r = 0; r < rows; ++r) {
-        finish_row(a_, start + (p.row0 + r) / group_, kv_head * group_ + (p.row0 + r) % group_,
-                   s.sums + r * padded_, s.most[r], s.total[r]);
+      for (int r = 0; r < count; ++r) {
+        finish_row(a_, rows[r], s.sums + r * padded_, s.most[r], s.total[r]);
       }
     } else {
       hand_in(p, kv_head, s.sums, s.most, s.total);
     }
   }
 
-  RowView view(const Piece& p, int r, int64_t kv_head, int64_t before, int64_t key,
-               int count) const {
-    const int64_t position = before + (p.row0 + r) / group_;
-    const int64_t see_to = a_.causal ? position + 1
-                           : a_.window > 0 ? position + a_.window : key + count;
-    const int64_t see_from = a_.window > 0 ? position - a_.window + 1 : 0;
+  // `here` keys and values against `count` rows.
+  template <typename Form, typename C>
+  void attend_tile(const Buffers<typename Form::A>& s, const TokenPointers<C>& tokens,
+                   const TokenPointers<C>& coming, int here, int count,
+                   const RowView* views) const {
+    using A = typename Form::A;
+#if defined(VLLM_DOT_BF16)
+    if constexpr (sizeof(A) == 2) {
+      if (count <= kDirectRows) {
+        const DirectTile tile{tokens, coming, here};
+        const int columns = static_cast<int>(round_up(views[count - 1].high, kTileCols));
+        with_rows<kDirectRows>(count, [&](auto n) {
+          tile_rows<decltype(n)::value>(a_, s, tile, 0, columns, padded_, views);
+        });
+        return;
+      }
+    }
+#endif
+    pack_keys<A>(tokens, coming, here, a_.head_size, s.keys);
+    pack_values<A>(tokens, coming, here, a_.head_size, padded_, s.values);
+    const PackedTile<Form> tile{s.keys, s.values};
+    const int groups = static_cast<int>(ceil_div(count, Form::kRows));
+    for (int g = 0; g < groups; ++g) {
+      const int first = count * g / groups, last = count * (g + 1) / groups;
+      // A row sees no less far than the one before it.
+      if (views[last - 1].high <= 0) continue;
+      const int columns = static_cast<int>(round_up(views[last - 1].high, kTileCols));
+      with_rows<Form::kRows>(last - first, [&](auto n) {
+        tile_rows<decltype(n)::value>(a_, s, tile, first, columns, padded_, views);
+      });
+    }
+  }
+
+  int rows_of_piece(const Piece& p, int64_t kv_head, Row* rows) const {
+    const int64_t before = a_.seq_lens[p.request] - tokens_of(p.request);
+    int64_t token = p.row0 / group_, member = p.row0 % group_;
+    for (int r = 0; r < p.row1 - p.row0; ++r) {
+      const int64_t head = kv_head * group_ + member;
+      rows[r] = {a_.query_start[p.request] + token, head, before + token,
+                 a_.alibi_slopes ? a_.alibi_slopes[head] : 0.0f};
+      if (++member == group_) {
+        member = 0;
+        ++token;
+      }
+    }
+    return p.row1 - p.row0;
+  }
+
+  RowView view(const Row& row, int64_t key, int count) const {
+    const int64_t see_to = a_.causal ? row.position + 1
+                           : a_.window > 0 ? row.position + a_.window : key + count;
+    const int64_t see_from = a_.window > 0 ? row.position - a_.window + 1 : 0;
     RowView v;
     v.low = static_cast<int>(larger(see_from - key, 0));
     v.high = static_cast<int>(larger(0, smaller(count, see_to - key)));
-    v.slope = a_.alibi_slopes ? a_.alibi_slopes[kv_head * group_ + (p.row0 + r) % group_] : 0.0f;
-    v.distance = static_cast<float>(key - position);
+    v.slope = row.slope;
+    v.distance = static_cast<float>(key - row.position);
     return v;
   }
 
@@ -543,7 +274,8 @@ class Call {
     std::atomic<int32_t>& done = done_[head_piece * a_.num_kv_heads + kv_head];
     if (done.fetch_add(1, std::memory_order_acq_rel) + 1 < p.parts) return;
 
-    const int64_t start = a_.query_start[p.request];
+    Row info[kTaskRows];
+    rows_of_piece(p, kv_head, info);
     alignas(64) float merged[kMaxHead + 64];
     for (int r = 0; r < rows; ++r) {
       float now = kLow;
@@ -562,8 +294,7 @@ class Call {
           store(merged + d, fma(load(row + d), set1(factor), load(merged + d)));
         }
       }
-      finish_row(a_, start + (p.row0 + r) / group_, kv_head * group_ + (p.row0 + r) % group_,
-                 merged, now, all);
+      finish_row(a_, info[r], merged, now, all);
     }
   }
 
