@@ -1,9 +1,11 @@
 """RMSNorm alone, fused with the residual sum, and in place on strided views."""
 
+import pytest
 import torch
+import transformers
 
 from vllm.model_executor.layers.activation import SiluAndMul
-from vllm.model_executor.layers.layernorm import RMSNorm
+from vllm.model_executor.layers.layernorm import GemmaRMSNorm, RMSNorm
 
 
 def formula(x, weight, eps):
@@ -49,3 +51,29 @@ def test_silu_and_mul():
     x = torch.randn(3, 10)
     expected = torch.nn.functional.silu(x[:, :5]) * x[:, 5:]
     torch.testing.assert_close(SiluAndMul()(x), expected)
+
+
+def test_without_a_weight():
+    norm, rows = RMSNorm(8, eps=1e-5, has_weight=False), torch.randn(5, 16)
+    assert dict(norm.named_parameters()) == {}
+    kept = rows.clone()
+    norm.forward_in_place(rows.unflatten(-1, (2, 8)))
+    heads = kept.unflatten(-1, (2, 8))
+    torch.testing.assert_close(rows, formula(heads, torch.ones(8), 1e-5).flatten(1))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gemmas_weight_is_stored_less_one(dtype):
+    theirs = transformers.models.gemma2.modeling_gemma2.Gemma2RMSNorm(64).to(dtype)
+    norm = GemmaRMSNorm(64, dtype=dtype)
+    x = torch.randn(9, 64).to(dtype)
+    torch.testing.assert_close(norm(x), theirs(x))
+    theirs.weight.data.uniform_(-0.1, 0.1)
+    norm.weight.weight_loader(norm.weight, theirs.weight.data)
+    for _ in range(2):  # a second call changes nothing
+        norm.process_weights_after_loading()
+        torch.testing.assert_close(norm(x), theirs(x))
+    total = x + x
+    output, stream = norm(x.clone(), x.clone())
+    torch.testing.assert_close(stream, total)
+    torch.testing.assert_close(output, theirs(total))

@@ -42,7 +42,6 @@ def dequantize_mxfp4(
     weight = torch.empty((experts, rows, groups, 2 * _GROUP_BYTES), dtype=dtype)
     for out, packed, exponents in zip(weight, blocks, scales, strict=True):
         pairs = _PAIRS.index_select(0, packed.flatten().int())
-        factors = torch.ldexp(torch.ones(()), exponents.int() - _BIAS)
-        torch.mul(pairs.view(rows, groups, -1), factors.unsqueeze(-1), out=pairs.view(out.shape))
-        out.copy_(pairs.view(out.shape))
+        factors = torch.ldexp(torch.ones(rows, groups), exponents.int() - _BIAS)
+        out.copy_(pairs.view(out.shape).mul_(factors.unsqueeze(-1)))
     return weight.flatten(-2)
