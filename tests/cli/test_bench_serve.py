@@ -71,7 +71,7 @@ def test_concurrency_is_kept(bench, peer):
 
 
 def test_hundreds_of_streams_at_once(bench, peer, tmp_path):
-    peer.delay = 0.3
+    peer.delay = 1.5
     answer = bench(
         "--num-prompts", "300", "--save-result", "--result-dir", str(tmp_path),
         "--result-filename", "r.json",
@@ -89,10 +89,15 @@ def test_times_are_those_of_the_server(bench, peer, tmp_path):
         str(tmp_path), "--result-filename", "r.json", "--save-detailed",
     )  # fmt: skip
     result = json.loads((tmp_path / "r.json").read_text())
-    assert 50 <= result["median_ttft_ms"] < 150
-    assert 50 <= result["median_itl_ms"] < 100
-    assert 50 <= result["median_tpot_ms"] < 100
-    assert 200 <= result["median_e2el_ms"] < 400
+    # Lower bounds with room for a late reading; an upper one would time the machine.
+    assert result["median_ttft_ms"] > 40
+    assert result["median_itl_ms"] > 40
+    assert result["median_ttft_ms"] == pytest.approx(1e3 * np.median(result["ttfts"]))
+    gaps = np.array(result["itls"])
+    assert result["median_itl_ms"] == pytest.approx(1e3 * np.median(gaps))
+    assert result["median_tpot_ms"] == pytest.approx(1e3 * np.median(gaps.mean(1)), rel=0.05)
+    whole = np.array(result["ttfts"]) + gaps.sum(1)
+    assert result["median_e2el_ms"] == pytest.approx(1e3 * np.median(whole), rel=0.05)
     assert [len(gaps) for gaps in result["itls"]] == [3, 3]
     assert result["generated_texts"] == ["tik tik tik tik "] * 2
 
