@@ -44,6 +44,7 @@ _COMMANDS: dict[str, Command | dict[str, Command]] = {
         ("serve", "serve", "Serve a model over an OpenAI-compatible HTTP API."),
         ("chat", "chat", "Chat with a running server."),
         ("complete", "complete", "Complete text with a running server."),
+        ("kv-plan", "kv_plan", "Plan a model's KV cache: no weights, no GPU."),
         ("collect-env", "collect_env", "Print what this installation runs on."),
     )
 }

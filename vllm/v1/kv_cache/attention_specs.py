@@ -146,6 +146,11 @@ class KVCacheSpec:
         return 2 if self.content_format is ContentFormat.KV_HEAD_GROUPS else 1
 
     @property
+    def num_heads_of_side(self) -> int:
+        """Head slots that hold one side's heads: all of them unless K and V are apart."""
+        return self.num_heads // self.head_sides
+
+    @property
     def content_parts(self) -> tuple[tuple[str, int], ...]:
         """Names and bytes of what one (head slot, state) consists of, in order."""
         return (("content", self.state_content_size_bytes),)

@@ -34,6 +34,7 @@ __all__ = [
     "LayoutPlan",
     "RejectedLayout",
     "get_kv_cache_configs",
+    "longest_that_fits",
     "plan_kv_cache",
     "resolve_layout",
     "select_common_block_size",
@@ -131,7 +132,7 @@ def _decide_num_blocks(
     needed = NULL_BLOCKS + _blocks_of_longest(plan, vllm_config)
     if needed > num_blocks:
         longest = vllm_config.model_config.max_model_len
-        fits = _longest_that_fits(plan, vllm_config, num_blocks)
+        fits = longest_that_fits(plan, vllm_config, num_blocks)
         remedy = f"lower --max-model-len to at most {fits}, or " if fits else ""
         option = (
             "raise --num-gpu-blocks-override"
@@ -151,8 +152,8 @@ def _blocks_of_longest(plan: LayoutPlan, vllm_config: VllmConfig) -> int:
     return sum(group.spec.max_resident_blocks(vllm_config) for group in plan.grouping.groups)
 
 
-def _longest_that_fits(plan: LayoutPlan, vllm_config: VllmConfig, num_blocks: int) -> int:
-    """Largest max_model_len whose request fits; 0 if none does."""
+def longest_that_fits(plan: LayoutPlan, vllm_config: VllmConfig, num_blocks: int) -> int:
+    """Largest max_model_len whose request fits into ``num_blocks``; 0 if none does."""
 
     def fits(length: int) -> bool:
         model = replace(vllm_config.model_config, max_model_len=length)

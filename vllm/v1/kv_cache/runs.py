@@ -10,11 +10,21 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
+from vllm.errors import ConfigError
 from vllm.v1.kv_cache.attention_specs import KVCacheSpec
 from vllm.v1.kv_cache.config import KVCacheConfig
 from vllm.v1.kv_cache.strides import compute_layer_kv_cache_shape_bytes, tensor_strides
 
-__all__ = ["ByteRun", "Region", "block_runs", "layer_runs", "merge_runs", "regions"]
+__all__ = [
+    "ByteRun",
+    "Region",
+    "block_runs",
+    "heads_of_part",
+    "layer_runs",
+    "merge_runs",
+    "regions",
+    "runs_by_layer",
+]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,12 +59,27 @@ class Region:
     """(group id, layer name) of every layer whose pages lie in it; overlaid ones all count."""
 
 
+def heads_of_part(num_heads: int, index: int, count: int) -> tuple[int, int]:
+    """(first, number) of the heads of part ``index`` of ``count``; parts share where heads are few.
+
+    Raises:
+        ConfigError: neither number divides the other.
+    """
+    if num_heads % count == 0:
+        size = num_heads // count
+        return index * size, size
+    if count % num_heads == 0:
+        return index * num_heads // count, 1
+    raise ConfigError(f"{num_heads} heads cannot be shared out to {count} ranks")
+
+
 def layer_runs(
     spec: KVCacheSpec,
     strides: Sequence[int],
     offset: int,
     kernel_blocks: int = 1,
     kernel_block_size: int | None = None,
+    part: tuple[int, int] | None = None,
 ) -> tuple[ByteRun, ...]:
     """Runs of one layer's page.
 
@@ -62,12 +87,21 @@ def layer_runs(
         strides: byte strides (L, B, H, N, C), B of a kernel block.
         offset: of the layer's block 0.
         kernel_blocks: kernel blocks of a manager block.
+        part: (i, n) for the heads that rank i of n times as many ranks would hold; None for all.
+            A page that is not cut by head is taken whole.
     """
     shape = compute_layer_kv_cache_shape_bytes(spec, 1, kernel_block_size)
     _, kernel_stride, head_stride, state_stride, _ = strides
+    num_slots = shape[1]
+    if part is not None and spec.head_axis_is_sliceable:
+        first, num_slots = heads_of_part(spec.num_heads_of_side, *part)
+        side = shape[1] // spec.head_sides * head_stride
+        offsets = [offset + first * head_stride + i * side for i in range(spec.head_sides)]
+    else:
+        offsets = [offset]
     length = min(spec.state_content_size_bytes, spec.unpadded_page_size_bytes)
     apart: list[tuple[int, int]] = []
-    axes = ((shape[2], state_stride), (shape[1], head_stride), (kernel_blocks, kernel_stride))
+    axes = ((shape[2], state_stride), (num_slots, head_stride), (kernel_blocks, kernel_stride))
     for size, stride in sorted(axes, key=lambda axis: axis[1]):
         if size == 1:
             continue
@@ -76,7 +110,7 @@ def layer_runs(
         else:
             apart.append((size, stride))
     block_stride = kernel_stride * kernel_blocks
-    starts = [offset]
+    starts = offsets
     for size, stride in apart:
         starts = [start + i * stride for start in starts for i in range(size)]
     return merge_runs(
@@ -126,8 +160,10 @@ def _count_alike(block_stride: int, spans: Sequence[Sequence[int]]) -> Iterator[
         i += count
 
 
-def runs_by_layer(config: KVCacheConfig) -> dict[str, tuple[ByteRun, ...]]:
-    """Layer name -> runs of its pages."""
+def runs_by_layer(
+    config: KVCacheConfig, part: tuple[int, int] | None = None
+) -> dict[str, tuple[ByteRun, ...]]:
+    """Layer name -> runs of its pages, or of a part of their heads (see ``layer_runs``)."""
     found = {}
     for tensor in config.kv_cache_tensors:
         group_id = config.group_of(tensor.layers[0])
@@ -137,23 +173,28 @@ def runs_by_layer(config: KVCacheConfig) -> dict[str, tuple[ByteRun, ...]]:
         strides = tensor_strides(tensor, spec, config.num_blocks, config.kv_cache_layout, kernel)
         for index, name in enumerate(tensor.layers):
             offset = tensor.offset + index * strides[0]
-            found[name] = layer_runs(spec, strides, offset, ratio, kernel)
+            found[name] = layer_runs(spec, strides, offset, ratio, kernel, part)
     return found
 
 
 def block_runs(
-    config: KVCacheConfig, group_id: int | None = None, bridge_gaps: bool = False
+    config: KVCacheConfig,
+    group_id: int | None = None,
+    bridge_gaps: bool = False,
+    part: tuple[int, int] | None = None,
 ) -> tuple[ByteRun, ...]:
     """Runs of a block that group ``group_id`` owns; of any block, whoever owns it, if None.
 
     Args:
-        bridge_gaps: take alignment gaps along where that makes fewer runs, as for a transfer.
+        bridge_gaps: take alignment gaps along where that makes fewer runs, as for a transfer. With
+            ``part`` gaps hold other heads, and are left out.
+        part: as ``layer_runs``'s.
     """
-    by_layer = runs_by_layer(config)
+    by_layer = runs_by_layer(config, part)
     groups = config.kv_cache_groups if group_id is None else [config.kv_cache_groups[group_id]]
     return merge_runs(
         (run for group in groups for name in group.layer_names for run in by_layer.get(name, ())),
-        bridge_gaps and config.kv_cache_layout.is_block_outermost,
+        bridge_gaps and part is None and config.kv_cache_layout.is_block_outermost,
     )
 
 
