@@ -159,14 +159,13 @@ class LlamaAttention(HotModule):
         config: Any,
         layer_index: int,
         prefix: str,
-        attention_cls: type[Attention] = Attention,
         **options: Any,
     ) -> Attention:
         """``options`` go to the attention layer as they are."""
         window = self.sliding_window(config, layer_index)
         if vllm_config.model_config.disable_sliding_window:
             window = None
-        return attention_cls(
+        return self.attention_layer(config, layer_index)(
             self.num_heads,
             self.head_dim,
             self.scale(config),
@@ -177,6 +176,10 @@ class LlamaAttention(HotModule):
             prefix=prefix,
             **options,
         )
+
+    @staticmethod
+    def attention_layer(config: Any, layer_index: int) -> Callable[..., Attention]:
+        return Attention
 
     def scale(self, config: Any) -> float:
         """Factor of the scores."""
@@ -236,6 +239,7 @@ class LlamaDecoderLayer(HotModule):
         attention, mlp = self.self_attn, self.mlp
         if type(mlp) is not LlamaMLP or type(attention).forward is not attention.fused_forward:
             return None
+        assert attention.rotary_emb is not None, "this forward is the one with RoPE"
         return FusedDecoderLayer.of(
             input_norm=self.input_layernorm,
             qkv_proj=attention.qkv_proj,

@@ -4,7 +4,8 @@ see everything; experts beside a shared one.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import functools
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -56,22 +57,12 @@ class Llama4Attention(LlamaAttention):
             return None
         return super().make_rotary_emb(vllm_config, config, layer_index)
 
-    def make_attention(
-        self,
-        vllm_config: VllmConfig,
-        config: Any,
-        layer_index: int,
-        prefix: str,
-        attention_cls: type[Attention] = Attention,
-        **options: Any,
-    ) -> Attention:
-        chunk = config.attention_chunk_size
-        if config.layer_types[layer_index] == "chunked_attention" and chunk is not None:
-            attention_cls = ChunkedLocalAttention
-            options["attention_chunk_size"] = chunk
-        return super().make_attention(
-            vllm_config, config, layer_index, prefix, attention_cls, **options
-        )
+    @staticmethod
+    def attention_layer(config: Any, layer_index: int) -> Callable[..., Attention]:
+        chunk_size = config.attention_chunk_size
+        if config.layer_types[layer_index] != "chunked_attention" or chunk_size is None:
+            return Attention
+        return functools.partial(ChunkedLocalAttention, attention_chunk_size=chunk_size)
 
     def forward(self, positions: torch.Tensor, hidden_states: torch.Tensor) -> torch.Tensor:
         qkv = self.qkv_proj.forward(hidden_states)

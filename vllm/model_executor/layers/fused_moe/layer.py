@@ -103,8 +103,8 @@ class FusedMoE(nn.Module):
         self.transposed = transposed
         self.interleaved = interleaved
         self._make_parameters(has_bias, params_dtype)
-        self.gate_up: Sequence[ops.PackedWeight | torch.Tensor] = self.w13_weight.data
-        self.down: Sequence[ops.PackedWeight | torch.Tensor] = self.w2_weight.data
+        self.gate_up: Sequence[ops.PackedWeight | torch.Tensor] = list(self.w13_weight.data)
+        self.down: Sequence[ops.PackedWeight | torch.Tensor] = list(self.w2_weight.data)
         self.gate_up_bias = None if self.w13_bias is None else self.w13_bias.data
         self.down_bias = None if self.w2_bias is None else self.w2_bias.data
 
@@ -145,8 +145,8 @@ class FusedMoE(nn.Module):
             loaded_weight, (self.num_experts, 2 * self.intermediate_size, *rest)
         )
         parts = (loaded[:, ::2], loaded[:, 1::2]) if self.interleaved else loaded.chunk(2, dim=1)
-        for index, part in enumerate(parts):
-            rows = part.narrow(1, self.tp_rank * self.inner, self.inner)
+        for index, tensor in enumerate(parts):
+            rows = tensor.narrow(1, self.tp_rank * self.inner, self.inner)
             copy_weight(param.data.narrow(1, index * self.inner, self.inner), rows)
 
     def _load_down(
