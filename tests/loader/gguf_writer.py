@@ -22,14 +22,20 @@ PARTS = {
     "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
 }
+GEMMA_PARTS = PARTS | {
+    "post_attention_layernorm": "post_attention_norm",
+    "pre_feedforward_layernorm": "ffn_norm",
+    "post_feedforward_layernorm": "post_ffw_norm",
+}
 
 
-def gguf_name(name: str) -> str:
+def gguf_name(name: str, arch: str) -> str:
     stem, kind = name.rsplit(".", 1)
+    parts = GEMMA_PARTS if arch.startswith("gemma") else PARTS
     if stem.startswith("model.layers."):
         _, _, layer, part = stem.split(".", 3)
-        return f"blk.{layer}.{PARTS[part]}.{kind}"
-    return f"{PARTS[stem]}.{kind}"
+        return f"blk.{layer}.{parts[part]}.{kind}"
+    return f"{parts[stem]}.{kind}"
 
 
 def interleave(weight: np.ndarray, heads: int) -> np.ndarray:
@@ -48,7 +54,7 @@ def write_gguf(
 ) -> Path:
     """Matrices in ``quantization``, vectors in float32."""
     config = model.config
-    arch = {"mistral": "llama"}.get(config.model_type, config.model_type)
+    arch = {"mistral": "llama", "gemma3_text": "gemma3"}.get(config.model_type, config.model_type)
     writer = GGUFWriter(str(path), arch)
     writer.add_block_count(config.num_hidden_layers)
     writer.add_context_length(config.max_position_embeddings)
@@ -57,7 +63,10 @@ def write_gguf(
     writer.add_head_count(config.num_attention_heads)
     writer.add_head_count_kv(config.num_key_value_heads)
     writer.add_key_length(getattr(config, "head_dim", 0) or 16)
-    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    rope = config.rope_parameters.get("full_attention", config.rope_parameters)
+    writer.add_rope_freq_base(rope["rope_theta"])
+    if arch.startswith("gemma"):
+        writer.add_sliding_window(config.sliding_window)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_vocab_size(config.vocab_size)
     for key, value in (metadata or {}).items():
@@ -77,12 +86,14 @@ def write_gguf(
                 weight = interleave(weight, config.num_attention_heads)
             elif "k_proj" in name:
                 weight = interleave(weight, config.num_key_value_heads)
+        elif arch.startswith("gemma") and name.endswith("norm.weight"):
+            weight = weight + 1
         if weight.ndim == 2 and quantization != GGMLQuantizationType.F32:
             writer.add_tensor(
-                gguf_name(name), quantize(weight, quantization), raw_dtype=quantization
+                gguf_name(name, arch), quantize(weight, quantization), raw_dtype=quantization
             )
         else:
-            writer.add_tensor(gguf_name(name), np.ascontiguousarray(weight))
+            writer.add_tensor(gguf_name(name, arch), np.ascontiguousarray(weight))
     for name, array in (extra or {}).items():
         writer.add_tensor(name, array)
     writer.write_header_to_file()

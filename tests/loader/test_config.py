@@ -166,6 +166,42 @@ def test_a_directory_without_config(tmp_path):
         resolve_model(str(tmp_path))
 
 
+def test_gguf_metadata_of_gemma3(tmp_path):
+    hf = make_hf_model("gemma3_text")
+    hf.save_pretrained(tmp_path / "hf")
+    path = write_gguf(
+        tmp_path / "m.gguf",
+        hf,
+        metadata={"gemma3.attention.sliding_window_pattern": 3, "gemma3.rope.freq_base_swa": 1e3},
+    )
+    theirs, ours = load_hf_config(tmp_path / "hf"), load_hf_config(path)
+    for name in ("layer_types", "sliding_window", "tie_word_embeddings", "head_dim", "vocab_size"):
+        assert getattr(ours, name) == getattr(theirs, name), name
+    assert ours.rope_parameters["sliding_attention"] == theirs.rope_parameters["sliding_attention"]
+    assert ours.query_pre_attn_scalar == 16
+    assert resolve_model(str(path)).architecture == "Gemma3ForCausalLM"
+
+
+@pytest.mark.parametrize(
+    ("arch", "layers", "scalar"),
+    [("gemma2", 26, 256), ("gemma2", 46, 144), ("gemma3", 48, 256), ("gemma3", 62, 144)],
+)
+def test_the_largest_gemmas_scale_scores_by_their_width(arch, layers, scalar, tmp_path):
+    writer = GGUFWriter(str(tmp_path / "m.gguf"), arch)
+    writer.add_block_count(layers)
+    writer.add_context_length(8192)
+    writer.add_embedding_length(4608)
+    writer.add_feed_forward_length(36864)
+    writer.add_head_count(32)
+    writer.add_key_length(256)
+    writer.add_vocab_size(256000)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    assert load_hf_config(tmp_path / "m.gguf").query_pre_attn_scalar == scalar
+
+
 @pytest.mark.parametrize("model_type", ["llama", "qwen2", "qwen3"])
 def test_gguf_metadata_says_what_config_json_says(model_type, tmp_path):
     extra = {"head_dim": 16} if model_type == "qwen3" else {}

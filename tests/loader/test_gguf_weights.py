@@ -119,6 +119,38 @@ def test_a_float_file_gives_the_logits_of_the_model_it_came_from(model_type, ove
     assert_logits_equal(PagedModel(make_config(path)).logits(TOKENS), reference(hf))
 
 
+def test_gemma2_out_of_a_file(tmp_path):
+    hf = make_hf_model("gemma2", query_pre_attn_scalar=16)
+    caps = {"gemma2.attn_logit_softcapping": 3.0, "gemma2.final_logit_softcapping": 5.0}
+    path = write_gguf(tmp_path / "m.gguf", hf, metadata=caps)
+    assert_logits_equal(PagedModel(make_config(path)).logits(TOKENS), reference(hf))
+
+
+@pytest.mark.parametrize("listed", [True, False])
+def test_gemma3_out_of_a_file(listed, tmp_path):
+    """The pattern of windows is a list of layers, or a number, or six."""
+    pattern = {} if listed else {"sliding_window_pattern": 6}
+    hf = make_hf_model("gemma3_text", query_pre_attn_scalar=16, **pattern)
+    metadata = {
+        "gemma3.rope.scaling.type": "linear",
+        "gemma3.rope.scaling.factor": 4.0,
+        "gemma3.rope.freq_base_swa": 1000.0,
+    }
+    if listed:
+        metadata["gemma3.attention.sliding_window_pattern"] = [True, True, False] * 2
+    path = write_gguf(tmp_path / "m.gguf", hf, metadata=metadata)
+    assert_logits_equal(PagedModel(make_config(path)).logits(TOKENS), reference(hf))
+
+
+def test_gemmas_norms_keep_their_digits(tmp_path):
+    """0.00123 less one and in 16 bits would come back as 0."""
+    hf = make_hf_model("gemma3_text").to(torch.bfloat16)
+    hf.model.norm.weight.data.fill_(0.00123)
+    path = write_gguf(tmp_path / "m.gguf", hf)
+    weights = dict(read_weights(read_gguf(path), torch.bfloat16))
+    assert torch.equal(weights["model.norm.weight"], hf.model.norm.weight.data)
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
 def test_the_loaded_model_holds_weights_rounded_once(dtype, tmp_path):
     hf = make_hf_model("llama")

@@ -15,6 +15,8 @@ GGUF_ARCHITECTURES = {
     "llama": ("LlamaForCausalLM", "llama"),
     "qwen2": ("Qwen2ForCausalLM", "qwen2"),
     "qwen3": ("Qwen3ForCausalLM", "qwen3"),
+    "gemma2": ("Gemma2ForCausalLM", "gemma2"),
+    "gemma3": ("Gemma3ForCausalLM", "gemma3_text"),
 }
 """``general.architecture`` -> (class, model_type); Mistral's files say llama."""
 
@@ -26,6 +28,8 @@ _REQUIRED = (
     "context_length",
 )
 _F32_FILE, _F16_FILE = 0, 1
+_SCALED_BY_WIDTH = {"gemma2": 46, "gemma3": 62}
+"""Layers of the 27B models: they alone scale scores by hidden size / heads, and no key says so."""
 _ROPE_FACTORS = "rope_freqs.weight"
 
 
@@ -77,7 +81,34 @@ def gguf_config_values(gguf: GGUFFile) -> dict[str, Any]:
     }
     if gguf.get("attention.sliding_window"):
         values["sliding_window"] = gguf.get("attention.sliding_window")
+    if gguf.architecture in _SCALED_BY_WIDTH:
+        values |= _gemma_values(gguf, values)
     return values
+
+
+def _gemma_values(gguf: GGUFFile, values: dict[str, Any]) -> dict[str, Any]:
+    """What only Gemma's files say; ``rope_parameters`` are those of full layers."""
+    wide = values["num_hidden_layers"] == _SCALED_BY_WIDTH[gguf.architecture]
+    own: dict[str, Any] = {
+        "query_pre_attn_scalar": values["hidden_size"] // values["num_attention_heads"]
+        if wide
+        else values["head_dim"],
+    }
+    for key, name in (
+        ("attn_logit_softcapping", "attn_logit_softcapping"),
+        ("final_logit_softcapping", "final_logit_softcapping"),
+        ("rope.freq_base_swa", "rope_local_base_freq"),
+    ):
+        if gguf.get(key) is not None:
+            own[name] = gguf.get(key)
+    pattern = gguf.get("attention.sliding_window_pattern")
+    if isinstance(pattern, list):
+        own["layer_types"] = [
+            "sliding_attention" if sliding else "full_attention" for sliding in pattern
+        ]
+    elif pattern is not None:
+        own["sliding_window_pattern"] = pattern
+    return own
 
 
 def gguf_generation_config(gguf: GGUFFile) -> dict[str, Any]:

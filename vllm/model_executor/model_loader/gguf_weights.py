@@ -10,7 +10,7 @@ from __future__ import annotations
 import mmap
 import os
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -39,6 +39,14 @@ _PARTS = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
+_GEMMA_PARTS = {
+    **_PARTS,
+    "post_attention_norm": "post_attention_layernorm",
+    "ffn_norm": "pre_feedforward_layernorm",
+    "post_ffw_norm": "post_feedforward_layernorm",
+}
+_GEMMAS = frozenset({"gemma2", "gemma3"})
+"""Whose norms are stored with one added, as they are used; checkpoints have them without."""
 _NOT_WEIGHTS = frozenset({"rope_freqs.weight"})
 _INTERLEAVED_ARCHITECTURES = frozenset({"llama"})
 _CHUNK = 1 << 20
@@ -91,17 +99,20 @@ _PLAIN = {
 
 def gguf_weight_names(gguf: GGUFFile) -> dict[str, GGUFTensor]:
     """Hugging Face name -> tensor; a tensor of another meaning keeps its GGUF name."""
+    known = _GEMMA_PARTS if gguf.architecture in _GEMMAS else _PARTS
     return {
-        _hf_name(name): tensor for name, tensor in gguf.tensors.items() if name not in _NOT_WEIGHTS
+        _hf_name(name, known): tensor
+        for name, tensor in gguf.tensors.items()
+        if name not in _NOT_WEIGHTS
     }
 
 
-def _hf_name(name: str) -> str:
+def _hf_name(name: str, known: Mapping[str, str]) -> str:
     prefix, parts = "", name.split(".")
     if parts[0] == "blk" and len(parts) == 4:
         prefix, parts = f"model.layers.{parts[1]}.", parts[2:]
-    if len(parts) == 2 and parts[0] in _PARTS:
-        return f"{prefix}{_PARTS[parts[0]]}.{parts[1]}"
+    if len(parts) == 2 and parts[0] in known:
+        return f"{prefix}{known[parts[0]]}.{parts[1]}"
     return name
 
 
@@ -125,7 +136,12 @@ def gguf_weights(gguf: GGUFFile, dtype: torch.dtype) -> Iterator[tuple[str, torc
             mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY), dtype=torch.uint8
         )
 
+    adds_one = gguf.architecture in _GEMMAS
+
     def read(name: str, tensor: GGUFTensor) -> torch.Tensor:
+        if adds_one and name.endswith("norm.weight"):
+            # In float32: in 16 bits the small rest would lose most of its digits.
+            return _read(data, tensor, torch.float32, gguf, size).sub_(1).to(dtype)
         weight = _read(data, tensor, dtype, gguf, size)
         part = name.rsplit(".", 1)[0].split(".", 3)[-1]
         if interleaved and part in heads:
