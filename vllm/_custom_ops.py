@@ -34,7 +34,6 @@ if torch.version.cuda is not None:
 logger = init_logger(__name__)
 
 __all__ = [
-    "DecoderLayerKernel",
     "PackedWeight",
     "argmax",
     "embedding",
@@ -58,11 +57,11 @@ __all__ = [
 ]
 
 # DType and Epilogue in csrc/cpu/types.h.
-_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _PLAIN, _SILU_MUL = 0, 1
 # Columns of a panel of packed weights.
 _PANEL = 32
-_MAX_HEAD = 256
+MAX_HEAD_SIZE = 256
 _MAX_ROTARY = 1024
 
 
@@ -129,7 +128,7 @@ class PackedWeight:
         self.data = data
         self.plain = plain
         self.address = 0 if data is None else data.data_ptr()
-        self.code = _CODES.get(dtype, -1)
+        self.code = DTYPE_CODES.get(dtype, -1)
 
     @property
     def shape(self) -> torch.Size:
@@ -160,11 +159,11 @@ def pack_weight(weight: torch.Tensor) -> PackedWeight:
     One packed copy serves GEMV, GEMM and the reading of embedding rows.
     """
     n, k = weight.shape
-    if _C is None or not weight.is_cpu or weight.dtype not in _CODES:
+    if _C is None or not weight.is_cpu or weight.dtype not in DTYPE_CODES:
         return PackedWeight(n=n, k=k, dtype=weight.dtype, plain=weight)
     if weight.stride(1) != 1:
         weight = weight.contiguous()
-    code = _CODES[weight.dtype]
+    code = DTYPE_CODES[weight.dtype]
     data = _weights.empty(_C.packed_size(n, k, code))
     _C.pack(weight.data_ptr(), weight.stride(0), data.data_ptr(), n, k, code)
     return PackedWeight(n=n, k=k, dtype=weight.dtype, data=data)
@@ -356,7 +355,7 @@ def _norm_kernel_takes(x: torch.Tensor, weight: torch.Tensor) -> bool:
     return (
         _C is not None
         and x.is_cpu
-        and x.dtype in _CODES
+        and x.dtype in DTYPE_CODES
         and weight.dtype is x.dtype
         and weight.is_contiguous()
     )
@@ -390,7 +389,7 @@ def rms_norm(
                 out_rows[3],
                 0,
                 eps,
-                _CODES[x.dtype],
+                DTYPE_CODES[x.dtype],
             )
             return out
     return _torch_ops.rms_norm(x, weight, eps, out)
@@ -417,7 +416,7 @@ def fused_add_rms_norm(
             0,
             residual.stride(0),
             eps,
-            _CODES[x.dtype],
+            DTYPE_CODES[x.dtype],
         )
         return
     if x.is_cuda and x.dim() == 2:
@@ -430,21 +429,21 @@ def silu_and_mul(x: torch.Tensor) -> torch.Tensor:
     """``silu(x[..., :i]) * x[..., i:]``; x (..., 2 * i) -> (..., i)."""
     if x.is_cuda and x.dim() == 2 and x.stride(1) == 1:
         return _cuda_ops.silu_and_mul(x)
-    if _C is None or not x.is_cpu or x.dtype not in _CODES or x.dim() != 2 or x.stride(1) != 1:
+    if _C is None or not x.is_cpu or x.dtype not in DTYPE_CODES or x.dim() != 2 or x.stride(1) != 1:
         return _torch_ops.silu_and_mul(x)
     rows, width = x.shape
     out = torch.empty((rows, width // 2), dtype=x.dtype)
-    _C.silu_mul(x.data_ptr(), x.stride(0), out.data_ptr(), rows, width // 2, _CODES[x.dtype])
+    _C.silu_mul(x.data_ptr(), x.stride(0), out.data_ptr(), rows, width // 2, DTYPE_CODES[x.dtype])
     return out
 
 
 def argmax(logits: torch.Tensor) -> torch.Tensor:
     """Index of the largest value of each row, the first of equal ones: (T, v) -> (T,) int64."""
-    if _C is None or not logits.is_cpu or logits.dtype not in _CODES or logits.stride(1) != 1:
+    if _C is None or not logits.is_cpu or logits.dtype not in DTYPE_CODES or logits.stride(1) != 1:
         return _torch_ops.argmax(logits)
     rows, size = logits.shape
     out = torch.empty(rows, dtype=torch.int64)
-    code = _CODES[logits.dtype]
+    code = DTYPE_CODES[logits.dtype]
     _C.argmax(logits.data_ptr(), logits.stride(0), out.data_ptr(), rows, size, code)
     return out
 
@@ -492,8 +491,8 @@ def _rope_kernel_takes(
     return (
         _C is not None
         and query.is_cpu
-        and query.dtype in _CODES
-        and cos_sin_cache.dtype in _CODES
+        and query.dtype in DTYPE_CODES
+        and cos_sin_cache.dtype in DTYPE_CODES
         and cos_sin_cache.shape[1] <= _MAX_ROTARY
         and positions.dtype is torch.int64
         and query.stride(2) == 1
@@ -522,14 +521,14 @@ def _rope_store(
             cos_sin_cache.stride(0),
             cos_sin_cache.shape[1],
             is_neox,
-            _CODES[cos_sin_cache.dtype],
+            DTYPE_CODES[cos_sin_cache.dtype],
         )
     cache = (0, 0, 0, 0, 0, 0)
     block_size, cache_code = 1, 0
     if kv_cache is not None and slot_mapping is not None:
         b, h, n, _ = kv_cache.stride()
         cache = (kv_cache.data_ptr(), b, h, n, slot_mapping.data_ptr(), slot_mapping.shape[0])
-        block_size, cache_code = kv_cache.shape[2], _CODES[kv_cache.dtype]
+        block_size, cache_code = kv_cache.shape[2], DTYPE_CODES[kv_cache.dtype]
     _C.rope_store(
         *rope,
         *_address_of_heads(query),
@@ -541,7 +540,7 @@ def _rope_store(
         lead.shape[0],
         lead.shape[2],
         block_size,
-        _CODES[lead.dtype],
+        DTYPE_CODES[lead.dtype],
         cache_code,
         0 if cos_sin_cache is None else cos_sin_cache.shape[0],
     )
@@ -561,9 +560,9 @@ def _store_kernel_takes(
     return (
         _C is not None
         and key.is_cpu
-        and key.dtype in _CODES
+        and key.dtype in DTYPE_CODES
         and value.dtype is key.dtype
-        and kv_cache.dtype in _CODES
+        and kv_cache.dtype in DTYPE_CODES
         and kv_cache.stride(3) == 1
         and key.stride(2) == 1
         and value.stride(2) == 1
@@ -650,10 +649,10 @@ def paged_attention(
     if (
         _C is None
         or not query.is_cpu
-        or query.dtype not in _CODES
-        or kv_cache.dtype not in _CODES
+        or query.dtype not in DTYPE_CODES
+        or kv_cache.dtype not in DTYPE_CODES
         or head_size % 8
-        or head_size > _MAX_HEAD
+        or head_size > MAX_HEAD_SIZE
         or query.stride(2) != 1
         or kv_cache.stride(3) != 1
     ):
@@ -700,163 +699,6 @@ def paged_attention(
         logits_soft_cap,
         sliding_window,
         causal,
-        _CODES[query.dtype],
-        _CODES[kv_cache.dtype],
+        DTYPE_CODES[query.dtype],
+        DTYPE_CODES[kv_cache.dtype],
     )
-
-
-def _address(x: torch.Tensor | None) -> int:
-    return 0 if x is None else x.data_ptr()
-
-
-class DecoderLayerKernel:
-    """A pre-norm decoder layer in one call (csrc/cpu/decoder_layer.cpp); ``make`` makes one.
-
-    Keeps the tensors that it reads alive. Weights must not be replaced afterwards.
-    """
-
-    __slots__ = ("_cache", "_cache_arguments", "_fixed", "_hidden_size", "_kept", "dtype")
-
-    def __init__(
-        self, fixed: tuple[float, ...], kept: tuple[Any, ...], hidden_size: int, dtype: torch.dtype
-    ) -> None:
-        self._fixed = fixed
-        self._kept = kept
-        self._hidden_size = hidden_size
-        self.dtype = dtype
-        self._cache: torch.Tensor | None = None
-        self._cache_arguments: tuple[int, ...] = ()
-
-    @classmethod
-    def make(
-        cls,
-        *,
-        num_heads: int,
-        num_kv_heads: int,
-        head_size: int,
-        eps: float,
-        norms: tuple[torch.Tensor, torch.Tensor],
-        head_norms: tuple[torch.Tensor | None, torch.Tensor | None],
-        weights: tuple[PackedWeight | torch.Tensor, ...],
-        biases: tuple[torch.Tensor | None, ...],
-        cos_sin_cache: torch.Tensor,
-        is_neox: bool,
-        alibi_slopes: torch.Tensor | None,
-        sinks: torch.Tensor | None,
-        scale: float,
-        logits_soft_cap: float,
-        sliding_window: int,
-    ) -> DecoderLayerKernel | None:
-        """A kernel for these weights, or None where it would not do.
-
-        Args:
-            norms: weights (hidden,) of the norms before attention and before the MLP.
-            head_norms: weights (D,) of the norms of each query and key head.
-            weights, biases: of qkv, output, gate over up, down.
-        """
-        packed = [w for w in weights if isinstance(w, PackedWeight) and w.plain is None]
-        dtype = norms[0].dtype
-        plain = (*norms, *head_norms, *biases)
-        if (
-            _C is None
-            or len(packed) != len(weights)
-            or any(w.dtype is not dtype for w in packed)
-            or any(x is not None and (x.dtype is not dtype or x.stride(0) != 1) for x in plain)
-            or head_size % 8
-            or head_size > _MAX_HEAD
-            or cos_sin_cache.shape[1] > head_size
-            or cos_sin_cache.dtype not in _CODES
-        ):
-            return None
-        if sinks is not None:
-            sinks = sinks.to(torch.float32)
-        hidden_size = packed[0].k
-        products = [
-            address
-            for weight, bias in zip(packed, biases, strict=True)
-            for address in (weight.address, _address(bias))
-        ]
-        fixed = (
-            hidden_size,
-            packed[3].k,
-            num_heads,
-            num_kv_heads,
-            head_size,
-            _CODES[dtype],
-            eps,
-            *(_address(x) for x in (*norms, *head_norms)),
-            *products,
-            cos_sin_cache.data_ptr(),
-            cos_sin_cache.stride(0),
-            cos_sin_cache.shape[1],
-            cos_sin_cache.shape[0],
-            is_neox,
-            _CODES[cos_sin_cache.dtype],
-            _address(alibi_slopes),
-            _address(sinks),
-            scale,
-            logits_soft_cap,
-            sliding_window,
-        )
-        kept = (packed, plain, cos_sin_cache, alibi_slopes, sinks)
-        return cls(fixed, kept, hidden_size, dtype)
-
-    def _bind(self, kv_cache: torch.Tensor) -> None:
-        block, head, token, content = kv_cache.stride()
-        assert content == 1, "the content of a token's head is dense"
-        self._cache = kv_cache
-        self._cache_arguments = (
-            kv_cache.data_ptr(),
-            block,
-            head,
-            token,
-            kv_cache.shape[2],
-            _CODES[kv_cache.dtype],
-        )
-
-    def __call__(
-        self,
-        hidden_states: torch.Tensor,
-        has_branch: bool,
-        residual: torch.Tensor,
-        positions: torch.Tensor,
-        kv_cache: torch.Tensor,
-        slot_mapping: torch.Tensor,
-        query_start_loc: torch.Tensor,
-        seq_lens: torch.Tensor,
-        block_table: torch.Tensor,
-        causal: bool,
-    ) -> None:
-        """Run the layer.
-
-        Args:
-            hidden_states: (T, hidden); the branch to be added to ``residual`` first if
-                ``has_branch``; written with this layer's branch.
-            residual: (T, hidden), added to in place.
-            others: as in ``rope_and_store`` and ``paged_attention``.
-        """
-        if kv_cache is not self._cache:
-            self._bind(kv_cache)
-        assert hidden_states.shape[1] == self._hidden_size
-        assert hidden_states.dtype is self.dtype and residual.dtype is self.dtype
-        assert hidden_states.is_contiguous() and residual.is_contiguous()
-        assert positions.dtype is torch.int64 and slot_mapping.dtype is torch.int64
-        assert query_start_loc.dtype is torch.int32 and seq_lens.dtype is torch.int32
-        assert block_table.dtype is torch.int32 and block_table.stride(1) == 1
-        _C.decoder_layer(
-            *self._fixed,
-            *self._cache_arguments,
-            hidden_states.data_ptr(),
-            has_branch,
-            residual.data_ptr(),
-            hidden_states.shape[0],
-            positions.data_ptr(),
-            slot_mapping.data_ptr(),
-            slot_mapping.shape[0],
-            query_start_loc.data_ptr(),
-            seq_lens.data_ptr(),
-            block_table.data_ptr(),
-            block_table.stride(0),
-            seq_lens.shape[0],
-            causal,
-        )

@@ -447,7 +447,6 @@ VLLM_INLINE Vec tanh(Vec x) {
 #endif
 }
 
-VLLM_INLINE void prefetch(const void* p) { __builtin_prefetch(p, 0, 3); }
 VLLM_INLINE void prefetch_l2(const void* p) { __builtin_prefetch(p, 0, 2); }
 
 }  // namespace VLLM_ISA

@@ -8,6 +8,7 @@ import torch
 
 from tests.kernels.test_cpu_attention import Batch, Step, make_step
 from vllm import _custom_ops as ops
+from vllm._decoder_layer_op import DecoderLayerKernel
 
 pytestmark = pytest.mark.skipif(not ops.has_extension(), reason="vllm._C is not built")
 
@@ -45,8 +46,8 @@ class Layer:
         self.per_head = tuple(vector(self.head_size, self.head_norms) for _ in range(2))
         self.table = torch.randn(1000, self.head_size)
 
-    def kernel(self) -> ops.DecoderLayerKernel | None:
-        return ops.DecoderLayerKernel.make(
+    def kernel(self) -> DecoderLayerKernel | None:
+        return DecoderLayerKernel.make(
             num_heads=self.heads,
             num_kv_heads=self.kv_heads,
             head_size=self.head_size,

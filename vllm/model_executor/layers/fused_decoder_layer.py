@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from vllm import _custom_ops as ops
+from vllm._decoder_layer_op import DecoderLayerKernel
 from vllm.forward_context import get_forward_context
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.layernorm import RMSNorm
@@ -30,7 +30,7 @@ __all__ = ["FusedDecoderLayer"]
 class FusedDecoderLayer:
     """Holds the addresses of one layer's weights; made by ``of`` once they are loaded."""
 
-    def __init__(self, attn: Attention, kernel: ops.DecoderLayerKernel) -> None:
+    def __init__(self, attn: Attention, kernel: DecoderLayerKernel) -> None:
         self.attn = attn
         self.layer_name = attn.layer_name
         self.kernel = kernel
@@ -71,7 +71,7 @@ class FusedDecoderLayer:
             or any(norm.variance_epsilon != input_norm.variance_epsilon for norm in norms)
         ):
             return None
-        kernel = ops.DecoderLayerKernel.make(
+        kernel = DecoderLayerKernel.make(
             num_heads=attn.num_heads,
             num_kv_heads=attn.num_kv_heads,
             head_size=attn.head_size,

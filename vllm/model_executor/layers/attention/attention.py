@@ -93,7 +93,7 @@ class Attention(nn.Module, AttentionLayerBase):
             self.sliding_window: int | None = per_layer_sliding_window
         else:
             self.sliding_window = cache_config.sliding_window
-        model_dtype = vllm_config.model_config.dtype
+        self.dtype = model_dtype = vllm_config.model_config.dtype
         skipped = prefix in cache_config.kv_cache_dtype_skip_layers
         self.kv_cache_dtype = "auto" if skipped else cache_config.cache_dtype
         self.attn_backend = attn_backend or get_attn_backend(
@@ -123,6 +123,9 @@ class Attention(nn.Module, AttentionLayerBase):
         self._fused_norms = self.impl.fused_head_norms_supported()
         self._stores_apart = not self.attn_backend.forward_includes_kv_cache_update
         register_layer(prefix, self)
+
+    def process_weights_after_loading(self) -> None:
+        self.impl.process_weights_after_loading(self.dtype)
 
     def extra_repr(self) -> str:
         return (

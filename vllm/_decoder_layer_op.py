@@ -1,0 +1,172 @@
+"""A whole decoder layer as one operator of the CPU extension.
+
+Owns the list of addresses and sizes that ``_C.decoder_layer`` takes; as ``_custom_ops``, it checks
+what C++ will not, and knows no model.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from vllm import _custom_ops as ops
+
+__all__ = ["DecoderLayerKernel"]
+
+
+def _address(x: torch.Tensor | None) -> int:
+    return 0 if x is None else x.data_ptr()
+
+
+class DecoderLayerKernel:
+    """A pre-norm decoder layer in one call (csrc/cpu/decoder_layer.cpp); ``make`` makes one.
+
+    Keeps the tensors that it reads alive. Weights must not be replaced afterwards.
+    """
+
+    __slots__ = ("_cache", "_cache_arguments", "_fixed", "_hidden_size", "_kept", "dtype")
+
+    def __init__(
+        self, fixed: tuple[float, ...], kept: tuple[Any, ...], hidden_size: int, dtype: torch.dtype
+    ) -> None:
+        self._fixed = fixed
+        self._kept = kept
+        self._hidden_size = hidden_size
+        self.dtype = dtype
+        self._cache: torch.Tensor | None = None
+        self._cache_arguments: tuple[int, ...] = ()
+
+    @classmethod
+    def make(
+        cls,
+        *,
+        num_heads: int,
+        num_kv_heads: int,
+        head_size: int,
+        eps: float,
+        norms: tuple[torch.Tensor, torch.Tensor],
+        head_norms: tuple[torch.Tensor | None, torch.Tensor | None],
+        weights: tuple[ops.PackedWeight | torch.Tensor, ...],
+        biases: tuple[torch.Tensor | None, ...],
+        cos_sin_cache: torch.Tensor,
+        is_neox: bool,
+        alibi_slopes: torch.Tensor | None,
+        sinks: torch.Tensor | None,
+        scale: float,
+        logits_soft_cap: float,
+        sliding_window: int,
+    ) -> DecoderLayerKernel | None:
+        """A kernel for these weights, or None where it would not do.
+
+        Args:
+            norms: weights (hidden,) of the norms before attention and before the MLP.
+            head_norms: weights (D,) of the norms of each query and key head.
+            weights, biases: of qkv, output, gate over up, down.
+        """
+        packed = [w for w in weights if isinstance(w, ops.PackedWeight) and w.plain is None]
+        dtype = norms[0].dtype
+        plain = (*norms, *head_norms, *biases)
+        if (
+            not ops.has_extension()
+            or len(packed) != len(weights)
+            or any(w.dtype is not dtype for w in packed)
+            or any(x is not None and (x.dtype is not dtype or x.stride(0) != 1) for x in plain)
+            or head_size % 8
+            or head_size > ops.MAX_HEAD_SIZE
+            or cos_sin_cache.shape[1] > head_size
+            or cos_sin_cache.dtype not in ops.DTYPE_CODES
+        ):
+            return None
+        if sinks is not None:
+            sinks = sinks.to(torch.float32)
+        hidden_size = packed[0].k
+        products = [
+            address
+            for weight, bias in zip(packed, biases, strict=True)
+            for address in (weight.address, _address(bias))
+        ]
+        fixed = (
+            hidden_size,
+            packed[3].k,
+            num_heads,
+            num_kv_heads,
+            head_size,
+            ops.DTYPE_CODES[dtype],
+            eps,
+            *(_address(x) for x in (*norms, *head_norms)),
+            *products,
+            cos_sin_cache.data_ptr(),
+            cos_sin_cache.stride(0),
+            cos_sin_cache.shape[1],
+            cos_sin_cache.shape[0],
+            is_neox,
+            ops.DTYPE_CODES[cos_sin_cache.dtype],
+            _address(alibi_slopes),
+            _address(sinks),
+            scale,
+            logits_soft_cap,
+            sliding_window,
+        )
+        kept = (packed, plain, cos_sin_cache, alibi_slopes, sinks)
+        return cls(fixed, kept, hidden_size, dtype)
+
+    def _bind(self, kv_cache: torch.Tensor) -> None:
+        block, head, token, content = kv_cache.stride()
+        assert content == 1, "the content of a token's head is dense"
+        self._cache = kv_cache
+        self._cache_arguments = (
+            kv_cache.data_ptr(),
+            block,
+            head,
+            token,
+            kv_cache.shape[2],
+            ops.DTYPE_CODES[kv_cache.dtype],
+        )
+
+    def __call__(
+        self,
+        hidden_states: torch.Tensor,
+        has_branch: bool,
+        residual: torch.Tensor,
+        positions: torch.Tensor,
+        kv_cache: torch.Tensor,
+        slot_mapping: torch.Tensor,
+        query_start_loc: torch.Tensor,
+        seq_lens: torch.Tensor,
+        block_table: torch.Tensor,
+        causal: bool,
+    ) -> None:
+        """Run the layer.
+
+        Args:
+            hidden_states: (T, hidden); the branch to be added to ``residual`` first if
+                ``has_branch``; written with this layer's branch.
+            residual: (T, hidden), added to in place.
+            others: as in ``rope_and_store`` and ``paged_attention``.
+        """
+        if kv_cache is not self._cache:
+            self._bind(kv_cache)
+        assert hidden_states.shape[1] == self._hidden_size
+        assert hidden_states.dtype is self.dtype and residual.dtype is self.dtype
+        assert hidden_states.is_contiguous() and residual.is_contiguous()
+        assert positions.dtype is torch.int64 and slot_mapping.dtype is torch.int64
+        assert query_start_loc.dtype is torch.int32 and seq_lens.dtype is torch.int32
+        assert block_table.dtype is torch.int32 and block_table.stride(1) == 1
+        ops._C.decoder_layer(
+            *self._fixed,
+            *self._cache_arguments,
+            hidden_states.data_ptr(),
+            has_branch,
+            residual.data_ptr(),
+            hidden_states.shape[0],
+            positions.data_ptr(),
+            slot_mapping.data_ptr(),
+            slot_mapping.shape[0],
+            query_start_loc.data_ptr(),
+            seq_lens.data_ptr(),
+            block_table.data_ptr(),
+            block_table.stride(0),
+            seq_lens.shape[0],
+            causal,
+        )
