@@ -18,7 +18,7 @@ from typing import Any
 from vllm.errors import KVTransferError
 from vllm.v1.kv_cache.config import KVCacheConfig
 from vllm.v1.kv_cache.content import Segment, StateSlice
-from vllm.v1.kv_cache.runs import ByteRun, runs_by_layer
+from vllm.v1.kv_cache.runs import ByteRun, merge_runs, runs_by_layer
 from vllm.v1.kv_cache.strides import compute_layer_kv_cache_shape_bytes, tensor_strides
 
 __all__ = [
@@ -87,7 +87,8 @@ class LayerDescriptor:
         return {
             "kind": self.kind,
             "content_format": self.content_format,
-            "parts": [list(part) for part in self.parts],
+            # A state page's size follows from the rank's share of its states.
+            "parts": [] if self.states else [list(part) for part in self.parts],
             "dtype": self.dtype,
             "tokens_per_state": self.tokens_per_state,
             "states": [
@@ -128,6 +129,11 @@ class CacheDescriptor:
             if layer.name == name:
                 return layer
         raise KeyError(name)
+
+    def group_runs(self, group: int) -> tuple[ByteRun, ...]:
+        """Runs of a block that this group owns, over all its layers."""
+        layers = (layer for layer in self.layers if layer.group == group)
+        return merge_runs(run for layer in layers for run in layer.runs)
 
     def to_json(self) -> str:
         """Canonical: sorted keys, no spaces, so equal descriptors are equal strings."""
