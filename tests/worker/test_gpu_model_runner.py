@@ -1,0 +1,169 @@
+"""The GPU's model runner and overlapped steps, against the CPU's, through the engine core."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+
+import pytest
+
+from tests.worker.driver import VOCAB, make_config, make_hf_model
+from tests.worker.interpreted import SHAPE, make_interpreted_config
+from vllm.sampling_params import SamplingParams
+from vllm.v1.engine import EngineCoreRequest
+from vllm.v1.engine.core import EngineCore
+from vllm.v1.executor.uniproc_executor import UniProcExecutor
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("heads-of-16")
+    make_hf_model(**SHAPE).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def start(monkeypatch):
+    """``start(config)``: an engine core that ends with the test."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    cores = []
+
+    def make(config) -> EngineCore:
+        cores.append(EngineCore(config, UniProcExecutor, log_stats=True))
+        return cores[-1]
+
+    yield make
+    for core in cores:
+        core.shutdown()
+
+
+BLOCK_BYTES = 2 * 2 * 16 * (2 * 16) * 4
+"""Of 16 tokens: layers, KV heads, tokens, content, element."""
+
+Requests = dict[str, tuple[list[int], SamplingParams]]
+
+
+def add(core: EngineCore, requests: Requests) -> None:
+    for name, (prompt, params) in requests.items():
+        core.add_request(core.preprocess(EngineCoreRequest(name, prompt, params, 0.0)))
+
+
+def run(core: EngineCore, requests: Requests, abort_at: dict[int, str] | None = None) -> dict:
+    """Tokens and finish reason of each request; ``abort_at`` maps steps to requests to drop."""
+    add(core, requests)
+    tokens: dict[str, list[int]] = {name: [] for name in requests}
+    ended: dict[str, object] = {}
+    logprobs: dict[str, list] = {name: [] for name in requests}
+    for step in range(2000):
+        if not core.has_work():
+            break
+        name = (abort_at or {}).get(step)
+        if name is not None:
+            core.abort_requests([name])
+        outputs, _ = core.step()
+        for output in (o for message in outputs.values() for o in message.outputs):
+            assert output.request_id not in ended, "an output after the last one"
+            tokens[output.request_id] += output.new_token_ids
+            logprobs[output.request_id] += output.new_logprobs or []
+            if output.finish_reason is not None:
+                ended[output.request_id] = output.finish_reason, output.stop_reason, output.error
+    core.check_integrity()
+    counts = core.scheduler.kv_cache_manager.block_pool
+    assert counts.get_num_free_blocks() == counts.num_usable_blocks
+    return {name: (tokens[name], ended.get(name), logprobs[name]) for name in requests}
+
+
+def some_requests(rng: random.Random, count: int) -> Requests:
+    """Requests of every kind that the runner tells apart."""
+    kinds = [
+        {"temperature": 0.0},
+        {"temperature": 0.0, "repetition_penalty": 1.3},
+        {"temperature": 0.8, "seed": 1},
+        {"temperature": 1.1, "seed": 2, "top_k": 7},
+        {"temperature": 0.9, "seed": 3, "top_p": 0.8, "frequency_penalty": 0.5},
+        {"temperature": 0.0, "logprobs": 2},
+        {"temperature": 0.0, "min_tokens": 4, "stop_token_ids": list(range(0, VOCAB, 3))},
+        {"temperature": 0.0, "stop_token_ids": list(range(0, VOCAB, 7))},
+    ]
+    requests = {}
+    for i in range(count):
+        prompt = [rng.randrange(VOCAB) for _ in range(rng.choice([1, 3, 16, 17, 40, 60]))]
+        params = SamplingParams(max_tokens=rng.choice([1, 2, 6, 11]), **kinds[i % len(kinds)])
+        requests[f"r{i}"] = prompt, params
+    return requests
+
+
+def same(ours: dict, theirs: dict) -> None:
+    for name, (tokens, end, logprobs) in theirs.items():
+        assert ours[name][:2] == (tokens, end), name
+        for row, other in zip(ours[name][2], logprobs, strict=True):
+            assert row.token_ids == other.token_ids and row.rank == other.rank
+            assert row.logprobs == pytest.approx(other.logprobs, abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("overlapped", "block_size"), [(False, 32), (True, 16)], ids=["in turn", "overlapped"]
+)
+def test_every_kind_of_request_gets_the_cpu_runners_tokens(
+    model, start, overlapped: bool, block_size: int
+) -> None:
+    requests = some_requests(random.Random(5), 11)
+    theirs = run(start(make_config(model, block_size=block_size)), requests)
+    config = make_interpreted_config(model, overlapped=overlapped, block_size=block_size)
+    same(run(start(config), requests), theirs)
+
+
+@pytest.mark.parametrize("overlapped", [False, True], ids=["in turn", "overlapped"])
+def test_chunks_preemption_and_few_rows_change_no_token(model, start, overlapped: bool) -> None:
+    requests = some_requests(random.Random(11), 9)
+    theirs = run(start(make_config(model)), requests)
+    # Nine blocks for requests of up to five, and prompts in chunks.
+    config = make_interpreted_config(
+        model, overlapped=overlapped, max_num_seqs=5, kv_cache_memory_bytes=10 * BLOCK_BYTES
+    )
+    scheduler = replace(config.scheduler_config, max_num_batched_tokens=24)
+    core = start(replace(config, scheduler_config=scheduler))
+    same(run(core, requests), theirs)
+
+
+def test_requests_that_are_dropped_while_a_step_runs_leave_nothing(model, start) -> None:
+    plain = {"temperature": 0.0, "max_tokens": 20}
+    requests = {f"r{i}": ([i + 1] * (i + 1), SamplingParams(**plain)) for i in range(6)}
+    theirs = run(start(make_config(model)), requests)
+    core = start(make_interpreted_config(model, overlapped=True))
+    ours = run(core, requests, abort_at={3: "r1", 4: "r4", 9: "r0"})
+    for name in ("r2", "r3", "r5"):
+        assert ours[name] == theirs[name]
+    for name in ("r0", "r1", "r4"):
+        tokens, end, _ = ours[name]
+        assert end is None and tokens == theirs[name][0][: len(tokens)]
+
+
+def test_a_step_is_launched_before_the_last_ones_tokens_are_known(model, start) -> None:
+    core = start(make_interpreted_config(model, overlapped=True))
+    params = SamplingParams(temperature=0.0, max_tokens=3)
+    add(core, {"a": ([1, 2, 3], params)})
+    sent = []
+    while core.has_work():
+        outputs, ran = core.step()
+        tokens = [t for m in outputs.values() for o in m.outputs for t in o.new_token_ids]
+        sent.append((len(tokens), ran))
+    # Prompt; first decode; second decode; no fourth token is computed.
+    assert sent[:4] == [(0, True), (1, True), (1, True), (1, False)]
+
+
+def test_a_request_that_needs_its_tokens_is_waited_for(model, start) -> None:
+    core = start(make_interpreted_config(model, overlapped=True))
+    params = SamplingParams(temperature=0.0, max_tokens=3, presence_penalty=1.0)
+    add(core, {"a": ([1, 2, 3], params)})
+    assert core.scheduler.needs_known_tokens
+    while core.has_work():
+        launched = (
+            core.scheduler.requests["a"].num_expected_tokens if core.scheduler.requests else 0
+        )
+        core.step()
+        # One token more than was known, never two.
+        assert not core.scheduler.requests or (
+            core.scheduler.requests["a"].num_expected_tokens <= launched + 1
+        )
+    assert not core.scheduler.needs_known_tokens
