@@ -398,8 +398,8 @@ def rms_norm(
 
 
 def _norm_is_wider(x: torch.Tensor, weight: torch.Tensor) -> bool:
-    """A float32 weight for 16-bit rows: the kernel takes the rows widened, 5 times faster than
-    PyTorch takes them as they are.
+    """A float32 weight for 16-bit rows: the kernel takes the rows widened, 2 to 4 times faster
+    than PyTorch takes them as they are.
     """
     return weight.dtype is torch.float32 is not x.dtype and _norm_kernel_takes(weight, weight)
 
