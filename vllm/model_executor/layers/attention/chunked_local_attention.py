@@ -8,7 +8,7 @@ there. So it works with any backend, and costs nothing where a step stays within
 from __future__ import annotations
 
 import functools
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any
 
 import torch
@@ -17,9 +17,16 @@ from vllm.config import VllmConfig
 from vllm.errors import ConfigError
 from vllm.model_executor.layers.attention.attention import Attention
 from vllm.v1.attention.backend import AttentionBackend, CommonAttentionMetadata
-from vllm.v1.kv_cache_interface import ChunkedLocalAttentionSpec, KVCacheSpec
+from vllm.v1.kv_cache_interface import (
+    AttentionSpec,
+    ChunkedLocalAttentionSpec,
+    FullAttentionSpec,
+    KVCacheSpec,
+)
 
 __all__ = ["ChunkedLocalAttention", "split_by_chunk"]
+
+_SHARED_FIELDS = [field.name for field in fields(AttentionSpec) if field.init]
 
 
 class ChunkedLocalAttention(Attention):
@@ -40,15 +47,10 @@ class ChunkedLocalAttention(Attention):
 
     def get_kv_cache_spec(self, vllm_config: VllmConfig) -> KVCacheSpec | None:
         spec = super().get_kv_cache_spec(vllm_config)
-        if spec is None:
-            return None
-        return ChunkedLocalAttentionSpec(
-            block_size=spec.block_size,
-            num_kv_heads=self.num_kv_heads,
-            head_size=self.head_size,
-            dtype=self.kv_cache_torch_dtype,
-            attention_chunk_size=self.attention_chunk_size,
-        )
+        if not isinstance(spec, FullAttentionSpec):
+            return spec
+        same = {name: getattr(spec, name) for name in _SHARED_FIELDS}
+        return ChunkedLocalAttentionSpec(**same, attention_chunk_size=self.attention_chunk_size)
 
 
 @functools.cache
