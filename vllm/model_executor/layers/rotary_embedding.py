@@ -186,9 +186,11 @@ def get_rope(
     )
     shared = _shared.get(key)
     if shared is None:
-        inv_freq, attention_factor = scaling(rope, rotary_dim, max_position, trained)
-        shared = RotaryEmbedding(
-            head_size, rotary_dim, max_position, is_neox_style, inv_freq, attention_factor
-        )
-        _shared[key] = shared
+        # On the CPU, so that every device rotates by the same angles.
+        with torch.device("cpu"):
+            inv_freq, attention_factor = scaling(rope, rotary_dim, max_position, trained)
+            shared = RotaryEmbedding(
+                head_size, rotary_dim, max_position, is_neox_style, inv_freq, attention_factor
+            )
+        _shared[key] = shared.to(device)
     return shared

@@ -24,7 +24,7 @@ from vllm.v1.attention.backends.torch_ref import PagedAttentionImpl, PagedAttent
 from vllm.v1.attention.ops.triton_decode import DecodePlan, make_plan_buffers, plan_decodes
 from vllm.v1.attention.ops.triton_kv_store import rotate_and_store
 from vllm.v1.attention.ops.triton_paged_attention import paged_attention
-from vllm.v1.kv_cache_interface import KVCacheSpec
+from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheSpec
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -56,6 +56,7 @@ class TritonAttentionMetadataBuilder(AttentionMetadataBuilder[TritonAttentionMet
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         self._window = getattr(kv_cache_spec, "sliding_window", None) or 0
         self._max_seq_len = vllm_config.model_config.max_model_len
+        assert isinstance(kv_cache_spec, AttentionSpec)
         self._kv_heads = kv_cache_spec.num_kv_heads
         self._buffers = make_plan_buffers(
             vllm_config.scheduler_config.max_num_seqs, self._kv_heads, self._max_seq_len, device

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
@@ -265,7 +266,7 @@ def make_plan_buffers(
 ) -> DecodePlan:
     """Buffers for plans of up to ``requests`` requests of up to ``max_seq_len`` tokens."""
     items = max_items(requests, kv_heads, max_seq_len, num_multiprocessors(device))
-    options = {"dtype": torch.int32, "device": device}
+    options: dict[str, Any] = {"dtype": torch.int32, "device": device}
     return DecodePlan(
         items=torch.zeros((items, _FIELDS), **options),
         count=torch.zeros(1, **options),

@@ -129,7 +129,7 @@ def _prefill_kernel(
     positions_q = context + token
     dims = tl.arange(0, D_PAD)
     dim_valid = dims < D
-    at_q = (first + token).to(tl.int64)
+    at_q = (first + token).to(tl.int64)  # type: ignore[attr-defined]
     q = tl.load(
         q_ptr + at_q[:, None] * stride_q_t + heads[:, None] * stride_q_h + dims[None, :],
         mask=row_valid[:, None] & dim_valid[None, :], other=0.0,

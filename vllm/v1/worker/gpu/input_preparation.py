@@ -78,8 +78,8 @@ class DeviceInputPreparer(InputPreparer):
         self._upload = PackedUpload(1 << 16, on)
         self.input_ids = torch.zeros(max_num_tokens, dtype=torch.int64, device=on)
         self.positions = torch.zeros(max_num_tokens, dtype=torch.int64, device=on)
-        self._query_start_loc = torch.zeros(max_num_reqs + 1, dtype=torch.int32, device=on)
-        self._seq_lens = torch.zeros(max_num_reqs, dtype=torch.int32, device=on)
+        self._device_starts = torch.zeros(max_num_reqs + 1, dtype=torch.int32, device=on)
+        self._device_lens = torch.zeros(max_num_reqs, dtype=torch.int32, device=on)
         self._slot_mappings = [
             torch.zeros(max_num_tokens, dtype=torch.int64, device=on) for _ in range(num_groups)
         ]
@@ -160,8 +160,8 @@ class DeviceInputPreparer(InputPreparer):
                 table.kernel_block_size,
                 self.input_ids,
                 self.positions,
-                self._query_start_loc,
-                self._seq_lens,
+                self._device_starts,
+                self._device_lens,
                 self._slot_mappings[group],
                 self._graph_draw.scales,
                 self._graph_draw.uniforms,
@@ -222,9 +222,9 @@ class DeviceInputPreparer(InputPreparer):
         host_lens, host_computed = (self._padded(array, num_reqs) for array in (seq_lens, computed))
         return [
             CommonAttentionMetadata(
-                query_start_loc=self._query_start_loc[: num_reqs + 1],
+                query_start_loc=self._device_starts[: num_reqs + 1],
                 query_start_loc_cpu=host_starts,
-                seq_lens=self._seq_lens[:num_reqs],
+                seq_lens=self._device_lens[:num_reqs],
                 seq_lens_cpu=host_lens,
                 num_computed_tokens_cpu=host_computed,
                 num_reqs=num_reqs,
@@ -244,8 +244,8 @@ class DeviceInputPreparer(InputPreparer):
 
     def capture_metadata(self, batch: InputBatch, size: int) -> list[CommonAttentionMetadata]:
         """Metadata of a decode of ``size`` requests, none of which is there."""
-        self._query_start_loc[: size + 1].copy_(self._host_starts[: size + 1])
-        self._seq_lens[:size].zero_()
+        self._device_starts[: size + 1].copy_(self._host_starts[: size + 1])
+        self._device_lens[:size].zero_()
         self.input_ids[:size].zero_()
         self.positions[:size].zero_()
         for slots in self._slot_mappings:

@@ -238,7 +238,7 @@ class GPUModelRunner(ModelRunner):
         return step.draw is not None and not self.logits_processors
 
     @torch.inference_mode()
-    def sample_tokens(
+    def sample_tokens(  # type: ignore[override]
         self, grammar_output: GrammarOutput | None
     ) -> ModelRunnerOutput | PendingModelRunnerOutput:
         opened = self._open

@@ -1,0 +1,67 @@
+"""Tiny models on disk, and engines on the GPU that serve them."""
+
+from __future__ import annotations
+
+import gc
+import random
+
+import pytest
+import torch
+
+from tests.worker.driver import hf_greedy, make_hf_model
+
+SHAPE = {
+    "vocab_size": 512, "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 3,
+    "num_attention_heads": 8, "num_key_value_heads": 2, "max_position_embeddings": 2048,
+}  # fmt: skip
+"""Heads of 16."""
+
+
+@pytest.fixture(scope="session")
+def hf_model():
+    return make_hf_model(**SHAPE)
+
+
+@pytest.fixture(scope="session")
+def model(hf_model, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("gpu-llama")
+    hf_model.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
+def prompts() -> list[list[int]]:
+    rng = random.Random(3)
+    return [
+        [rng.randrange(SHAPE["vocab_size"]) for _ in range(rng.choice([1, 2, 17, 64, 65, 200]))]
+        for _ in range(20)
+    ]
+
+
+@pytest.fixture(scope="session")
+def greedy(hf_model, prompts) -> list[list[int]]:
+    """Forty tokens for each prompt, by transformers in float32 on the CPU."""
+    return [hf_greedy(hf_model, prompt, 40) for prompt in prompts]
+
+
+@pytest.fixture
+def start(model, monkeypatch):
+    """``start(**options)``: an ``LLM`` on the tiny model in float32, in this process."""
+    from vllm import LLM
+
+    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+    started = []
+
+    def make(**options) -> LLM:
+        defaults = {"dtype": "float32", "kv_cache_memory_bytes": 64 << 20, "max_num_seqs": 32}
+        started.append(
+            LLM(model=model, skip_tokenizer_init=True, max_model_len=512, **defaults | options)
+        )
+        return started[-1]
+
+    yield make
+    for llm in started:
+        llm.shutdown()
+    started.clear()
+    gc.collect()
+    torch.cuda.empty_cache()

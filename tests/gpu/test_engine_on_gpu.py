@@ -1,0 +1,107 @@
+"""The engine on a GPU: tokens, sampling, memory."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from vllm import SamplingParams
+from vllm.errors import CapacityError
+
+pytestmark = pytest.mark.gpu
+
+GREEDY = {"temperature": 0.0, "max_tokens": 40, "ignore_eos": True, "detokenize": False}
+
+
+def generate(llm, prompts, **params) -> list[list[int]]:
+    given = [{"prompt_token_ids": prompt} for prompt in prompts]
+    outputs = llm.generate(given, SamplingParams(**GREEDY | params), use_tqdm=False)
+    return [list(output.outputs[0].token_ids) for output in outputs]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"enforce_eager": True},
+        {"async_scheduling": False},
+        {"block_size": 16, "max_num_batched_tokens": 64},
+        # Blocks for two of the longest requests: most are preempted.
+        {"num_gpu_blocks_override": 18, "block_size": 32},
+    ],
+    ids=["as is", "without graphs", "in turn", "chunks", "preemption"],
+)
+def test_greedy_float32_tokens_are_those_of_the_cpu(start, prompts, greedy, options) -> None:
+    assert generate(start(**options), prompts) == greedy
+
+
+def test_a_batch_of_one_gets_the_tokens_of_the_whole(start, prompts, greedy) -> None:
+    llm = start()
+    assert [generate(llm, [prompt])[0] for prompt in prompts[:6]] == greedy[:6]
+
+
+def test_an_engine_in_its_own_process(start, prompts, greedy, monkeypatch) -> None:
+    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
+    assert generate(start(), prompts) == greedy
+
+
+@pytest.mark.parametrize(
+    "params",
+    [{}, {"top_k": 20, "top_p": 0.9}, {"min_p": 0.05}, {"presence_penalty": 0.5}],
+    ids=["plain", "truncated", "min_p", "penalty"],
+)
+def test_seeds_draw_the_same_tokens_in_any_batch(start, prompts, params) -> None:
+    llm = start()
+    params = {"temperature": 0.9, "seed": 7, **params}
+    together = generate(llm, prompts, **params)
+    assert [generate(llm, [prompt], **params)[0] for prompt in prompts[:4]] == together[:4]
+    assert generate(llm, prompts, **params | {"seed": 8}) != together
+
+
+def test_draws_follow_the_softmax(start, hf_model) -> None:
+    prompt = [5, 9, 17]
+    with torch.no_grad():
+        exact = hf_model(torch.tensor([prompt])).logits[0, -1].softmax(-1)
+    llm = start(max_num_seqs=256)
+    tokens = generate(llm, [prompt] * 4096, temperature=1.0, max_tokens=1)
+    counts = torch.bincount(torch.tensor(tokens).flatten(), minlength=exact.numel()) / 4096
+    likely = exact > 5 / 4096
+    # Chi-square over the likely tokens; five standard deviations.
+    chi = float(((counts - exact)[likely] ** 2 / exact[likely]).sum() * 4096)
+    freedom = int(likely.sum())
+    assert abs(chi - freedom) < 5 * (2 * freedom) ** 0.5 + 5
+
+
+def test_log_probabilities_are_those_of_the_cpu(start, hf_model, prompts) -> None:
+    llm = start()
+    given = [{"prompt_token_ids": prompts[3]}]
+    params = SamplingParams(**GREEDY | {"max_tokens": 3, "logprobs": 4, "prompt_logprobs": 2})
+    (output,) = llm.generate(given, params, use_tqdm=False)
+    tokens = prompts[3] + list(output.outputs[0].token_ids)
+    with torch.no_grad():
+        exact = hf_model(torch.tensor([tokens])).logits[0].log_softmax(-1)
+    for i, row in enumerate(output.outputs[0].logprobs):
+        for token, value in row.items():
+            assert value.logprob == pytest.approx(
+                float(exact[len(prompts[3]) + i - 1, token]), abs=1e-3
+            )
+    for i, row in enumerate(output.prompt_logprobs[1:]):
+        for token, value in row.items():
+            assert value.logprob == pytest.approx(float(exact[i, token]), abs=1e-3)
+
+
+def test_the_cache_announced_is_the_cache_there_is(start) -> None:
+    llm = start(kv_cache_memory_bytes=None, gpu_memory_utilization=0.3)
+    facts = llm.llm_engine.client.facts
+    total = torch.cuda.get_device_properties(0).total_memory
+    free, _ = torch.cuda.mem_get_info()
+    assert facts.kv_cache_memory_bytes <= torch.cuda.memory_allocated()
+    assert 0.2 * total < facts.kv_cache_memory_bytes < 0.3 * total
+    assert total - free <= 0.3 * total
+
+
+def test_too_little_memory_is_told_with_a_setting_that_starts(start) -> None:
+    with pytest.raises(CapacityError, match="--gpu-memory-utilization") as failure:
+        start(kv_cache_memory_bytes=None, gpu_memory_utilization=0.01)
+    least = float(str(failure.value).rpartition("at least ")[2])
+    start(kv_cache_memory_bytes=None, gpu_memory_utilization=least)
