@@ -1,18 +1,23 @@
-"""A whole decoder layer as one operator of the CPU extension.
+"""Whole decoder layers as one operator of the CPU extension.
 
-Owns the list of addresses and sizes that ``_C.decoder_layer`` takes; as ``_custom_ops``, it checks
+Owns the list of addresses and sizes that ``_C.decoder_layers`` takes; as ``_custom_ops``, it checks
 what C++ will not, and knows no model.
 """
 
 from __future__ import annotations
 
+import struct
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 from vllm import _custom_ops as ops
 
-__all__ = ["DecoderLayerKernel"]
+__all__ = ["DecoderLayerKernel", "run_decoder_layers"]
+
+# The fields of struct DecoderLayer in csrc/cpu/types.h, eight bytes each.
+_FORMAT = struct.Struct("=6qd20q2d7q")
 
 
 def _address(x: torch.Tensor | None) -> int:
@@ -20,22 +25,24 @@ def _address(x: torch.Tensor | None) -> int:
 
 
 class DecoderLayerKernel:
-    """A pre-norm decoder layer in one call (csrc/cpu/decoder_layer.cpp); ``make`` makes one.
+    """A pre-norm decoder layer for ``run_decoder_layers``; ``make`` makes one.
 
     Keeps the tensors that it reads alive. Weights must not be replaced afterwards.
     """
 
-    __slots__ = ("_cache", "_cache_arguments", "_fixed", "_hidden_size", "_kept", "dtype")
+    __slots__ = ("_fixed", "_kept", "cache", "dtype", "hidden_size", "packed")
 
     def __init__(
         self, fixed: tuple[float, ...], kept: tuple[Any, ...], hidden_size: int, dtype: torch.dtype
     ) -> None:
         self._fixed = fixed
         self._kept = kept
-        self._hidden_size = hidden_size
+        self.hidden_size = hidden_size
         self.dtype = dtype
-        self._cache: torch.Tensor | None = None
-        self._cache_arguments: tuple[int, ...] = ()
+        self.cache: torch.Tensor | None = None
+        """The cache that ``packed`` speaks of."""
+        self.packed = b""
+        """``struct DecoderLayer`` of csrc/cpu/types.h."""
 
     @classmethod
     def make(
@@ -111,11 +118,13 @@ class DecoderLayerKernel:
         kept = (packed, plain, cos_sin_cache, alibi_slopes, sinks)
         return cls(fixed, kept, hidden_size, dtype)
 
-    def _bind(self, kv_cache: torch.Tensor) -> None:
+    def bind(self, kv_cache: torch.Tensor) -> None:
+        """Take the layer's cache, (B, K, N, 2 * D) with a dense last dim."""
         block, head, token, content = kv_cache.stride()
         assert content == 1, "the content of a token's head is dense"
-        self._cache = kv_cache
-        self._cache_arguments = (
+        self.cache = kv_cache
+        self.packed = _FORMAT.pack(
+            *self._fixed,
             kv_cache.data_ptr(),
             block,
             head,
@@ -124,49 +133,51 @@ class DecoderLayerKernel:
             ops.DTYPE_CODES[kv_cache.dtype],
         )
 
-    def __call__(
-        self,
-        hidden_states: torch.Tensor,
-        has_branch: bool,
-        residual: torch.Tensor,
-        positions: torch.Tensor,
-        kv_cache: torch.Tensor,
-        slot_mapping: torch.Tensor,
-        query_start_loc: torch.Tensor,
-        seq_lens: torch.Tensor,
-        block_table: torch.Tensor,
-        causal: bool,
-    ) -> None:
-        """Run the layer.
 
-        Args:
-            hidden_states: (T, hidden); the branch to be added to ``residual`` first if
-                ``has_branch``; written with this layer's branch.
-            residual: (T, hidden), added to in place.
-            others: as in ``rope_and_store`` and ``paged_attention``.
-        """
-        if kv_cache is not self._cache:
-            self._bind(kv_cache)
-        assert hidden_states.shape[1] == self._hidden_size
-        assert hidden_states.dtype is self.dtype and residual.dtype is self.dtype
-        assert hidden_states.is_contiguous() and residual.is_contiguous()
-        assert positions.dtype is torch.int64 and slot_mapping.dtype is torch.int64
-        assert query_start_loc.dtype is torch.int32 and seq_lens.dtype is torch.int32
-        assert block_table.dtype is torch.int32 and block_table.stride(1) == 1
-        ops._C.decoder_layer(
-            *self._fixed,
-            *self._cache_arguments,
-            hidden_states.data_ptr(),
-            has_branch,
-            residual.data_ptr(),
-            hidden_states.shape[0],
-            positions.data_ptr(),
-            slot_mapping.data_ptr(),
-            slot_mapping.shape[0],
-            query_start_loc.data_ptr(),
-            seq_lens.data_ptr(),
-            block_table.data_ptr(),
-            block_table.stride(0),
-            seq_lens.shape[0],
-            causal,
-        )
+def run_decoder_layers(
+    kernels: Sequence[DecoderLayerKernel],
+    hidden_states: torch.Tensor,
+    has_branch: bool,
+    residual: torch.Tensor,
+    positions: torch.Tensor,
+    slot_mapping: torch.Tensor,
+    query_start_loc: torch.Tensor,
+    seq_lens: torch.Tensor,
+    block_table: torch.Tensor,
+    causal: bool,
+) -> None:
+    """Run layers of one shape, one after another.
+
+    Args:
+        kernels: the layers, each bound to its cache.
+        hidden_states: (T, hidden); the branch to be added to ``residual`` first if
+            ``has_branch``; written with the last layer's branch.
+        residual: (T, hidden), added to in place.
+        others: as in ``rope_and_store`` and ``paged_attention``.
+
+    Raises:
+        IndexError: a position has no row in the layers' cosines and sines.
+    """
+    first = kernels[0]
+    assert hidden_states.shape[1] == first.hidden_size
+    assert hidden_states.dtype is first.dtype and residual.dtype is first.dtype
+    assert hidden_states.is_contiguous() and residual.is_contiguous()
+    assert positions.dtype is torch.int64 and slot_mapping.dtype is torch.int64
+    assert query_start_loc.dtype is torch.int32 and seq_lens.dtype is torch.int32
+    assert block_table.dtype is torch.int32 and block_table.stride(1) == 1
+    ops._C.decoder_layers(
+        b"".join([kernel.packed for kernel in kernels]),
+        hidden_states.data_ptr(),
+        has_branch,
+        residual.data_ptr(),
+        hidden_states.shape[0],
+        positions.data_ptr(),
+        slot_mapping.data_ptr(),
+        slot_mapping.shape[0],
+        query_start_loc.data_ptr(),
+        seq_lens.data_ptr(),
+        block_table.data_ptr(),
+        block_table.stride(0),
+        seq_lens.shape[0],
+        causal,
+    )

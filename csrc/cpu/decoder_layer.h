@@ -4,6 +4,7 @@
 
 namespace vllm_cpu {
 
-void decoder_layer(const DecoderLayerArgs& args);
+// Runs `count` layers, one after another.
+void decoder_layers(const DecoderLayer* layers, int64_t count, const DecoderStep& step);
 
 }  // namespace vllm_cpu

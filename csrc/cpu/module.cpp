@@ -44,6 +44,16 @@ class Reader {
     return static_cast<float>(value);
   }
 
+  // A bytes object, which lives as long as the call.
+  const void* bytes(int64_t& size) {
+    if (!ok_) return nullptr;
+    char* data = nullptr;
+    Py_ssize_t length = 0;
+    if (PyBytes_AsStringAndSize(args_[next_++], &data, &length) != 0) ok_ = false;
+    size = length;
+    return data;
+  }
+
   bool ok() const { return ok_; }
 
  private:
@@ -202,60 +212,43 @@ ENTRY(rope_store) {
   return run(r, kernels().rope_store, a);
 }
 
-ENTRY(decoder_layer) {
-  Reader r(argv, argc, 49);
-  DecoderLayerArgs a;
-  a.hidden_size = r.number();
-  a.inner_size = r.number();
-  a.num_heads = r.number();
-  a.num_kv_heads = r.number();
-  a.head_size = r.number();
-  a.dtype = static_cast<int>(r.number());
-  a.eps = r.real();
-  a.input_norm = r.pointer<void>();
-  a.post_norm = r.pointer<void>();
-  a.query_norm = r.pointer<void>();
-  a.key_norm = r.pointer<void>();
-  a.qkv = r.pointer<void>();
-  a.qkv_bias = r.pointer<void>();
-  a.output = r.pointer<void>();
-  a.output_bias = r.pointer<void>();
-  a.gate_up = r.pointer<void>();
-  a.gate_up_bias = r.pointer<void>();
-  a.down = r.pointer<void>();
-  a.down_bias = r.pointer<void>();
-  a.cos_sin = r.pointer<void>();
-  a.cos_sin_stride = r.number();
-  a.rotary_dim = r.number();
-  a.max_position = r.number();
-  a.is_neox = static_cast<int>(r.number());
-  a.cos_sin_dtype = static_cast<int>(r.number());
-  a.alibi_slopes = r.pointer<float>();
-  a.sinks = r.pointer<float>();
-  a.scale = r.real();
-  a.soft_cap = r.real();
-  a.window = r.number();
-  a.cache = r.pointer<void>();
-  a.cache_block_stride = r.number();
-  a.cache_head_stride = r.number();
-  a.cache_token_stride = r.number();
-  a.block_size = r.number();
-  a.cache_dtype = static_cast<int>(r.number());
-  a.hidden = r.pointer<void>();
-  a.has_branch = static_cast<int>(r.number());
-  a.residual = r.pointer<void>();
-  a.num_tokens = r.number();
-  a.positions = r.pointer<int64_t>();
-  a.slots = r.pointer<int64_t>();
-  a.num_slots = r.number();
-  a.query_start = r.pointer<int32_t>();
-  a.seq_lens = r.pointer<int32_t>();
-  a.block_table = r.pointer<int32_t>();
-  a.block_table_stride = r.number();
-  a.num_requests = r.number();
-  a.causal = static_cast<int>(r.number());
-  if (!positions_fit(r, a.positions, a.num_tokens, a.max_position)) return nullptr;
-  return run(r, vllm_cpu::decoder_layer, a);
+struct Layers {
+  const DecoderLayer* layers;
+  int64_t count;
+  DecoderStep step;
+};
+
+ENTRY(decoder_layers) {
+  Reader r(argv, argc, 14);
+  Layers a;
+  int64_t bytes = 0;
+  a.layers = static_cast<const DecoderLayer*>(r.bytes(bytes));
+  a.count = bytes / static_cast<int64_t>(sizeof(DecoderLayer));
+  a.step.hidden = r.pointer<void>();
+  a.step.has_branch = static_cast<int>(r.number());
+  a.step.residual = r.pointer<void>();
+  a.step.num_tokens = r.number();
+  a.step.positions = r.pointer<int64_t>();
+  a.step.slots = r.pointer<int64_t>();
+  a.step.num_slots = r.number();
+  a.step.query_start = r.pointer<int32_t>();
+  a.step.seq_lens = r.pointer<int32_t>();
+  a.step.block_table = r.pointer<int32_t>();
+  a.step.block_table_stride = r.number();
+  a.step.num_requests = r.number();
+  a.step.causal = static_cast<int>(r.number());
+  if (r.ok() && bytes % static_cast<int64_t>(sizeof(DecoderLayer)) != 0) {
+    return PyErr_Format(PyExc_ValueError, "a layer takes %zu bytes", sizeof(DecoderLayer));
+  }
+  for (int64_t i = 0; r.ok() && i < a.count; ++i) {
+    // Layers share one table as a rule: positions are looked through once for each.
+    const bool seen = i > 0 && a.layers[i].max_position == a.layers[i - 1].max_position;
+    if (!seen && !positions_fit(r, a.step.positions, a.step.num_tokens, a.layers[i].max_position)) {
+      return nullptr;
+    }
+  }
+  return run<Layers>(
+      r, [](const Layers& l) { vllm_cpu::decoder_layers(l.layers, l.count, l.step); }, a);
 }
 
 ENTRY(rms_norm) {
@@ -371,7 +364,7 @@ PyMethodDef methods[] = {
     FAST(unpack),
     FAST(embedding),
     FAST(attention),
-    FAST(decoder_layer),
+    FAST(decoder_layers),
     FAST(rope_store),
     FAST(rms_norm),
     FAST(silu_mul),

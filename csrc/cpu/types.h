@@ -129,26 +129,27 @@ struct ArgmaxArgs {
   int dtype;
 };
 
-// A pre-norm decoder layer over T tokens: what a model of the Llama family does between two
-// residual sums. Weights are packed; norms and biases are plain; null means there is none.
-struct DecoderLayerArgs {
-  int64_t hidden_size, inner_size, num_heads, num_kv_heads, head_size;
-  int dtype;
-  float eps;
+// A pre-norm decoder layer: what a model of the Llama family does between two residual sums.
+// Weights are packed; norms and biases are plain; null means there is none. Every field has eight
+// bytes: Python packs them one after another (vllm/_decoder_layer_op.py).
+struct DecoderLayer {
+  int64_t hidden_size, inner_size, num_heads, num_kv_heads, head_size, dtype;
+  double eps;
   const void *input_norm, *post_norm, *query_norm, *key_norm;
   const void *qkv, *qkv_bias, *output, *output_bias;
   const void *gate_up, *gate_up_bias, *down, *down_bias;
   const void* cos_sin;
-  int64_t cos_sin_stride, rotary_dim, max_position;
-  int is_neox, cos_sin_dtype;
+  int64_t cos_sin_stride, rotary_dim, max_position, is_neox, cos_sin_dtype;
   const float *alibi_slopes, *sinks;
-  float scale, soft_cap;
+  double scale, soft_cap;
   int64_t window;
   void* cache;
-  int64_t cache_block_stride, cache_head_stride, cache_token_stride, block_size;
-  int cache_dtype;
-  // The step. `hidden` (T, hidden_size) is the last branch's output if has_branch, and becomes
-  // this layer's; `residual` is the stream that it is added to.
+  int64_t cache_block_stride, cache_head_stride, cache_token_stride, block_size, cache_dtype;
+};
+
+// What the layers of a step share. `hidden` (T, hidden_size) is the last branch's output if
+// has_branch, and becomes the last layer's; `residual` is the stream that branches are added to.
+struct DecoderStep {
   void* hidden;
   int has_branch;
   void* residual;

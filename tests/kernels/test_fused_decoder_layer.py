@@ -8,7 +8,7 @@ import torch
 
 from tests.kernels.test_cpu_attention import Batch, Step, make_step
 from vllm import _custom_ops as ops
-from vllm._decoder_layer_op import DecoderLayerKernel
+from vllm._decoder_layer_op import DecoderLayerKernel, run_decoder_layers
 
 pytestmark = pytest.mark.skipif(not ops.has_extension(), reason="vllm._C is not built")
 
@@ -135,12 +135,13 @@ def test_one_call_equals_the_operators(
             expected = layer.one_by_one(branch, expected_residual, positions, step)
             expected_cache = step.cache.clone()
             step.cache.copy_(untouched)
-            kernel(
+            kernel.bind(step.cache)
+            run_decoder_layers(
+                [kernel],
                 hidden,
                 has_branch,
                 residual,
                 positions,
-                step.cache,
                 step.slot_mapping,
                 step.query_start_loc,
                 step.seq_lens,
@@ -150,6 +151,40 @@ def test_one_call_equals_the_operators(
             assert torch.equal(hidden, expected)
             assert torch.equal(residual, expected_residual)
             assert torch.equal(step.cache.nan_to_num(5), expected_cache.nan_to_num(5))
+
+
+def test_layers_in_one_call_equal_layers_in_turn(rng: random.Random) -> None:
+    sizes = {"hidden": 64, "inner": 96, "heads": 4, "kv_heads": 2, "head_size": 16}
+    layers = [Layer(**sizes, dtype=torch.bfloat16, bias=False, head_norms=False) for _ in range(3)]
+    kernels = [layer.kernel() for layer in layers]
+    step = make_step(
+        Batch([1, 4], [10, 0]),
+        dtype=torch.bfloat16,
+        cache_dtype=torch.bfloat16,
+        heads=4,
+        kv_heads=2,
+        head_size=16,
+        block_size=16,
+        layout="LBHNC",
+    )
+    caches = [step.cache.clone() for _ in layers]
+    residual = torch.randn(5, 64).bfloat16()
+    expected, expected_residual = None, residual.clone()
+    positions = torch.arange(5)
+    for layer, cache, kernel in zip(layers, caches, kernels, strict=True):
+        kernel.bind(cache.clone())
+        step.cache = cache
+        expected = layer.one_by_one(expected, expected_residual, positions, step)
+    hidden = torch.full((5, 64), float("nan")).bfloat16()
+    tables = (step.query_start_loc, step.seq_lens, step.block_table)
+    run_decoder_layers(
+        kernels, hidden, False, residual, positions, step.slot_mapping, *tables, True
+    )
+    assert torch.equal(hidden, expected) and torch.equal(residual, expected_residual)
+    with pytest.raises(IndexError, match="position 1000 is not below 1000"):
+        run_decoder_layers(
+            kernels, hidden, True, residual, positions + 996, step.slot_mapping, *tables, True
+        )
 
 
 def test_weights_that_are_not_packed_have_no_kernel(seed: int) -> None:

@@ -16,7 +16,7 @@ from torch import nn
 from vllm.config import VllmConfig
 from vllm.errors import UnsupportedError
 from vllm.model_executor.layers.attention import Attention
-from vllm.model_executor.layers.fused_decoder_layer import FusedDecoderLayer
+from vllm.model_executor.layers.fused_decoder_layer import FusedDecoderLayer, FusedDecoderStack
 from vllm.model_executor.layers.layernorm import RMSNorm
 from vllm.model_executor.layers.linear import (
     MergedColumnParallelLinear,
@@ -298,6 +298,21 @@ class LlamaModel(HotModule):
             for index in range(config.num_hidden_layers)
         )
         self.norm = self.norm_cls(config.hidden_size, eps=config.rms_norm_eps)
+        self.fused: FusedDecoderStack | None = None
+        self.fused_at = -1
+
+    def fuse(self) -> FusedDecoderStack | None:
+        """The layers as one kernel; None unless every one of them is what the kernel knows."""
+        fused: list[FusedDecoderLayer] = []
+        for layer in self.layers:
+            if not isinstance(layer, LlamaDecoderLayer):
+                return None
+            same = type(layer).forward is LlamaDecoderLayer.forward
+            kernel = layer.fuse() if same else None
+            if kernel is None:
+                return None
+            fused.append(kernel)
+        return FusedDecoderStack(fused)
 
     def embed_input_ids(self, input_ids: torch.Tensor) -> torch.Tensor:
         """Ids (T,) -> what the first layer takes, (T, hidden)."""
@@ -314,9 +329,15 @@ class LlamaModel(HotModule):
             hidden_states = self.embed_input_ids(input_ids)
         else:
             hidden_states = inputs_embeds.clone()  # the residual stream is added to in place
-        residual = None
-        for layer in self.layers:
-            hidden_states, residual = layer(positions, hidden_states, residual)
+        if self.fused_at != HotModule.changes:
+            self.fused, self.fused_at = self.fuse(), HotModule.changes
+        done = None if self.fused is None else self.fused.forward(positions, hidden_states)
+        if done is not None:
+            hidden_states, residual = done
+        else:
+            residual = None
+            for layer in self.layers:
+                hidden_states, residual = layer(positions, hidden_states, residual)
         hidden_states, _ = self.norm(hidden_states, residual)
         return hidden_states
 
