@@ -6,7 +6,9 @@ import transformers
 
 from tests.models.checkpoints import KINDS, SHAPE, make_hf_model, save
 from tests.models.harness import TOKENS, PagedModel, make_config
+from tests.models.parity import engine
 from tests.models.test_llama import BACKENDS, assert_logits_equal, reference
+from vllm.errors import ConfigError
 from vllm.model_executor.layers.attention import ChunkedLocalAttention
 from vllm.model_executor.models.llama4 import Llama4MoE
 
@@ -85,3 +87,12 @@ def test_the_language_model_out_of_one_that_sees(tmp_path):
     paged = PagedModel(make_config(tmp_path))
     assert type(paged.model).__name__ == "Llama4ForConditionalGeneration"
     assert_logits_equal(paged.logits(TOKENS), reference(hf))
+
+
+def test_blocks_that_do_not_divide_chunks_are_refused(tmp_path):
+    save(make_hf_model("llama4_text"), tmp_path)
+    with (
+        pytest.raises(ConfigError, match="attention_chunk_size 32 is not a multiple of the 64 tok"),
+        engine(tmp_path, block_size=64, max_model_len=200),
+    ):
+        pass

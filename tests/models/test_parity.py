@@ -25,6 +25,11 @@ from tests.models.parity import (
 )
 
 ARCHITECTURES = [name for name in CLASSES if name not in ("llama", "mistral", "qwen2", "qwen3")]
+MIXED = ("gemma3_text", "gpt_oss", "llama4_text")
+"""With caches of two kinds, that is of two groups."""
+LAYOUTS = ("LBHNC", "LBNHC", "LHBNC", "BLHNC", "BLNHC", "BHLNC")
+COVERING = {("gemma3_text", "BLHNC"), ("gpt_oss", "LBNHC"), ("llama4_text", "BHLNC")}
+"""The others are slow to run each time."""
 SMALL_POOL = {"num_gpu_blocks_override": 48, "max_num_batched_tokens": 64, "max_num_seqs": 8}
 """Blocks for the longest request and little more, in any grouping of layers."""
 
@@ -71,3 +76,28 @@ def test_after_preemption(case):
     with engine(case.folder, **SMALL_POOL) as llm:
         assert_same(generate(llm, case.reference.prompts), case.reference)
         assert metric(llm, "num_preemptions") > 0
+
+
+@pytest.mark.parametrize(
+    ("model_type", "layout"),
+    [
+        pytest.param(
+            model_type, layout, marks=[] if (model_type, layout) in COVERING else pytest.mark.slow
+        )
+        for model_type in MIXED
+        for layout in LAYOUTS
+    ],
+)
+def test_in_every_layout(model_type, layout, tmp_path, monkeypatch):
+    monkeypatch.setenv("VLLM_KV_CACHE_LAYOUT", layout)
+    hf = make_hf_model(model_type, max_position_embeddings=512)
+    with engine(save(hf, tmp_path)) as llm:
+        assert_equals_transformers(generate(llm, make_prompts()), hf)
+
+
+@pytest.mark.parametrize("model_type", ["gemma2", "llama4_text"])
+def test_without_the_hybrid_manager(model_type, tmp_path):
+    """Windows and chunks keep every token then, and see no more for that."""
+    hf = make_hf_model(model_type, max_position_embeddings=512)
+    with engine(save(hf, tmp_path), disable_hybrid_kv_cache_manager=True) as llm:
+        assert_equals_transformers(generate(llm, make_prompts()), hf)
