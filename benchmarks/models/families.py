@@ -1,0 +1,186 @@
+"""Tokens/s of a random model of 60 to 140M parameters of each family, beside transformers' own.
+
+    python benchmarks/models/families.py [FAMILY ...] [--dtype bfloat16]
+
+Decode: 8 requests together. Prefill: one prompt of 2,048 tokens. Both sides take turns on the same
+weights in the same process, and the best of a few runs of each counts, so that what else the
+machine does strikes both.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import machine
+import torch
+import transformers
+
+from vllm import LLM, SamplingParams
+
+VOCAB = 32000
+SHAPE = {
+    "vocab_size": VOCAB,
+    "hidden_size": 512,
+    "intermediate_size": 2048,
+    "num_hidden_layers": 8,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "max_position_embeddings": 4096,
+}
+FAMILIES: dict[str, tuple[Any, Any, dict[str, Any]]] = {
+    "llama": (transformers.LlamaConfig, transformers.LlamaForCausalLM, {}),
+    "gemma2": (
+        transformers.Gemma2Config,
+        transformers.Gemma2ForCausalLM,
+        {"head_dim": 64, "query_pre_attn_scalar": 64, "sliding_window": 512},
+    ),
+    "gemma3": (
+        transformers.Gemma3TextConfig,
+        transformers.Gemma3ForCausalLM,
+        {
+            "head_dim": 64,
+            "query_pre_attn_scalar": 64,
+            "sliding_window": 512,
+            "num_hidden_layers": 12,
+        },
+    ),
+    "mixtral": (
+        transformers.MixtralConfig,
+        transformers.MixtralForCausalLM,
+        {"intermediate_size": 1024, "num_local_experts": 8},
+    ),
+    "qwen2_moe": (
+        transformers.Qwen2MoeConfig,
+        transformers.Qwen2MoeForCausalLM,
+        {
+            "num_experts": 32,
+            "num_experts_per_tok": 4,
+            "moe_intermediate_size": 256,
+            "shared_expert_intermediate_size": 1024,
+        },
+    ),
+    "qwen3_moe": (
+        transformers.Qwen3MoeConfig,
+        transformers.Qwen3MoeForCausalLM,
+        {
+            "head_dim": 64,
+            "num_experts": 32,
+            "num_experts_per_tok": 4,
+            "moe_intermediate_size": 256,
+            "norm_topk_prob": True,
+        },
+    ),
+    "gpt_oss": (
+        transformers.GptOssConfig,
+        transformers.GptOssForCausalLM,
+        {
+            "head_dim": 64,
+            "intermediate_size": 512,
+            "num_local_experts": 16,
+            "num_experts_per_tok": 4,
+        },
+    ),
+    "llama4": (
+        transformers.Llama4TextConfig,
+        transformers.Llama4ForCausalLM,
+        {
+            "head_dim": 64,
+            "intermediate_size": 1024,
+            "intermediate_size_mlp": 2048,
+            "num_local_experts": 8,
+            "interleave_moe_layer_step": 2,
+            "attention_chunk_size": 1024,
+        },
+    ),
+}
+BATCH, SHORT, LONG = 8, 16, 2048
+OUTPUT = 16
+RUNS = 3
+
+
+def seconds(work: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
+def measure(name: str, dtype: str) -> dict[str, object]:
+    config_cls, model_cls, overrides = FAMILIES[name]
+    torch.manual_seed(0)
+    hf = model_cls(config_cls(**{**SHAPE, **overrides})).eval().to(getattr(torch, dtype))
+    prompts = torch.randint(0, VOCAB, (BATCH, SHORT))
+    long_prompt = torch.randint(0, VOCAB, (1, LONG))
+    with tempfile.TemporaryDirectory() as folder:
+        hf.save_pretrained(folder)
+        llm = LLM(
+            folder, dtype=dtype, max_model_len=4096, kv_cache_memory_bytes=1 << 28,
+            skip_tokenizer_init=True, enable_prefix_caching=False,
+        )  # fmt: skip
+
+    def ours(ids: torch.Tensor, tokens: int) -> None:
+        params = SamplingParams(temperature=0.0, max_tokens=tokens, ignore_eos=True)
+        requests = [{"prompt_token_ids": row} for row in ids.tolist()]
+        llm.generate(requests, params, use_tqdm=False)
+
+    @torch.inference_mode()
+    def theirs(ids: torch.Tensor, tokens: int) -> None:
+        torch.set_num_threads(machine.num_cores())
+        hf.generate(
+            ids, attention_mask=torch.ones_like(ids), do_sample=False,
+            max_new_tokens=tokens, min_new_tokens=tokens, pad_token_id=0,
+        )  # fmt: skip
+
+    result: dict[str, object] = {
+        "million_parameters": round(sum(p.numel() for p in hf.parameters()) / 1e6, 1)
+    }
+    sides = {"vllm": ours, "transformers": theirs}
+    decode: dict[str, list[float]] = {side: [] for side in sides}
+    prefill: dict[str, list[float]] = {side: [] for side in sides}
+    for generate in sides.values():
+        generate(prompts, 2)
+    for _ in range(RUNS):
+        for side, generate in sides.items():
+            first = seconds(lambda run=generate: run(prompts, 1))
+            all_tokens = seconds(lambda run=generate: run(prompts, OUTPUT + 1))
+            decode[side].append(BATCH * OUTPUT / max(all_tokens - first, 1e-9))
+            prefill[side].append(LONG / seconds(lambda run=generate: run(long_prompt, 1)))
+    llm.shutdown()
+    for phase, rates in (("decode", decode), ("prefill", prefill)):
+        best = {side: max(values) for side, values in rates.items()}
+        for side, rate in best.items():
+            result[f"{phase}_{side}_tokens_per_s"] = round(rate, 1)
+        result[f"{phase}_ratio"] = round(best["vllm"] / best["transformers"], 2)
+    return result
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("families", nargs="*", default=list(FAMILIES), metavar="FAMILY")
+    parser.add_argument("--dtype", default="bfloat16")
+    args = parser.parse_args()
+    unknown = set(args.families) - FAMILIES.keys()
+    if unknown:
+        parser.error(f"unknown: {', '.join(sorted(unknown))}; known: {', '.join(FAMILIES)}")
+    transformers.utils.logging.set_verbosity_error()
+    result = machine.describe() | {"dtype": args.dtype}
+    for name in args.families:
+        result[name] = measure(name, args.dtype)
+        gc.collect()
+        print(json.dumps({name: result[name]}), flush=True)
+    machine.save("cpu_families", "python benchmarks/models/families.py", result)
+
+
+if __name__ == "__main__":
+    main()
