@@ -129,7 +129,7 @@ def _prefill_kernel(
     positions_q = context + token
     dims = tl.arange(0, D_PAD)
     dim_valid = dims < D
-    at_q = (first + token).to(tl.int64)  # type: ignore[attr-defined]
+    at_q = (first + token).to(tl.int64)
     q = tl.load(
         q_ptr + at_q[:, None] * stride_q_t + heads[:, None] * stride_q_h + dims[None, :],
         mask=row_valid[:, None] & dim_valid[None, :], other=0.0,
@@ -145,7 +145,7 @@ def _prefill_kernel(
         total += 1.0
     acc = tl.zeros([ROWS, D_PAD], tl.float32)
     base = kv_ptr + head.to(tl.int64) * stride_kv_h
-    table = block_table_ptr + request.to(tl.int64) * stride_bt
+    table = block_table_ptr + request.to(tl.int64) * stride_bt  # type: ignore[attr-defined]
     # Tokens [lowest, highest) are seen by some row; tiles in [full_start, full_end) by all.
     lowest = 0
     full_start = 0

@@ -8,6 +8,8 @@ only that one is read again. No noise per entry, no copy of the logits.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -97,7 +99,7 @@ def sample_rows(
     rows, size = logits.shape
     assert logits.stride(1) == 1
     chunks = triton.cdiv(size, _CHUNK)
-    options = {"device": logits.device, "dtype": torch.float32}
+    options: dict[str, Any] = {"device": logits.device, "dtype": torch.float32}
     tops = torch.empty((rows, chunks), **options)
     sums = torch.empty((rows, chunks), **options)
     best = torch.empty((rows, chunks), device=logits.device, dtype=torch.int32)
