@@ -569,14 +569,14 @@ def test_every_kind_of_cache_reads_right_under_pressure(specs, policy):
     assert scheduler.kv_cache_manager.usage == 0
 
 
-def test_state_blocks_are_to_be_zeroed_once():
+def test_blocks_beside_states_are_to_be_zeroed_once():
     scheduler, model = setup(20, full_spec(), mamba_spec("align"))
     scheduler.add_request(distinct("a", 16, max_tokens=3))
     output = scheduler.schedule()
-    assert output.new_block_ids_to_zero == ([], output.scheduled_new_reqs[0].block_ids[1])
+    assert output.new_block_ids_to_zero == output.scheduled_new_reqs[0].block_ids
     scheduler.update_from_output(output, model.execute(output))
     output = scheduler.schedule()
-    assert output.new_block_ids_to_zero == ([], output.scheduled_cached_reqs.new_block_ids[0][1])
+    assert output.new_block_ids_to_zero == output.scheduled_cached_reqs.new_block_ids[0]
     scheduler.update_from_output(output, model.execute(output))
     assert scheduler.schedule().new_block_ids_to_zero is None
 

@@ -326,6 +326,35 @@ class EngineArgs:
         "Blocks of the KV cache, whatever the memory allows.",
         minimum=1,
     )
+    mamba_cache_mode: str = arg(
+        "none",
+        "CacheConfig",
+        Kind.STR,
+        "Which states of recurrent layers are kept for prefix reuse: none; align: those at block "
+        "boundaries where a step ended; all: those at every block boundary.",
+        choices=("none", "align", "all"),
+    )
+    mamba_block_size: int | None = arg(
+        None,
+        "CacheConfig",
+        Kind.INT,
+        "Tokens between two states that are kept; by default the block size.",
+        minimum=1,
+    )
+    mamba_cache_dtype: str = arg(
+        "auto",
+        "CacheConfig",
+        Kind.STR,
+        "Data type of convolution states; auto: the model's.",
+        choices=("auto", "bfloat16", "float16", "float32"),
+    )
+    mamba_ssm_cache_dtype: str = arg(
+        "auto",
+        "CacheConfig",
+        Kind.STR,
+        "Data type of recurrent states; auto: that of convolution states.",
+        choices=("auto", "bfloat16", "float16", "float32"),
+    )
 
     # ObservabilityConfig and logs
     disable_log_stats: bool = arg(
@@ -659,6 +688,10 @@ class EngineArgs:
             enable_prefix_caching=self.enable_prefix_caching is not False,
             prefix_caching_hash_algo=self.prefix_caching_hash_algo,
             kv_cache_layout=envs.VLLM_KV_CACHE_LAYOUT,
+            mamba_block_size=self.mamba_block_size,
+            mamba_cache_dtype=self.mamba_cache_dtype,
+            mamba_ssm_cache_dtype=self.mamba_ssm_cache_dtype,
+            mamba_cache_mode=self.mamba_cache_mode,
             sliding_window=None if self.disable_sliding_window else window,
         )
 

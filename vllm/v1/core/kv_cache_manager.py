@@ -100,7 +100,10 @@ class KVCacheManager:
         self.prefix_cache_stats = PrefixCacheStats()
         self.max_blocks_per_token = sum(manager.max_blocks_per_token for manager in self.managers)
         """Blocks that one more token of a running request may take."""
-        self._zeroes_blocks = any(m.new_block_ids is not None for m in self.managers)
+        # A block that held states, or another dtype, holds NaNs as K and V: zero those too.
+        self._zeroes_blocks = kv_cache_config.needs_kv_cache_zeroing
+        for manager in self.managers if self._zeroes_blocks else ():
+            manager.new_block_ids = []
 
     @property
     def usage(self) -> float:

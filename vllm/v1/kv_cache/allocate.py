@@ -5,11 +5,16 @@ Owns how memory is got; which bytes belong to whom is the plan's (``KVCacheConfi
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 
 from vllm.errors import CapacityError
 from vllm.v1.kv_cache.config import KVCacheConfig
 from vllm.v1.kv_cache.views import create_kv_cache_views
+
+if TYPE_CHECKING:
+    from vllm.v1.kv_cache.debug import NullKVCacheDebugger
 
 __all__ = ["AllocatedKVCache", "allocate_kv_cache"]
 
@@ -25,6 +30,16 @@ class AllocatedKVCache(dict[str, torch.Tensor]):
         self.backing = backing
         """1-D int8, all bytes of all layers."""
         self.config = config
+        self._debugger: NullKVCacheDebugger | None = None
+
+    @property
+    def debugger(self) -> NullKVCacheDebugger:
+        """Watches who writes, in debug mode; the same for all who write, from first use on."""
+        if self._debugger is None:
+            from vllm.v1.kv_cache.debug import make_kv_cache_debugger
+
+            self._debugger = make_kv_cache_debugger(self)
+        return self._debugger
 
     def alias(self, layer_name: str, target: str) -> None:
         """Give ``layer_name`` the very tensor of ``target`` (KV sharing between layers)."""

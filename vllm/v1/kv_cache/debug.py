@@ -16,7 +16,7 @@ import torch
 
 from vllm import envs
 from vllm.v1.kv_cache.allocate import AllocatedKVCache
-from vllm.v1.kv_cache.blocks import KVBlockZeroer, run_rows
+from vllm.v1.kv_cache.blocks import run_rows
 from vllm.v1.kv_cache.config import KVCacheConfig
 from vllm.v1.kv_cache.runs import ByteRun, block_runs, runs_by_layer
 
@@ -46,9 +46,6 @@ class KVCacheDebugger(NullKVCacheDebugger):
         self._config: KVCacheConfig = cache.config
         self._backing = cache.backing
         self._backing.fill_(CANARY)
-        if self._config.needs_kv_cache_zeroing:
-            zeroer = KVBlockZeroer(self._backing, self._config)
-            zeroer.zero_block_ids(range(self._config.num_blocks))
         self._expected = self._backing.clone()
         self._runs = [
             block_runs(self._config, group_id)

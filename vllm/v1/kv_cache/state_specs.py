@@ -195,6 +195,23 @@ class MambaSpec(KVCacheSpec):
             self.num_speculative_blocks,
         )
 
+    def state_column(self, num_tokens: int) -> int:
+        """Position in a request's row of the block that holds the state after ``num_tokens``.
+
+        Scheduler and workers both ask here. Speculative states follow in the next positions.
+        """
+        if self.mamba_cache_mode == "none":
+            return 0
+        return max(0, cdiv(num_tokens, self.block_size) - 1)
+
+    def written_columns(self, num_computed_tokens: int, num_tokens: int) -> range:
+        """Positions that a step writes which takes a request from one count to the other."""
+        last = self.state_column(num_tokens)
+        first = last
+        if self.mamba_cache_mode == "all":
+            first = num_computed_tokens // self.block_size
+        return range(first, last + 1 + self.num_speculative_blocks)
+
     def num_skipped_tokens(self, num_computed_tokens: int) -> int:
         return max(0, num_computed_tokens - 1) if self.mamba_cache_mode == "align" else 0
 

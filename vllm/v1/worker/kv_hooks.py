@@ -16,12 +16,13 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1
 from vllm.forward_context import ForwardContext
 from vllm.v1.kv_cache.allocate import AllocatedKVCache
 from vllm.v1.kv_cache.blocks import KVBlockZeroer
-from vllm.v1.kv_cache.debug import KVCacheDebugger
-from vllm.v1.kv_cache_interface import KVCacheConfig
+from vllm.v1.kv_cache.debug import NullKVCacheDebugger
+from vllm.v1.kv_cache_interface import KVCacheConfig, MambaSpec
 from vllm.v1.outputs import KVConnectorOutput
 
 if TYPE_CHECKING:
     from vllm.v1.core.sched.output import SchedulerOutput
+    from vllm.v1.worker.block_table import BlockTable
     from vllm.v1.worker.input_batch import InputBatch
     from vllm.v1.worker.input_preparation import StepInputs
 
@@ -43,18 +44,20 @@ class BlockZeroing:
 
 
 class _ZeroNewBlocks(BlockZeroing):
-    def __init__(self, zeroer: KVBlockZeroer) -> None:
+    def __init__(self, zeroer: KVBlockZeroer, debugger: NullKVCacheDebugger) -> None:
         self._zeroer = zeroer
+        self._debugger = debugger
 
     def zero_new_blocks(self, scheduler_output: SchedulerOutput) -> None:
         for block_ids in scheduler_output.new_block_ids_to_zero or ():
             self._zeroer.zero_block_ids(block_ids)
+            self._debugger.accept_blocks(block_ids)
 
 
 def make_block_zeroing(caches: AllocatedKVCache, config: KVCacheConfig) -> BlockZeroing:
     if not config.needs_kv_cache_zeroing:
         return BlockZeroing()
-    return _ZeroNewBlocks(KVBlockZeroer(caches.backing, config))
+    return _ZeroNewBlocks(KVBlockZeroer(caches.backing, config), caches.debugger)
 
 
 class WriteWatch:
@@ -74,21 +77,36 @@ class WriteWatch:
 class _DebugWriteWatch(WriteWatch):
     """VLLM_KV_CACHE_DEBUG: after each step only the blocks of its tokens may have changed."""
 
-    def __init__(self, debugger: KVCacheDebugger, config: KVCacheConfig) -> None:
+    def __init__(self, debugger: NullKVCacheDebugger, config: KVCacheConfig) -> None:
         self._debugger = debugger
-        self._ratios = [
-            config.kernel_blocks_per_block(group) for group in range(len(config.kv_cache_groups))
-        ]
+        self._config = config
 
     def begin(self, batch: InputBatch, step: StepInputs) -> None:
         written = {}
-        for group, (table, ratio) in enumerate(
-            zip(batch.block_table.tables, self._ratios, strict=True)
-        ):
-            slots = step.attention[group].slot_mapping
-            kernel_blocks = slots[slots >= 0] // table.kernel_block_size
-            written[group] = sorted(set((kernel_blocks // ratio).tolist()))
+        for index, group in enumerate(self._config.kv_cache_groups):
+            spec = group.kv_cache_spec.manager_spec
+            if isinstance(spec, MambaSpec):
+                written[index] = self._state_blocks(spec, batch.block_table[index], batch, step)
+                continue
+            slots = step.attention[index].slot_mapping
+            kernel_blocks = slots[slots >= 0] // batch.block_table[index].kernel_block_size
+            ratio = self._config.kernel_blocks_per_block(index)
+            written[index] = sorted(set((kernel_blocks // ratio).tolist()))
         self._debugger.begin_step(written)
+
+    def _state_blocks(
+        self, spec: MambaSpec, table: BlockTable, batch: InputBatch, step: StepInputs
+    ) -> list[int]:
+        """Blocks that hold the states after the step's tokens."""
+        blocks: set[int] = set()
+        computed = batch.num_computed[: step.num_reqs].tolist()
+        for row, (before, new) in enumerate(
+            zip(computed, step.num_scheduled.tolist(), strict=True)
+        ):
+            columns = spec.written_columns(before, before + new)
+            held = range(columns.start, min(columns.stop, int(table.num_blocks[row])))
+            blocks.update(table.array[row, held.start : held.stop].tolist())
+        return sorted(blocks - {0})
 
     def end(self) -> None:
         self._debugger.end_step()
@@ -97,7 +115,7 @@ class _DebugWriteWatch(WriteWatch):
 def make_write_watch(caches: AllocatedKVCache, config: KVCacheConfig) -> WriteWatch:
     if not envs.VLLM_KV_CACHE_DEBUG:
         return WriteWatch()
-    return _DebugWriteWatch(KVCacheDebugger(caches), config)
+    return _DebugWriteWatch(caches.debugger, config)
 
 
 class ConnectorStep:
