@@ -248,7 +248,7 @@ SECTIONS = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("sections", nargs="*", choices=[*SECTIONS, []], default=list(SECTIONS))
+    parser.add_argument("sections", nargs="*", default=list(SECTIONS), help="default: all")
     parser.add_argument("--jobs", type=int, default=12, help="processes that compile")
     parser.add_argument("--output", type=Path, help="write the result as JSON here")
     args = parser.parse_args()
