@@ -29,6 +29,9 @@ _MAX_N = 16_384
 _INT64 = 1 << 63
 # Beyond this a bias forbids or forces a token already, whatever the model says.
 _MAX_BIAS = 100.0
+# Stop strings and bad words are looked for after every token, so their number is bounded.
+_MAX_STRINGS = 4096
+_MAX_CHARACTERS = 32_768
 
 
 def _refuse(name: str, value: object, wanted: str) -> VLLMValidationError:
@@ -71,6 +74,30 @@ def _strings(name: str, value: Any) -> list[str]:
     items = list(items)
     if not all(isinstance(item, str) and item for item in items):
         raise _refuse(name, value, wanted)
+    if not all(map(_is_text, items)):
+        raise _refuse(name, value, "valid Unicode text, without lone surrogates")
+    return items
+
+
+def _is_text(value: str) -> bool:
+    """Whether ``value`` can be sent; a Python string may hold halves of characters."""
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _few_strings(name: str, value: Any) -> list[str]:
+    """As ``_strings``, for strings whose search costs time at every token."""
+    items = _strings(name, value)
+    num_characters = sum(map(len, items))
+    if len(items) > _MAX_STRINGS or num_characters > _MAX_CHARACTERS:
+        raise VLLMValidationError(
+            f"{name} must be at most {_MAX_STRINGS} strings of {_MAX_CHARACTERS} characters in "
+            f"all, not {len(items)} strings of {num_characters}",
+            parameter=name,
+        )
     return items
 
 
@@ -289,7 +316,7 @@ class SamplingParams(msgspec.Struct, kw_only=True, omit_defaults=True, dict=Fals
             )
 
     def _check_lists(self) -> None:
-        self.stop = [] if self.stop is None else _strings("stop", self.stop)
+        self.stop = [] if self.stop is None else _few_strings("stop", self.stop)
         if self.stop and not self.detokenize:
             raise VLLMValidationError(
                 "stop strings need detokenize=True; use stop_token_ids without it",
@@ -303,7 +330,7 @@ class SamplingParams(msgspec.Struct, kw_only=True, omit_defaults=True, dict=Fals
                 raise _refuse("allowed_token_ids", [], "null or a list of at least one token id")
             self.allowed_token_ids = list(dict.fromkeys(self.allowed_token_ids))
         if self.bad_words is not None:
-            self.bad_words = _strings("bad_words", self.bad_words)
+            self.bad_words = _few_strings("bad_words", self.bad_words)
         if self.logit_bias is not None:
             self.logit_bias = _logit_bias(self.logit_bias)
 
@@ -390,7 +417,7 @@ def _logit_bias(value: Any) -> dict[int, float]:
         raise _refuse("logit_bias", value, wanted)
     bias = {}
     for key, number in value.items():
-        if isinstance(key, str) and key.isdecimal():
+        if isinstance(key, str) and key.isdecimal() and len(key) <= 18:
             key = int(key)
         token = _integer("logit_bias", key, 0, _INT64 - 1, wanted)
         number = _number("logit_bias", number, lambda x: True, wanted)

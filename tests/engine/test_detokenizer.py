@@ -6,6 +6,8 @@ import random
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from tests.engine.conftest import VOCAB_SIZE, make_tokenizer
 from vllm.sampling_params import SamplingParams
@@ -166,6 +168,17 @@ def test_only_what_may_begin_a_stop_string_is_held_back(byte_level: Any) -> None
         detokenizer.update([token_id], finished=False, by_stop_token=False)
         shown.append(detokenizer.take_text(finished=False, delta=False))
     assert shown == ["a", "ab", "ab", "ab", "abSTa", "abSTab", "abSTab", "abSTab", "abSTab", text]
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.text("ab", max_size=8), st.lists(st.text("ab", min_size=1, max_size=6), max_size=3))
+def test_held_back_is_the_longest_beginning_of_a_stop_string(text: str, stop: list[str]) -> None:
+    detokenizer = IncrementalDetokenizer(None, SamplingParams(stop=stop), [])
+    detokenizer.output_text = text
+    held = max(
+        (n for word in stop for n in range(1, len(word)) if text.endswith(word[:n])), default=0
+    )
+    assert detokenizer.take_text(finished=False, delta=False) == text[: len(text) - held]
 
 
 def test_stop_strings_wait_for_min_tokens(byte_level: Any) -> None:

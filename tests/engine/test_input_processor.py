@@ -50,6 +50,12 @@ def test_bad_words_at_the_start_of_a_text_and_after_a_space(
     assert [tokenizer.decode(sequence) for sequence in ids] == ["fox", " fox"]
 
 
+def test_half_a_character_is_no_prompt(processor: InputProcessor) -> None:
+    with pytest.raises(VLLMValidationError, match="surrogate") as caught:
+        processor.process("r", "a \ud800 b", SamplingParams())
+    assert caught.value.parameter == "prompt"
+
+
 def test_a_tokenised_prompt_goes_through_as_it_is(processor: InputProcessor) -> None:
     prompt = processor.tokenize("The quick")
     request, text = processor.process("r", prompt, SamplingParams())

@@ -46,6 +46,9 @@ COMPLETION_ERRORS = [
     ({"stream": "yes"}, "stream"),
     ({"logit_bias": [1]}, "logit_bias"),
     ({"logit_bias": {"Paris": 1}}, "logit_bias"),
+    ({"logit_bias": {"9" * 5000: 1}}, "logit_bias"),
+    ({"stop": [f"s{i}" for i in range(5000)]}, "stop"),
+    ({"bad_words": [f"w{i}" for i in range(5000)]}, "bad_words"),
     ({"response_format": {"type": "xml"}}, "response_format"),
     ({"response_format": {"type": "json_schema"}}, "response_format"),
     # out of range

@@ -34,11 +34,14 @@ NAN, INF = math.nan, math.inf
         ("prompt_logprobs", [-2, 0.5, "3"]),
         ("truncate_prompt_tokens", [0, -2, 1.5, "3"]),
         ("stream_interval", [0, -1, 1.5]),
-        ("stop", [3, [3], [""], "", {"a": 1}, [None]]),
+        ("stop", [3, [3], [""], "", {"a": 1}, [None], "a\ud800"]),
         ("stop_token_ids", ["1", [1.5], [-1], 5, [True], [None]]),
         ("allowed_token_ids", [[], [-1], "12", 3]),
         ("bad_words", [[""], 5, [1]]),
-        ("logit_bias", [[1], {"x": 1}, {-1: 1}, {1: NAN}, {1: INF}, {1: "a"}, {1.5: 1}]),
+        (
+            "logit_bias",
+            [[1], {"x": 1}, {-1: 1}, {1: NAN}, {1: INF}, {1: "a"}, {1.5: 1}, {"9" * 5000: 1}],
+        ),
         ("ignore_eos", [1, "true", None]),
         ("detokenize", [0, None]),
         ("skip_special_tokens", ["yes"]),
@@ -57,6 +60,15 @@ def test_a_bad_value_names_its_field(field, values):
         assert field in str(caught.value)
         assert "\n" not in str(caught.value)
         assert len(str(caught.value)) < 250
+
+
+@pytest.mark.parametrize("field", ["stop", "bad_words"])
+def test_strings_that_are_searched_at_every_token_are_bounded(field):
+    SamplingParams(**{field: [f"{i:08}" for i in range(4096)]})
+    for value in ([f"s{i}" for i in range(4097)], "x" * 32_769):
+        with pytest.raises(VLLMValidationError, match=f"{field} must be at most 4096 strings") as e:
+            SamplingParams(**{field: value})
+        assert e.value.parameter == field
 
 
 def test_values_come_to_one_form():

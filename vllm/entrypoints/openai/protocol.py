@@ -341,7 +341,8 @@ class _SamplingRequest(_Strict, ABC):
             return None
         bias = {}
         for token, value in self.logit_bias.items():
-            if not token.isascii() or not token.isdigit():
+            # The length, because Python refuses to make a number of thousands of digits.
+            if not token.isascii() or not token.isdigit() or len(token) > 18:
                 raise VLLMValidationError(
                     f"logit_bias: keys must be token ids, not {token[:40]!r}",
                     parameter="logit_bias",

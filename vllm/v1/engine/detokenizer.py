@@ -165,10 +165,14 @@ class IncrementalDetokenizer:
         text = self.output_text
         held = 0
         for stop in self._stop:
-            for length in range(min(len(stop) - 1, len(text)), held, -1):
-                if text.endswith(stop[:length]):
-                    held = length
+            # The longest end of the text that may begin ``stop``, and is longer than ``held``.
+            tail = text[-(len(stop) - 1) :] if len(stop) > 1 else ""
+            index = tail.find(stop[0])
+            while index != -1 and len(tail) - index > held:
+                if stop.startswith(tail[index:]):
+                    held = len(tail) - index
                     break
+                index = tail.find(stop[0], index + 1)
         return held
 
     def take_text(self, finished: bool, delta: bool) -> str:

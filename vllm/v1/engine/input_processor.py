@@ -182,9 +182,16 @@ class InputProcessor:
                 parameter="prompt",
             )
         backend = getattr(self.tokenizer, "backend_tokenizer", None)
-        if backend is not None:
+        if backend is None:
+            return self.tokenizer.encode(text, add_special_tokens=add_special_tokens)
+        try:
             return backend.encode(text, add_special_tokens=add_special_tokens).ids
-        return self.tokenizer.encode(text, add_special_tokens=add_special_tokens)
+        except TypeError:
+            # A Python string may hold halves of characters, which are no text.
+            raise VLLMValidationError(
+                "the prompt is no valid Unicode text: it holds a lone surrogate",
+                parameter="prompt",
+            ) from None
 
     def _truncate(self, token_ids: list[int], limit: int) -> list[int]:
         """The last ``limit`` ids; -1 stands for the context length less one output token."""
@@ -314,13 +321,14 @@ class InputProcessor:
 
     def _bad_words_ids(self, bad_words: Sequence[str]) -> list[list[int]]:
         """Ids of each word as it begins a text and as it follows a space."""
-        sequences: list[list[int]] = []
-        for word in bad_words:
-            bare = word.lstrip()
-            for text in (bare, " " + bare):
-                ids = self.encode(text, add_special_tokens=False)
-                if ids and ids not in sequences:
-                    sequences.append(ids)
+        # A dictionary for its keys: they keep their order.
+        unique: dict[tuple[int, ...], None] = {}
+        for word in dict.fromkeys(word.lstrip() for word in bad_words):
+            for text in (word, " " + word):
+                ids = tuple(self.encode(text, add_special_tokens=False))
+                if ids:
+                    unique[ids] = None
+        sequences = [list(ids) for ids in unique]
         for ids in sequences:
             self._check_ids("bad_words", ids)
         return sequences
