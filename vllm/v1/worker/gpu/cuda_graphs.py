@@ -39,20 +39,23 @@ class DecodeGraphs:
     def __init__(self) -> None:
         self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, CapturedStep]] = {}
 
-    def capture(self, sizes: list[int], run: Callable[[int], CapturedStep]) -> None:
-        """Capture ``run(size)`` for each size, largest first: the others fit in its memory.
+    def capture(
+        self, sizes: list[int], make_step: Callable[[int], Callable[[], CapturedStep]]
+    ) -> None:
+        """Capture ``make_step(size)()`` for each size, largest first: the others fit in its memory.
 
-        ``run`` is called once before each capture, which compiles and sets up what it needs.
+        Each step runs once before its capture, which compiles and sets up what it needs.
         """
         pool = torch.cuda.graph_pool_handle()
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream), _no_collection():
             for size in sizes:
-                run(size)
+                run = make_step(size)
+                run()
                 graph = torch.cuda.CUDAGraph()
                 graph.capture_begin(pool=pool)
-                step = run(size)
+                step = run()
                 graph.capture_end()
                 self._graphs[size] = graph, step
         torch.cuda.current_stream().wait_stream(stream)

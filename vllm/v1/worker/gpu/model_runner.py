@@ -189,20 +189,25 @@ class GPUModelRunner(ModelRunner):
     def capture_graphs(self) -> int:
         """Capture decode steps; returns how many."""
         sizes = capture_sizes(self.largest_graph)
-        self._graphs.capture(sizes, self._run_decode)
+        self._graphs.capture(sizes, self._decode_of)
         self._preparer.largest_graph = sizes[0]
         return len(sizes)
 
-    def _run_decode(self, size: int) -> CapturedStep:
+    def _decode_of(self, size: int) -> Callable[[], CapturedStep]:
+        """A decode step of ``size`` requests on the buffers that real ones are prepared in."""
         preparer = self._preparer
         attention = preparer.capture_metadata(self.batch, size)
         context = ForwardContext(self.attention_groups.build_metadata(attention), self.layers)
-        with set_forward_context(context):
-            hidden = self.model(preparer.input_ids[:size], preparer.positions[:size])
-        logits = self._compute_logits(hidden)
         draw = preparer.graph_draw(size)
-        sample_rows(logits, draw.scales, draw.uniforms, preparer.sampled[:size])
-        return CapturedStep(hidden, logits)
+
+        def run() -> CapturedStep:
+            with set_forward_context(context):
+                hidden = self.model(preparer.input_ids[:size], preparer.positions[:size])
+            logits = self._compute_logits(hidden)
+            sample_rows(logits, draw.scales, draw.uniforms, preparer.sampled[:size])
+            return CapturedStep(hidden, logits)
+
+        return run
 
     # ---- a step -------------------------------------------------------------------------------
 
