@@ -1,5 +1,7 @@
 """What outside code asks a backend: shapes and orders, derived from spec and layout."""
 
+import weakref
+
 import pytest
 import torch
 
@@ -9,8 +11,8 @@ from vllm.v1.attention.backend import (
     AttentionType,
     MultipleOf,
     kv_cache_storage,
-    set_resolved_layout,
 )
+from vllm.v1.kv_cache import published
 from vllm.v1.kv_cache_interface import KVQuantMode
 from vllm.v1.kv_cache_layout import KVCacheLayout
 
@@ -44,10 +46,12 @@ class Choosy(Plain):
 
 
 @pytest.fixture(autouse=True)
-def forget_layout():
-    set_resolved_layout(None)
-    yield
-    set_resolved_layout(None)
+def no_layout_is_published(monkeypatch):
+    monkeypatch.setattr(published, "_published", weakref.WeakKeyDictionary())
+
+
+class Owner:
+    """Whoever takes a layout up."""
 
 
 @pytest.mark.parametrize(
@@ -82,7 +86,8 @@ def test_latent_shape_has_no_head_axis(cache_dtype, content):
     ],
 )
 def test_stride_order_follows_the_resolved_layout(layout, order, layered):
-    set_resolved_layout(KVCacheLayout.from_str(layout))
+    owner = Owner()
+    published.publish_layout(layout, "engine", owner)
     assert Plain.get_kv_cache_stride_order() == order
     assert Plain.get_kv_cache_stride_order(include_num_layers_dimension=True) == layered
     assert len(order) == len(Plain.get_kv_cache_shape(1, 16, 1, 64))
@@ -99,11 +104,28 @@ def test_latent_orders():
     assert Latent.get_kv_cache_stride_order(True) == (1, 0, 2, 3)
 
 
-def test_a_second_layout_in_one_process_is_refused():
-    set_resolved_layout(KVCacheLayout.LBHNC)
-    set_resolved_layout(KVCacheLayout.LBHNC)
+def test_a_second_different_layout_of_one_engine_is_refused():
+    core, worker = Owner(), Owner()
+    assert published.publish_layout("HND", "engine", core) is KVCacheLayout.LBHNC
+    published.publish_layout(KVCacheLayout.LBHNC, "engine", worker)
+    for owner in (core, worker, Owner()):
+        with pytest.raises(ConfigError, match="BLHNC contradicts LBHNC"):
+            published.publish_layout("BLHNC", "engine", owner)
+    # Even where the engine has no name, one worker cannot serve two.
     with pytest.raises(ConfigError, match="BLHNC contradicts LBHNC"):
-        set_resolved_layout(KVCacheLayout.BLHNC)
+        published.publish_layout("BLHNC", "", worker)
+
+
+def test_engines_beside_each_other_have_their_own_layouts():
+    first, second = Owner(), Owner()
+    published.publish_layout("LBHNC", "one", first)
+    published.publish_layout("BHLNC", "two", second)
+    with pytest.raises(ConfigError, match="BHLNC, LBHNC: read the layout from KVCacheConfig"):
+        Plain.get_kv_cache_stride_order()
+    del second
+    assert published.published_layout() is KVCacheLayout.LBHNC
+    del first
+    assert published.published_layout() is None
 
 
 def test_the_block_is_dim_0():

@@ -42,6 +42,7 @@ class VllmConfig:
     kv_events_config: KVEventsConfig | None = None
     additional_config: dict[str, Any] = field(default_factory=dict)
     instance_id: str = ""
+    """Names the engine to all its processes."""
 
 
 _current = threading.local()

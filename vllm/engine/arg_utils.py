@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import functools
+import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Self, TypeVar
@@ -569,6 +570,7 @@ class EngineArgs:
             structured_outputs_config=self._structured_outputs(),
             observability_config=ObservabilityConfig(disable_log_stats=self.disable_log_stats),
             additional_config=dict(self.additional_config),
+            instance_id=uuid.uuid4().hex,
         )
         current_platform.check_config(config)
         return config

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
 import torch
 
-from vllm.errors import ConfigError
 from vllm.v1.kv_cache.declare import kv_cache_storage
+from vllm.v1.kv_cache.published import published_layout
 from vllm.v1.kv_cache_interface import (
     AttentionSpec,
     FullAttentionSpec,
@@ -40,9 +40,7 @@ __all__ = [
     "AttentionType",
     "CommonAttentionMetadata",
     "MultipleOf",
-    "get_resolved_layout",
     "kv_cache_storage",
-    "set_resolved_layout",
 ]
 
 
@@ -63,30 +61,6 @@ AttentionLayer = Any
 """A layer as an impl sees it: attributes ``layer_name`` and scales such as ``_k_scale``."""
 
 M = TypeVar("M")
-
-_resolved_layout: KVCacheLayout | None = None
-
-
-def set_resolved_layout(layout: KVCacheLayout | None) -> None:
-    """Tell outside callers of ``get_kv_cache_stride_order`` which layout this process serves.
-
-    Nothing in the engine reads it: the engine takes the layout from ``KVCacheConfig``. None
-    forgets it, as when an engine in this process has been shut down.
-
-    Raises:
-        ConfigError: another layout is in use.
-    """
-    global _resolved_layout
-    if None not in (layout, _resolved_layout) and layout is not _resolved_layout:
-        raise ConfigError(
-            f"KV cache layout {layout} contradicts {_resolved_layout}, which this process uses"
-        )
-    _resolved_layout = layout
-
-
-def get_resolved_layout() -> KVCacheLayout | None:
-    return _resolved_layout
-
 
 class AttentionBackend(ABC):
     """Declaration of one backend; only class methods, never instantiated."""
@@ -267,7 +241,7 @@ class AttentionBackend(ABC):
         With the layers flag, of that shape with L in front. HND answers (1, 2, 0, 3, 4) and NHD
         (1, 0, 3, 2, 4) there, as in vLLM 0.27.1, whose layered cache is always blocks first.
         """
-        layout = get_resolved_layout() or cls._default_layout()
+        layout = published_layout() or cls._default_layout()
         if cls.is_mla():
             return (1, 0, 2, 3) if include_num_layers_dimension else (0, 1, 2)
         if not include_num_layers_dimension:

@@ -24,6 +24,7 @@ from vllm.v1.engine.output_processor import OutputProcessor, OutputQueue
 from vllm.v1.engine.parallel_sampling import ParentRequest
 from vllm.v1.engine.phases import StartupPhases
 from vllm.v1.engine.startup import StartedEngine, start_process
+from vllm.v1.kv_cache.published import publish_layout
 from vllm.v1.metrics.loggers import StatLoggerManager
 from vllm.v1.metrics.stats import IterationStats
 
@@ -54,6 +55,7 @@ class AsyncLLM:
         )
         self.client.set_callbacks(self._on_outputs, self._on_death)
         self.stat_loggers = StatLoggerManager(self.vllm_config, self.client.facts, log=log_stats)
+        publish_layout(self.client.facts.kv_cache_layout, self.vllm_config.instance_id, self)
         self._ids = itertools.count()
         self._stats_task: asyncio.Task[None] | None = None
         self._closed = False

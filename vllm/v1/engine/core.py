@@ -103,12 +103,16 @@ class EngineCore:
         self.facts = self._facts(kv_cache_config, phases)
 
     def _initialize_kv_cache(self) -> Any:
+        from vllm.distributed.kv_transfer.movement import cache_movement
         from vllm.v1.kv_cache.planner import get_kv_cache_configs
+        from vllm.v1.kv_cache.published import publish_layout
 
         specs = self.executor.get_kv_cache_specs()
         memory = self.executor.determine_available_memory()
         constraints = self.executor.get_kv_cache_constraints()
-        configs = get_kv_cache_configs(self.vllm_config, specs, memory, constraints)
+        movement = cache_movement(self.vllm_config)
+        configs = get_kv_cache_configs(self.vllm_config, specs, memory, constraints, movement)
+        publish_layout(configs[0].kv_cache_layout, self.vllm_config.instance_id, self)
         self.executor.initialize_from_config(configs)
         return configs[0]
 
@@ -237,26 +241,19 @@ class EngineCore:
         return kv_cache_config.kv_cache_groups[0].kv_cache_spec.block_size
 
     def _facts(self, kv_cache_config: Any, phases: StartupPhases) -> EngineFacts:
-        block_size = self._block_size(kv_cache_config)
-        num_tokens = kv_cache_config.num_blocks * block_size
-        max_model_len = self.vllm_config.model_config.max_model_len
+        from vllm.v1.kv_cache.explain import build_report, summarize
+
+        report = build_report(kv_cache_config, self.vllm_config)
         facts = EngineFacts(
-            num_gpu_blocks=kv_cache_config.num_blocks,
-            block_size=block_size,
-            kv_cache_layout=str(kv_cache_config.kv_cache_layout.name),
-            kv_cache_memory_bytes=sum(t.size for t in kv_cache_config.kv_cache_tensors),
-            kv_cache_size_tokens=num_tokens,
-            kv_cache_max_concurrency=num_tokens / max_model_len,
+            num_gpu_blocks=report.num_blocks,
+            block_size=self._block_size(kv_cache_config),
+            kv_cache_layout=report.layout,
+            kv_cache_memory_bytes=report.pool_bytes,
+            kv_cache_size_tokens=report.num_tokens,
+            kv_cache_max_concurrency=report.max_concurrency,
             num_kv_cache_groups=len(kv_cache_config.kv_cache_groups),
             startup_seconds=dict(phases.seconds),
         )
-        logger.info(
-            "KV cache: %s tokens in %s blocks of %d, layout %s; %.1f requests of %s tokens fit",
-            f"{num_tokens:,}",
-            f"{facts.num_gpu_blocks:,}",
-            block_size,
-            facts.kv_cache_layout,
-            facts.kv_cache_max_concurrency,
-            f"{max_model_len:,}",
-        )
+        for line in summarize(report):
+            logger.info("%s", line)
         return facts

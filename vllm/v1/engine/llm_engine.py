@@ -19,6 +19,7 @@ from vllm.v1.engine.output_processor import OutputProcessor
 from vllm.v1.engine.parallel_sampling import ParentRequest
 from vllm.v1.engine.phases import StartupPhases
 from vllm.v1.engine.startup import StartedEngine, start_in_process, start_process
+from vllm.v1.kv_cache.published import publish_layout
 from vllm.v1.metrics.prometheus import PrometheusStatLogger
 from vllm.v1.metrics.stats import IterationStats
 
@@ -42,6 +43,7 @@ class LLMEngine:
         self.stat_logger = (
             PrometheusStatLogger(self.vllm_config, self.client.facts) if log_stats else None
         )
+        publish_layout(self.client.facts.kv_cache_layout, self.vllm_config.instance_id, self)
         self._ids = itertools.count()
 
     @classmethod

@@ -269,13 +269,15 @@ def summarize(report: CacheReport) -> list[str]:
         for group in report.groups
     )
     request = report.request
+    waste, equal = 100 * request.waste, 100 * request.equal_pages_waste
     return [
+        f"KV cache: {report.num_tokens:,} tokens in {report.num_blocks:,} blocks of "
+        f"{report.bytes_per_block:,} bytes; {report.max_concurrency:.1f} requests of "
+        f"{report.max_model_len:,} tokens fit",
         f"KV cache layout {report.layout}: {report.reason}",
-        f"KV cache groups: {groups}; {report.bytes_per_block:,} bytes a block, "
-        f"{report.bytes_per_token:,.0f} a token, {report.num_regions} regions",
-        f"A request of {request.num_tokens:,} tokens holds {request.held_bytes:,} bytes, "
-        f"{100 * request.waste:.1f} % of them wasted (equal pages for all groups: "
-        f"{100 * request.equal_pages_waste:.1f} %)",
+        f"KV cache groups: {groups}; {report.bytes_per_token:,.0f} bytes a token, "
+        f"{report.num_regions} regions; of what a request of {request.num_tokens:,} tokens holds "
+        f"{waste:.1f} % is waste (with equal pages {equal:.1f} %)",
         *(f"KV cache: {note}" for note in report.notes),
     ]
 

@@ -22,6 +22,7 @@ from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.v1.core.sched.output import CachedRequestData, GrammarOutput, SchedulerOutput
 from vllm.v1.kv_cache.allocate import allocate_kv_cache
 from vllm.v1.kv_cache.planner import BackendConstraints
+from vllm.v1.kv_cache.published import publish_layout
 from vllm.v1.kv_cache.views import group_kernel_blocks
 from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheSpec
 from vllm.v1.outputs import (
@@ -135,6 +136,7 @@ class ModelRunner:
     def initialize_kv_cache(self, kv_cache_config: KVCacheConfig) -> None:
         """Allocate the caches, hand each layer its view, and make the batch for them."""
         config = self.vllm_config
+        publish_layout(kv_cache_config.kv_cache_layout, config.instance_id, self)
         caches = allocate_kv_cache(kv_cache_config, self.device.device)
         share_kv_caches(caches, get_kv_sharing_targets(self.layers), kv_cache_config)
         bind_kv_cache(caches, self.layers, self.kv_caches)
