@@ -20,6 +20,8 @@ import torch
 import triton
 import triton.language as tl
 
+from vllm.utils.dependent_launch import await_previous, options, release
+
 __all__ = [
     "DecodePlan",
     "decode_attention",
@@ -106,7 +108,7 @@ def _decode_kernel(
     WINDOW: tl.constexpr, HAS_SOFT_CAP: tl.constexpr, HAS_ALIBI: tl.constexpr,
     HAS_SINKS: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, FIELDS: tl.constexpr,
     D: tl.constexpr, D_PAD: tl.constexpr, PAGE: tl.constexpr, TILE: tl.constexpr,
-    PRECISION: tl.constexpr,
+    PRECISION: tl.constexpr, MAX_SPLITS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One item, for all query heads of one KV head.
 
@@ -115,6 +117,8 @@ def _decode_kernel(
     normalised partial output (fp32) and its log2-sum-exp, and the last to arrive merges them, in
     the order of the tokens.
     """
+    release(PDL)
+    await_previous(PDL)
     head = tl.program_id(0)
     index = tl.program_id(1)
     if index >= tl.load(count_ptr):
@@ -200,25 +204,30 @@ def _decode_kernel(
     # For the next launch.
     tl.store(arrived, 0)
     first = mine - split
-    top = tl.full([ROWS], -1.0e30, tl.float32)
-    total = tl.zeros([ROWS], tl.float32)
+    # Past the first-level cache, which knows nothing of other multiprocessors' writes.
+    splits = tl.arange(0, MAX_SPLITS)
+    lse = tl.load(
+        at_lse[None, :] + (first + splits)[:, None] * stride_lse_i,
+        mask=(splits < num_splits)[:, None] & row_valid[None, :], other=-1.0e30,
+        cache_modifier=".cg",
+    )  # fmt: skip
+    top = tl.max(lse, 0)
+    total = tl.sum(tl.exp2(lse - top[None, :]), 0)
     acc = tl.zeros([ROWS, D_PAD], tl.float32)
-    for other in tl.range(0, num_splits):
-        # Past the first-level cache, which knows nothing of other multiprocessors' writes.
-        lse = tl.load(
-            at_lse + (first + other) * stride_lse_i, mask=row_valid, other=0.0,
-            cache_modifier=".cg",
-        )  # fmt: skip
-        part = tl.load(
-            at_part + (first + other) * stride_part_i, mask=out_valid, other=0.0,
-            cache_modifier=".cg",
-        )  # fmt: skip
-        new_top = tl.maximum(top, lse)
-        weight = tl.exp2(lse - new_top)
-        shrink = tl.exp2(top - new_top)
-        acc = acc * shrink[:, None] + part * weight[:, None]
-        total = total * shrink + weight
-        top = new_top
+    for begin in tl.range(0, num_splits, 4):
+        # Four reads that don't wait for each other.
+        for ahead in tl.static_range(4):
+            other = begin + ahead
+            there = other < num_splits
+            lse = tl.load(
+                at_lse + (first + other) * stride_lse_i, mask=row_valid & there, other=-1.0e30,
+                cache_modifier=".cg",
+            )  # fmt: skip
+            part = tl.load(
+                at_part + (first + other) * stride_part_i, mask=out_valid & there, other=0.0,
+                cache_modifier=".cg",
+            )  # fmt: skip
+            acc += part * tl.exp2(lse - top)[:, None]
     tl.store(at_out, acc / total[:, None], mask=out_valid)
 
 
@@ -348,5 +357,5 @@ def decode_attention(
         HAS_SINKS=sinks is not None, GROUP=group, ROWS=max(16, triton.next_power_of_2(group)),
         FIELDS=_FIELDS, D=head_size, D_PAD=triton.next_power_of_2(head_size), PAGE=page,
         TILE=tile, PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
-        num_warps=num_warps, num_stages=num_stages,
+        MAX_SPLITS=_MAX_SPLITS, num_warps=num_warps, num_stages=num_stages, **options(q.device),
     )  # fmt: skip

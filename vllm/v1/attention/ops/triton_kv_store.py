@@ -10,6 +10,8 @@ import torch
 import triton
 import triton.language as tl
 
+from vllm.utils.dependent_launch import await_previous, options, release
+
 __all__ = ["rotate_and_store"]
 
 # Heads of one program.
@@ -49,11 +51,14 @@ def _rotate_and_store_kernel(
     stride_kv_b, stride_kv_h, stride_kv_n, stride_cos_sin, page,
     Q_HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr,
     D_PAD: tl.constexpr, ROTARY: tl.constexpr, NEOX: tl.constexpr, HAS_NORM: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """Some heads of one token: query heads are rewritten in place, KV heads stored.
 
     Dimension ``d < ROTARY`` pairs with ``d +- ROTARY / 2`` (NEOX) or ``d ^ 1``.
     """
+    release(PDL)
+    await_previous(PDL)
     token = tl.program_id(0).to(tl.int64)
     part = tl.program_id(1)
     dims = tl.arange(0, D_PAD)
@@ -148,4 +153,5 @@ def rotate_and_store(
         Q_HEADS=q_heads, KV_HEADS=kv_heads, HEADS=heads, D=head_size,
         D_PAD=triton.next_power_of_2(head_size), ROTARY=rotary, NEOX=is_neox,
         HAS_NORM=norm_weights is not None, num_warps=4 if heads > 2 else 1,
+        **options(key.device),
     )  # fmt: skip

@@ -214,7 +214,7 @@ def default_config(page: int, head_size: int, dtype: torch.dtype, is_cuda: bool)
     else:
         rows, tile, warps, stages = 256, 64, 8, 3
     return KernelConfig(
-        decode_tile=decode_tile, decode_warps=2, decode_stages=3,
+        decode_tile=decode_tile, decode_warps=4, decode_stages=2,
         prefill_rows=rows, prefill_tile=tile, prefill_warps=warps, prefill_stages=stages, tma=tma,
     )  # fmt: skip
 

@@ -14,6 +14,9 @@ import torch
 import triton
 import triton.language as tl
 
+from vllm.utils.dependent_launch import await_previous, release
+from vllm.utils.dependent_launch import options as pdl_options
+
 __all__ = ["sample_rows"]
 
 _CHUNK = 4096
@@ -22,9 +25,11 @@ _CHUNK = 4096
 @triton.jit
 def _reduce_kernel(
     logits_ptr, scale_ptr, top_ptr, sum_ptr, best_ptr, size, stride, chunks,
-    CHUNK: tl.constexpr,
+    CHUNK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Largest logit, sum of exponentials and best token of one chunk of one row."""
+    release(PDL)
+    await_previous(PDL)
     row = tl.program_id(0)
     chunk = tl.program_id(1)
     at = chunk * CHUNK + tl.arange(0, CHUNK)
@@ -44,9 +49,11 @@ def _reduce_kernel(
 @triton.jit
 def _choose_kernel(
     logits_ptr, scale_ptr, uniform_ptr, top_ptr, sum_ptr, best_ptr, out_ptr, size, stride, chunks,
-    CHUNK: tl.constexpr, CHUNKS: tl.constexpr,
+    CHUNK: tl.constexpr, CHUNKS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """The token of one row; -1 where its logits allow no choice."""
+    release(PDL)
+    await_previous(PDL)
     row = tl.program_id(0)
     at = tl.arange(0, CHUNKS)
     there = at < chunks
@@ -104,9 +111,11 @@ def sample_rows(
     sums = torch.empty((rows, chunks), **options)
     best = torch.empty((rows, chunks), device=logits.device, dtype=torch.int32)
     _reduce_kernel[(rows, chunks)](
-        logits, scale, tops, sums, best, size, logits.stride(0), chunks, CHUNK=_CHUNK, num_warps=4
-    )
+        logits, scale, tops, sums, best, size, logits.stride(0), chunks, CHUNK=_CHUNK,
+        num_warps=4, **pdl_options(logits.device),
+    )  # fmt: skip
     _choose_kernel[(rows,)](
         logits, scale, uniform, tops, sums, best, out, size, logits.stride(0), chunks,
         CHUNK=_CHUNK, CHUNKS=triton.next_power_of_2(chunks), num_warps=4,
+        **pdl_options(logits.device),
     )  # fmt: skip
