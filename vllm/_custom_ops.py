@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from itertools import accumulate
 from typing import Any
 
 import torch
@@ -34,16 +33,18 @@ if torch.version.cuda is not None:
 logger = init_logger(__name__)
 
 __all__ = [
+    "PackedExperts",
     "PackedWeight",
     "argmax",
     "embedding",
+    "experts_gate_up_silu",
+    "experts_linear",
     "fused_add_rms_norm",
     "gate_up_silu",
-    "grouped_gate_up_silu",
-    "grouped_linear",
     "has_extension",
     "isa",
     "linear",
+    "pack_experts",
     "pack_weight",
     "paged_attention",
     "rms_norm",
@@ -229,90 +230,115 @@ def gate_up_silu(x: torch.Tensor, weight: PackedWeight | torch.Tensor) -> torch.
     return silu_and_mul(linear(x, weight))
 
 
-def grouped_linear(
+class PackedExperts:
+    """Weights of one shape (n, k) that are used together, each packed; ``pack_experts`` makes one.
+
+    ``weights`` has them one by one; ``addresses`` (experts,) int64 is what the kernel reads, None
+    where nothing was packed.
+    """
+
+    __slots__ = ("addresses", "weights")
+
+    def __init__(self, weights: list[PackedWeight]) -> None:
+        self.weights = weights
+        self.addresses: torch.Tensor | None = None
+        if all(weight.plain is None for weight in weights):
+            self.addresses = torch.tensor([weight.address for weight in weights])
+
+    @property
+    def shape(self) -> torch.Size:
+        return torch.Size((len(self.weights), *self.weights[0].shape))
+
+
+def pack_experts(weights: torch.Tensor) -> PackedExperts:
+    """Pack each of ``weights`` (experts, n, k); the caller may drop them afterwards."""
+    return PackedExperts([pack_weight(weight) for weight in weights])
+
+
+def experts_linear(
     x: torch.Tensor,
-    weights: Sequence[PackedWeight | torch.Tensor],
-    counts: Sequence[int],
+    weights: PackedExperts | torch.Tensor,
+    counts: torch.Tensor,
     bias: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """``linear`` of each run of rows with a weight of its own.
 
     Args:
         x: (M, k); the first ``counts[0]`` rows are multiplied with ``weights[0]``, and so on.
-        weights: each (n, k), all alike in shape, dtype and packing.
-        counts: rows of each weight, in sum M.
-        bias: (weights, n).
+        weights: (experts, n, k).
+        counts: (experts,) int64, in sum M.
+        bias: (experts, n).
 
     Returns:
         (M, n), dtype of x.
+
+    Raises:
+        ValueError: x, counts or bias do not fit the weights.
     """
-    first = weights[0]
-    return _grouped_product(x, weights, counts, bias, first.shape[0], _PLAIN)
+    return _experts_product(x, weights, counts, bias, weights.shape[1], _PLAIN)
 
 
-def grouped_gate_up_silu(
-    x: torch.Tensor, weights: Sequence[PackedWeight | torch.Tensor], counts: Sequence[int]
+def experts_gate_up_silu(
+    x: torch.Tensor, weights: PackedExperts | torch.Tensor, counts: torch.Tensor
 ) -> torch.Tensor:
-    """``gate_up_silu`` of each run of rows with a weight of its own; as ``grouped_linear``."""
-    first = weights[0]
-    width = first.shape[0]
-    if isinstance(first, PackedWeight) and first.plain is None and width % (2 * _PANEL) == 0:
-        return _grouped_product(x, weights, counts, None, width // 2, _SILU_MUL)
-    return silu_and_mul(_grouped_product(x, weights, counts, None, width, _PLAIN))
+    """``gate_up_silu`` of each run of rows with a weight of its own; as ``experts_linear``."""
+    width = weights.shape[1]
+    is_packed = isinstance(weights, PackedExperts) and weights.addresses is not None
+    if is_packed and width % (2 * _PANEL) == 0:
+        return _experts_product(x, weights, counts, None, width // 2, _SILU_MUL)
+    return silu_and_mul(_experts_product(x, weights, counts, None, width, _PLAIN))
 
 
-def _grouped_product(
+def _experts_product(
     x: torch.Tensor,
-    weights: Sequence[PackedWeight | torch.Tensor],
-    counts: Sequence[int],
+    weights: PackedExperts | torch.Tensor,
+    counts: torch.Tensor,
     bias: torch.Tensor | None,
     n: int,
     epilogue: int,
 ) -> torch.Tensor:
-    if len(weights) != len(counts) or sum(counts) != x.shape[0]:
-        raise ValueError(f"{sum(counts)} rows for {len(counts)} of {len(weights)} weights")
+    num_experts = weights.shape[0]
+    if counts.shape != (num_experts,) or counts.dtype is not torch.int64:
+        raise ValueError(f"{counts.dtype} counts {tuple(counts.shape)} for {num_experts} weights")
     out = torch.empty((x.shape[0], n), dtype=x.dtype, device=x.device)
-    starts = accumulate(counts, initial=0)
-    used = [
-        (i, start, rows)
-        for i, (start, rows) in enumerate(zip(starts, counts, strict=False))
-        if rows
-    ]
-    first = weights[0]
-    if not isinstance(first, PackedWeight) or first.plain is not None:
-        for i, start, rows in used:
-            one_bias = None if bias is None else bias[i]
-            out[start : start + rows] = linear(x[start : start + rows], weights[i], one_bias)
+    if isinstance(weights, torch.Tensor) or weights.addresses is None:
+        each = weights if isinstance(weights, torch.Tensor) else weights.weights
+        runs = counts.tolist()
+        if sum(runs) != x.shape[0]:
+            raise ValueError(f"the experts' rows are {sum(runs)} in sum, not {x.shape[0]}")
+        for i, (rows, part) in enumerate(zip(runs, out.split(runs), strict=True)):
+            if rows:
+                start = part.storage_offset() // n
+                one_bias = None if bias is None else bias[i]
+                part.copy_(linear(x[start : start + rows], each[i], one_bias))
         return out
-    k, code = first.k, first.code
-    if x.shape[1] != k or x.dtype is not first.dtype or x.stride(1) != 1:
+    first = weights.weights[0]
+    if x.shape[1] != first.k or x.dtype is not first.dtype or x.stride(1) != 1:
         raise ValueError(
-            f"input {tuple(x.shape)} {x.dtype} does not fit weights {tuple(first.shape)} "
+            f"input {tuple(x.shape)} {x.dtype} does not fit weights {tuple(weights.shape)} "
             f"{first.dtype}"
         )
-    if bias is not None and (bias.dtype is not x.dtype or not bias.is_contiguous()):
-        raise ValueError(f"the biases must be dense and {x.dtype}")
-    size = x.element_size()
-    x_address, x_row = x.data_ptr(), x.stride(0)
-    out_address = out.data_ptr()
-    bias_address = 0 if bias is None else bias.data_ptr()
-    bias_row = 0 if bias is None else n * size
-    for i, start, rows in used:
-        weight = weights[i]
-        assert isinstance(weight, PackedWeight)
-        _C.gemm(
-            x_address + start * x_row * size,
-            x_row,
-            weight.address,
-            bias_address + i * bias_row,
-            out_address + start * n * size,
-            n,
-            rows,
-            n,
-            k,
-            code,
-            epilogue,
+    if bias is not None and (
+        bias.shape != (num_experts, n) or bias.dtype is not x.dtype or not bias.is_contiguous()
+    ):
+        raise ValueError(
+            f"biases {tuple(bias.shape)} must be ({num_experts}, {n}), dense, {x.dtype}"
         )
+    _C.experts(
+        x.data_ptr(),
+        x.stride(0),
+        weights.addresses.data_ptr(),
+        counts.data_ptr(),
+        num_experts,
+        0 if bias is None else bias.data_ptr(),
+        out.data_ptr(),
+        n,
+        x.shape[0],
+        n,
+        first.k,
+        first.code,
+        epilogue,
+    )
     return out
 
 

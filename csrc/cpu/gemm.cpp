@@ -23,6 +23,8 @@ constexpr int64_t kRowUsed = 1024;
 constexpr int64_t kMaxRowsAtOnce = 1024;
 // Bytes of activations that a task sweeps over each panel: they stay in half of a 1 MiB L2.
 constexpr int64_t kActivationBytes = 512 * 1024;
+// Rows of all experts together that are one region's work; more, and an expert has enough alone.
+constexpr int64_t kMaxExpertRows = 256;
 // How far ahead one row of activations fetches the weights.
 constexpr int64_t kPrefetchBytes = 4096;
 
@@ -95,72 +97,167 @@ void finish(const GemmArgs& g, int64_t row, int rows, int64_t panel, const float
   }
 }
 
+// Where the activations of a call lie in scratch, and how a weight is cut into panels.
+template <typename Form>
+struct Layout {
+  using S = Shape<Form>;
+  explicit Layout(int64_t n, int64_t k)
+      : blocks(ceil_div(k, S::kBlock)),
+        panels(ceil_div(n, kPanel)),
+        panel_size(ceil_div(k, Form::kStep) * S::kLdb),
+        panel_bytes(panel_size * static_cast<int64_t>(sizeof(typename Form::B))),
+        group(larger(1, 16384 / panel_bytes)),
+        groups(ceil_div(panels, group)) {}
+  int64_t blocks;      // of k, in a row of activations
+  int64_t panels;
+  int64_t panel_size;  // elements
+  int64_t panel_bytes;
+  int64_t group;       // panels that a task takes
+  int64_t groups;
+};
+
+// Rows [start, start + m) of x to scratch, `m * kLda` elements from one block of k to the next.
+template <typename Form, typename T>
+void pack_rows(const T* x, int64_t x_stride, int64_t start, int64_t m, int64_t k, int64_t blocks,
+               typename Form::A* packed) {
+  using S = Shape<Form>;
+  const auto pack = [&](int64_t row) {
+    for (int64_t b = 0; b < blocks; ++b) {
+      pack_row(packed + (b * m + row) * S::kLda, x + (start + row) * x_stride + b * S::kBlock,
+               smaller(S::kBlock, k - b * S::kBlock), Form::kStep);
+    }
+  };
+  if (m * k < 16384) {
+    for (int64_t row = 0; row < m; ++row) pack(row);
+  } else {
+    parallel_for(m, pack);
+  }
+}
+
+// Rows [first, last) of scratch times one group of panels. Row `first` of scratch is row
+// `start + first` of the output.
+template <typename Form, typename T>
+void multiply_group(const GemmArgs& g, const Layout<Form>& layout, const typename Form::A* packed,
+                    int64_t block_distance, int64_t start, int64_t first, int64_t last,
+                    int64_t first_panel) {
+  using S = Shape<Form>;
+  using B = typename Form::B;
+  const B* weight = static_cast<const B*>(g.w);
+  const bool gated = g.epilogue == kSiluMul;
+  const int64_t tiles = ceil_div(last - first, Form::kRows);
+  alignas(64) float tile[kTileRows * kPanel], up[kTileRows * kPanel];
+  for (int64_t p = first_panel; p < smaller(layout.panels, first_panel + layout.group); ++p) {
+    for (int64_t t = 0; t < tiles; ++t) {
+      const int64_t row = first + (last - first) * t / tiles;
+      const int rows = static_cast<int>(first + (last - first) * (t + 1) / tiles - row);
+      const typename Form::A* a = packed + row * S::kLda;
+      // The last tile has the panel in cache already and fetches the next one.
+      const bool fetch = t + 1 == tiles;
+      const int64_t ahead = tiles == 1 ? kPrefetchBytes : layout.panel_bytes;
+      const auto product = [&](const B* panel, float* to) {
+        with_rows<Form::kRows>(rows, [&](auto n) {
+          constexpr int kN = decltype(n)::value;
+          if (fetch) {
+            panel_product<Form, kN, true>(a, block_distance, panel, g.k, to, ahead);
+          } else {
+            panel_product<Form, kN, false>(a, block_distance, panel, g.k, to, 0);
+          }
+        });
+      };
+      product(weight + p * layout.panel_size, tile);
+      if (gated) product(weight + (layout.panels + p) * layout.panel_size, up);
+      finish<T>(g, start + row, rows, p, tile, gated ? up : nullptr);
+    }
+  }
+}
+
 template <typename Form, typename T>
 void run(const GemmArgs& g) {
   using S = Shape<Form>;
   using A = typename Form::A;
-  using B = typename Form::B;
-  const int64_t blocks = ceil_div(g.k, S::kBlock);
-  const int64_t panels = ceil_div(g.n, kPanel);
-  const int64_t panel_size = ceil_div(g.k, Form::kStep) * S::kLdb;
-  const int64_t panel_bytes = panel_size * static_cast<int64_t>(sizeof(B));
-  const B* weight = static_cast<const B*>(g.w);
-  const bool gated = g.epilogue == kSiluMul;
+  const Layout<Form> layout(g.n, g.k);
   const int64_t at_once = smaller(g.m, kMaxRowsAtOnce);
-  SharedScratch scratch(static_cast<size_t>(at_once * blocks * kRowBytes));
+  SharedScratch scratch(static_cast<size_t>(at_once * layout.blocks * kRowBytes));
   A* packed = static_cast<A*>(scratch.get());
 
   for (int64_t start = 0; start < g.m; start += at_once) {
     const int64_t m = smaller(at_once, g.m - start);
-    const int64_t block_distance = m * S::kLda;
-    const auto pack = [&](int64_t row) {
-      const T* x = static_cast<const T*>(g.x) + (start + row) * g.x_stride;
-      for (int64_t b = 0; b < blocks; ++b) {
-        pack_row(packed + b * block_distance + row * S::kLda, x + b * S::kBlock,
-                 smaller(S::kBlock, g.k - b * S::kBlock), Form::kStep);
-      }
-    };
-    if (m * g.k < 16384) {
-      for (int64_t row = 0; row < m; ++row) pack(row);
-    } else {
-      parallel_for(m, pack);
-    }
-
+    pack_rows<Form>(static_cast<const T*>(g.x), g.x_stride, start, m, g.k, layout.blocks, packed);
     // Split the rows evenly: into chunks that stay in L2, each into tiles of nearly equal height.
-    const int64_t chunk_limit = larger(Form::kRows, kActivationBytes / (blocks * kRowBytes));
+    const int64_t chunk_limit = larger(Form::kRows, kActivationBytes / (layout.blocks * kRowBytes));
     const int64_t chunks = ceil_div(m, chunk_limit);
-    const int64_t group = larger(1, 16384 / panel_bytes);
-    const int64_t groups = ceil_div(panels, group);
-    parallel_for(chunks * groups, [&](int64_t item) {
-      const int64_t chunk = item / groups;
-      const int64_t first_panel = item % groups * group;
-      const int64_t first = m * chunk / chunks, last = m * (chunk + 1) / chunks;
-      const int64_t tiles = ceil_div(last - first, Form::kRows);
-      alignas(64) float tile[kTileRows * kPanel], up[kTileRows * kPanel];
-      for (int64_t p = first_panel; p < smaller(panels, first_panel + group); ++p) {
-        for (int64_t t = 0; t < tiles; ++t) {
-          const int64_t row = first + (last - first) * t / tiles;
-          const int rows = static_cast<int>(first + (last - first) * (t + 1) / tiles - row);
-          const A* a = packed + row * S::kLda;
-          // The last tile has the panel in cache already and fetches the next one.
-          const bool fetch = t + 1 == tiles;
-          const int64_t ahead = tiles == 1 ? kPrefetchBytes : panel_bytes;
-          const auto product = [&](const B* panel, float* to) {
-            with_rows<Form::kRows>(rows, [&](auto n) {
-              constexpr int kN = decltype(n)::value;
-              if (fetch) {
-                panel_product<Form, kN, true>(a, block_distance, panel, g.k, to, ahead);
-              } else {
-                panel_product<Form, kN, false>(a, block_distance, panel, g.k, to, 0);
-              }
-            });
-          };
-          product(weight + p * panel_size, tile);
-          if (gated) product(weight + (panels + p) * panel_size, up);
-          finish<T>(g, start + row, rows, p, tile, gated ? up : nullptr);
-        }
-      }
+    parallel_for(chunks * layout.groups, [&](int64_t item) {
+      const int64_t chunk = item / layout.groups;
+      multiply_group<Form, T>(g, layout, packed, m * S::kLda, start, m * chunk / chunks,
+                              m * (chunk + 1) / chunks, item % layout.groups * layout.group);
     });
+  }
+}
+
+// Few rows for each of many weights: one region over the panels of all of them, so that threads
+// meet once and the weights are one stream.
+template <typename Form, typename T>
+void run_experts(const ExpertsArgs& e) {
+  using S = Shape<Form>;
+  using A = typename Form::A;
+  const Layout<Form> layout(e.n, e.k);
+  GemmArgs shared{};
+  shared.x = e.x;
+  shared.x_stride = e.x_stride;
+  shared.out = e.out;
+  shared.out_stride = e.out_stride;
+  shared.n = e.n;
+  shared.k = e.k;
+  shared.dtype = e.dtype;
+  shared.epilogue = e.epilogue;
+  struct Run {
+    int64_t expert, first, last;
+  };
+  // Experts in use are at most the rows.
+  Run runs[kMaxExpertRows];
+  int64_t used = 0;
+  const bool many = e.m > kMaxExpertRows;
+  for (int64_t i = 0, row = 0; i < e.num_experts; row += e.counts[i++]) {
+    if (e.counts[i] == 0) continue;
+    const Run now{i, row, row + e.counts[i]};
+    if (!many) {
+      runs[used++] = now;
+      continue;
+    }
+    GemmArgs g = shared;
+    g.w = e.weights[i];
+    g.bias = e.bias ? static_cast<const T*>(e.bias) + i * e.n : nullptr;
+    g.x = static_cast<const T*>(e.x) + row * e.x_stride;
+    g.out = static_cast<T*>(e.out) + row * e.out_stride;
+    g.m = e.counts[i];
+    run<Form, T>(g);
+  }
+  if (used == 0) return;
+  SharedScratch scratch(static_cast<size_t>(e.m * layout.blocks * kRowBytes));
+  A* packed = static_cast<A*>(scratch.get());
+  pack_rows<Form>(static_cast<const T*>(e.x), e.x_stride, 0, e.m, e.k, layout.blocks, packed);
+  parallel_for(used * layout.groups, [&](int64_t item) {
+    const Run& now = runs[item / layout.groups];
+    GemmArgs g = shared;
+    g.w = e.weights[now.expert];
+    g.bias = e.bias ? static_cast<const T*>(e.bias) + now.expert * e.n : nullptr;
+    multiply_group<Form, T>(g, layout, packed, e.m * S::kLda, 0, now.first, now.last,
+                            item % layout.groups * layout.group);
+  });
+}
+
+void experts(const ExpertsArgs& e) {
+  switch (e.dtype) {
+    case kFloat32:
+      return run_experts<Plain<float>, float>(e);
+    case kFloat16:
+      return run_experts<Plain<f16>, f16>(e);
+    default:
+#if defined(VLLM_DOT_BF16)
+      return run_experts<Dots, bf16>(e);
+#else
+      return run_experts<Pairs, bf16>(e);
+#endif
   }
 }
 
@@ -253,6 +350,7 @@ void embedding(const EmbeddingArgs& e) {
 
 void fill_gemm(Kernels& kernels) {
   kernels.gemm = gemm;
+  kernels.experts = experts;
   kernels.pack = pack;
   kernels.unpack = unpack;
   kernels.embedding = embedding;

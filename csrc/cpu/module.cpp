@@ -109,6 +109,37 @@ ENTRY(gemm) {
   return run(r, kernels().gemm, a);
 }
 
+ENTRY(experts) {
+  Reader r(argv, argc, 13);
+  ExpertsArgs a;
+  a.x = r.pointer<void>();
+  a.x_stride = r.number();
+  a.weights = r.pointer<const void*>();
+  a.counts = r.pointer<int64_t>();
+  a.num_experts = r.number();
+  a.bias = r.pointer<void>();
+  a.out = r.pointer<void>();
+  a.out_stride = r.number();
+  a.m = r.number();
+  a.n = r.number();
+  a.k = r.number();
+  a.dtype = static_cast<int>(r.number());
+  a.epilogue = static_cast<int>(r.number());
+  if (!r.ok()) return nullptr;
+  int64_t rows = 0;
+  bool negative = false;
+  for (int64_t i = 0; i < a.num_experts; ++i) {
+    negative |= a.counts[i] < 0;
+    rows += a.counts[i];
+  }
+  if (negative || rows != a.m) {
+    PyErr_Format(PyExc_ValueError, "the experts' rows are %lld in sum, not %lld",
+                 static_cast<long long>(rows), static_cast<long long>(a.m));
+    return nullptr;
+  }
+  return run(r, kernels().experts, a);
+}
+
 PyObject* move_weight(PyObject* const* argv, Py_ssize_t argc, void (*kernel)(const PackArgs&)) {
   Reader r(argv, argc, 6);
   PackArgs a;
@@ -360,6 +391,7 @@ PyObject* set_isa(PyObject*, PyObject* name) {
 
 PyMethodDef methods[] = {
     FAST(gemm),
+    FAST(experts),
     FAST(pack),
     FAST(unpack),
     FAST(embedding),

@@ -36,6 +36,22 @@ struct GemmArgs {
   int epilogue;
 };
 
+// Products of runs of rows with a weight each: counts[0] rows of x with weights[0], and so on; in
+// sum m. All weights are alike; `bias` is (num_experts, n) or null. Otherwise as GemmArgs.
+struct ExpertsArgs {
+  const void* x;
+  int64_t x_stride;
+  const void* const* weights;
+  const int64_t* counts;
+  int64_t num_experts;
+  const void* bias;
+  void* out;
+  int64_t out_stride;
+  int64_t m, n, k;
+  int dtype;
+  int epilogue;
+};
+
 struct PackArgs {
   const void* src;
   int64_t src_stride;
@@ -165,6 +181,7 @@ struct DecoderStep {
 struct Kernels {
   const char* name;
   void (*gemm)(const GemmArgs&);
+  void (*experts)(const ExpertsArgs&);
   void (*pack)(const PackArgs&);
   void (*unpack)(const PackArgs&);
   void (*embedding)(const EmbeddingArgs&);

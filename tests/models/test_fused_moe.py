@@ -308,13 +308,40 @@ def test_wrong_shapes_are_told(name, shape, shard):
 # ---- the operator -------------------------------------------------------------------------------
 
 
-def test_grouped_products_check_their_rows():
-    weights = [ops.pack_weight(torch.randn(8, HIDDEN)) for _ in range(3)]
-    x = torch.randn(5, HIDDEN)
-    with pytest.raises(ValueError, match="4 rows for 3 of 3 weights"):
-        ops.grouped_linear(x, weights, [2, 0, 2])
-    if ops.has_extension():
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("rows", [1, 40, 700])
+def test_runs_of_rows_have_a_weight_each(rows, dtype, packed):
+    """700 rows are more than one region of threads takes."""
+    plain = (torch.randn(EXPERTS, 64, HIDDEN) * 0.3).to(dtype)
+    bias = torch.randn(EXPERTS, 64).to(dtype)
+    weights = ops.pack_experts(plain) if packed else plain
+    assert weights.shape == plain.shape
+    ids = torch.randint(0, EXPERTS - 1, (rows,)).sort().values  # the last gets none
+    counts = torch.bincount(ids, minlength=EXPERTS)
+    x = torch.randn(rows, 2 * HIDDEN).to(dtype)[:, :HIDDEN]
+    products = torch.einsum("mk,mnk->mn", x.float(), plain.float()[ids])
+    close = {"atol": 0.05, "rtol": 0.02} if dtype != torch.float32 else {}
+    got = ops.experts_linear(x, weights, counts, bias)
+    assert got.dtype == dtype
+    torch.testing.assert_close(got.float(), products + bias.float()[ids], **close)
+    gate, up = products.chunk(2, dim=-1)
+    got = ops.experts_gate_up_silu(x, weights, counts)
+    torch.testing.assert_close(got.float(), torch.nn.functional.silu(gate) * up, **close)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_products_check_what_they_get(packed):
+    weights = torch.randn(3, 8, HIDDEN)
+    if packed:
+        weights = ops.pack_experts(weights)
+    x, counts = torch.randn(5, HIDDEN), torch.tensor([2, 0, 3])
+    with pytest.raises(ValueError, match="rows are 4 in sum, not 5"):
+        ops.experts_linear(x, weights, torch.tensor([2, 0, 2]))
+    with pytest.raises(ValueError, match=r"int64 counts \(2,\) for 3 weights"):
+        ops.experts_linear(x, weights, torch.tensor([2, 3]))
+    if packed and ops.has_extension():
         with pytest.raises(ValueError, match="does not fit weights"):
-            ops.grouped_linear(x.double(), weights, [2, 0, 3])
-        with pytest.raises(ValueError, match="biases must be dense"):
-            ops.grouped_linear(x, weights, [2, 0, 3], torch.zeros(8, 3).T)
+            ops.experts_linear(x.double(), weights, counts)
+        with pytest.raises(ValueError, match=r"biases \(3, 7\) must be \(3, 8\), dense"):
+            ops.experts_linear(x, weights, counts, torch.zeros(3, 7))

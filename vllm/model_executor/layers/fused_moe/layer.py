@@ -8,7 +8,6 @@ part of; which token goes to which expert is decided in ``routing``.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -103,8 +102,8 @@ class FusedMoE(nn.Module):
         self.transposed = transposed
         self.interleaved = interleaved
         self._make_parameters(has_bias, params_dtype)
-        self.gate_up: Sequence[ops.PackedWeight | torch.Tensor] = list(self.w13_weight.data)
-        self.down: Sequence[ops.PackedWeight | torch.Tensor] = list(self.w2_weight.data)
+        self.gate_up: ops.PackedExperts | torch.Tensor = self.w13_weight.data
+        self.down: ops.PackedExperts | torch.Tensor = self.w2_weight.data
         self.gate_up_bias = None if self.w13_bias is None else self.w13_bias.data
         self.down_bias = None if self.w2_bias is None else self.w2_bias.data
 
@@ -177,9 +176,9 @@ class FusedMoE(nn.Module):
     def process_weights_after_loading(self) -> None:
         """Pack each expert; from here on there are no weight parameters."""
         if "w13_weight" in self._parameters:
-            self.gate_up = [ops.pack_weight(weight) for weight in self.w13_weight.data]
+            self.gate_up = ops.pack_experts(self.w13_weight.data)
             del self.w13_weight
-            self.down = [ops.pack_weight(weight) for weight in self.w2_weight.data]
+            self.down = ops.pack_experts(self.w2_weight.data)
             del self.w2_weight
 
     def forward(self, hidden_states: torch.Tensor, router_logits: torch.Tensor) -> torch.Tensor:
@@ -205,19 +204,19 @@ class FusedMoE(nn.Module):
         num_tokens, top_k = ids.shape
         pairs = ids.flatten()
         order = pairs.argsort(stable=True)
-        counts = torch.bincount(pairs, minlength=self.num_experts).tolist()
+        counts = torch.bincount(pairs, minlength=self.num_experts)
         rows = hidden_states[order // top_k]
         if self.apply_router_weight_on_input:
             rows = (rows * weights.flatten()[order].unsqueeze(-1)).to(hidden_states.dtype)
         if self.is_silu and self.gate_up_bias is None:
-            inner = ops.grouped_gate_up_silu(rows, self.gate_up, counts)
+            inner = ops.experts_gate_up_silu(rows, self.gate_up, counts)
         else:
-            inner = self.activation(
-                ops.grouped_linear(rows, self.gate_up, counts, self.gate_up_bias)
+            inner = self.activation.forward(
+                ops.experts_linear(rows, self.gate_up, counts, self.gate_up_bias)
             )
         # Only one rank adds what every rank would.
         bias = self.down_bias if self.tp_rank == 0 else None
-        computed = ops.grouped_linear(inner, self.down, counts, bias)
+        computed = ops.experts_linear(inner, self.down, counts, bias)
         # Back in the order of tokens: a token's sum is the same whatever else is in the batch.
         output = torch.empty_like(computed).index_copy_(0, order, computed)
         wide = output.unflatten(0, (num_tokens, top_k)).float()
