@@ -39,7 +39,7 @@ PRODUCTS = [
     ("llama-3.1-8b", "down", 4096, 14336, False),
     ("llama-3.1-8b", "head", 128256, 4096, False),
 ]
-ROWS = (1, 8, 32, 64)
+ROWS = (1, 8, 32, 64, 128, 256)
 ONE_ROW = [
     SkinnyConfig(block_n=n, block_k=k, splits=0, warps=w)
     for n, k, w in (
@@ -54,11 +54,15 @@ FEW_ROWS = [
     for s in (1, 2, 4, 8)
     if n >= 64 or s < 4
 ]  # fmt: skip
+MANY_ROWS = [
+    SkinnyConfig(block_n=n, block_k=k, splits=s, warps=w, stages=g)
+    for n, k, w, g in ((128, 64, 8, 4), (128, 64, 4, 4), (64, 64, 4, 4), (64, 128, 4, 3))
+    for s in (1, 2, 4)
+]
 DECODES = [
     (tile, warps, stages)
     for tile, warps, stages in (
-        (64, 2, 3), (64, 2, 2), (64, 4, 3), (64, 4, 2), (32, 2, 3), (32, 2, 4), (32, 1, 3),
-        (32, 1, 4),
+        (64, 4, 2), (64, 4, 3), (32, 2, 3), (32, 4, 3), (32, 1, 3),
     )
 ]  # fmt: skip
 
@@ -110,7 +114,8 @@ def linear_case(rows: int, n: int, k: int, silu: bool) -> Iterator[tuple[str, fl
 
     pairs = list(zip(xs, weights, strict=True))
     yield "cublas", replay_us([lambda x=x, w=w: cublas(x, w) for x, w in pairs])
-    for config in (ONE_ROW if rows == 1 else []) + FEW_ROWS:
+    chosen = _cuda_ops._choose(rows, n, k, 2, silu)
+    for config in candidates(rows):
         if not fits(config, rows, n, k, silu):
             continue
         got = _cuda_ops.skinny_product(*pairs[0], None, silu, config).float()
@@ -122,18 +127,26 @@ def linear_case(rows: int, n: int, k: int, silu: bool) -> Iterator[tuple[str, fl
             ]
         )
         name = f"{config.block_n}x{config.block_k}/{config.splits} w{config.warps} s{config.stages}"
+        name += " chosen" if config == chosen else ""
         yield name + ("" if error < 1e-2 else f" WRONG {error:.1e}"), us
 
 
-def linear(rows_of_result: list[dict]) -> None:
+def candidates(rows: int) -> list[SkinnyConfig]:
+    if rows > 64:
+        return MANY_ROWS
+    return (ONE_ROW if rows == 1 else []) + FEW_ROWS
+
+
+def linear(rows_of_result: list[dict], all_rows: tuple[int, ...]) -> None:
     for model, what, n, k, silu in PRODUCTS:
-        for rows in ROWS:
+        for rows in all_rows:
             found = sorted(linear_case(rows, n, k, silu), key=lambda pair: pair[1])
             read_us = n * k * 2 / 3.0e6
             cublas = dict(found)["cublas"]
             row = {
                 "case": f"{model} {what}", "rows": rows, "read_us": round(read_us, 2),
                 "cublas_us": round(cublas, 2),
+                "chosen": [round(us, 2) for name, us in found if "chosen" in name],
                 "best": [(name, round(us, 2)) for name, us in found[:4]],
             }  # fmt: skip
             rows_of_result.append(row)
@@ -149,9 +162,13 @@ def compile_linear(job: tuple[SkinnyConfig, int, bool]) -> None:
     torch.cuda.synchronize()
 
 
-def linear_jobs() -> list[tuple[SkinnyConfig, int, bool]]:
-    jobs = [(config, 1, silu) for config in ONE_ROW for silu in (False, True)]
-    jobs += [(c, rows, silu) for c in FEW_ROWS for rows in (16, 32, 64) for silu in (False, True)]
+def linear_jobs(all_rows: tuple[int, ...]) -> list[tuple[SkinnyConfig, int, bool]]:
+    jobs = {
+        (config, 1 if config.splits == 0 else max(16, rows), silu)
+        for rows in all_rows
+        for config in candidates(rows)
+        for silu in (False, True)
+    }
     return [(c, rows, silu) for c, rows, silu in jobs if fits(c, rows, 4096, 4096, silu)]
 
 
@@ -184,7 +201,7 @@ def attention_cases() -> list[tuple[str, list[int]]]:
     ]  # fmt: skip
 
 
-def attention(rows_of_result: list[dict]) -> None:
+def attention(rows_of_result: list[dict], all_rows: tuple[int, ...]) -> None:
     for heads in (16, 32):
         for name, lengths in attention_cases():
             for page in (64, 16):
@@ -193,7 +210,7 @@ def attention(rows_of_result: list[dict]) -> None:
                 lens = torch.tensor(lengths, dtype=torch.int32, device="cuda")
                 starts = torch.arange(len(lengths) + 1, dtype=torch.int32, device="cuda")
                 found = []
-                for waves, chunk in ((8, 256), (4, 256), (16, 256), (8, 512), (8, 128)):
+                for waves, chunk in ((8, 256), (16, 256), (8, 512), (8, 128), (16, 128)):
                     triton_decode._WAVES, triton_decode._MIN_CHUNK = waves, chunk
                     plan = triton_decode.plan_decodes(lens, starts, 8, 4096)
                     for tile, warps, stages in (
@@ -236,7 +253,7 @@ def compile_attention(job: tuple[int, int, int, int, int]) -> None:
     torch.cuda.synchronize()
 
 
-def attention_jobs() -> list[tuple[int, int, int, int, int]]:
+def attention_jobs(all_rows: tuple[int, ...]) -> list[tuple[int, int, int, int, int]]:
     return [(h, page, *config) for h in (16, 32) for page in (64, 16) for config in DECODES]
 
 
@@ -249,13 +266,15 @@ SECTIONS = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("sections", nargs="*", default=list(SECTIONS), help="default: all")
+    parser.add_argument("--rows", default=",".join(map(str, ROWS)), help="of the products")
     parser.add_argument("--jobs", type=int, default=12, help="processes that compile")
     parser.add_argument("--output", type=Path, help="write the result as JSON here")
     args = parser.parse_args()
+    rows = tuple(map(int, args.rows.split(",")))
     result: dict[str, Any] = {"device": torch.cuda.get_device_name()}
     with multiprocessing.get_context("spawn").Pool(args.jobs) as pool:
         waiting = [
-            pool.map_async(SECTIONS[name][1], SECTIONS[name][2](), chunksize=1)
+            pool.map_async(SECTIONS[name][1], SECTIONS[name][2](rows), chunksize=1)
             for name in args.sections
         ]
         for jobs in waiting:
@@ -263,7 +282,7 @@ def main() -> None:
     print("compiled", flush=True)
     for name in args.sections:
         result[name] = []
-        SECTIONS[name][0](result[name])
+        SECTIONS[name][0](result[name], rows)
     if args.output:
         args.output.write_text(json.dumps(result, indent=1) + "\n")
 
