@@ -122,8 +122,8 @@ def _cache_dtype(vllm_config: VllmConfig, layer_name: str) -> str:
     return "auto" if layer_name in cache.kv_cache_dtype_skip_layers else cache.cache_dtype
 
 
-def _block_size(vllm_config: VllmConfig) -> int:
-    return vllm_config.cache_config.block_size or DEFAULT_BLOCK_SIZE
+def _block_size(vllm_config: VllmConfig, default: int = DEFAULT_BLOCK_SIZE) -> int:
+    return vllm_config.cache_config.block_size or default
 
 
 def attention_spec(
@@ -135,8 +135,12 @@ def attention_spec(
     head_size_v: int | None = None,
     sliding_window: int | None = None,
     attention_chunk_size: int | None = None,
+    default_block_size: int = DEFAULT_BLOCK_SIZE,
 ) -> KVCacheSpec:
     """K and V of a decoder's layer with ``num_kv_heads`` heads on this rank.
+
+    Args:
+        default_block_size: tokens of a block where the settings leave it open.
 
     Raises:
         ConfigError: the cache dtype does not exist, or does not fit the layer.
@@ -151,7 +155,7 @@ def attention_spec(
         )
     dtype, quant = kv_cache_storage(name, vllm_config.model_config.dtype_name)
     common: dict[str, Any] = {
-        "block_size": _block_size(vllm_config),
+        "block_size": _block_size(vllm_config, default_block_size),
         "num_kv_heads": num_kv_heads,
         "head_size": head_size,
         "head_size_v": head_size_v,

@@ -19,21 +19,14 @@ from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase, 
 from vllm.platforms import current_platform
 from vllm.v1.attention.backend import AttentionType
 from vllm.v1.attention.selector import get_attn_backend
-from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheSpec, SlidingWindowSpec
+from vllm.v1.kv_cache.declare import attention_spec
+from vllm.v1.kv_cache_interface import KVCacheSpec
 
 if TYPE_CHECKING:
     from vllm.model_executor.layers.layernorm import RMSNorm
     from vllm.v1.attention.backend import AttentionBackend
 
 __all__ = ["Attention"]
-
-_CACHE_DTYPES = {
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-    "half": torch.float16,
-    "float32": torch.float32,
-    "float": torch.float32,
-}
 
 
 class Attention(nn.Module, AttentionLayerBase):
@@ -105,7 +98,6 @@ class Attention(nn.Module, AttentionLayerBase):
             attn_type=attn_type,
             backend=vllm_config.attention_config.backend,
         )
-        self.kv_cache_torch_dtype = _CACHE_DTYPES.get(self.kv_cache_dtype, model_dtype)
         self.impl = self.attn_backend.get_impl_cls()(
             num_heads,
             head_size,
@@ -255,18 +247,11 @@ class Attention(nn.Module, AttentionLayerBase):
             return None
         if self.attn_type != AttentionType.DECODER:
             return None
-        block_size = vllm_config.cache_config.block_size or current_platform.default_block_size
-        if self.sliding_window is not None:
-            return SlidingWindowSpec(
-                block_size=block_size,
-                num_kv_heads=self.num_kv_heads,
-                head_size=self.head_size,
-                dtype=self.kv_cache_torch_dtype,
-                sliding_window=self.sliding_window,
-            )
-        return FullAttentionSpec(
-            block_size=block_size,
+        return attention_spec(
+            vllm_config,
+            self.layer_name,
             num_kv_heads=self.num_kv_heads,
             head_size=self.head_size,
-            dtype=self.kv_cache_torch_dtype,
+            sliding_window=self.sliding_window,
+            default_block_size=current_platform.default_block_size,
         )
