@@ -9,6 +9,7 @@ import socket
 import subprocess
 import threading
 import time
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,6 +19,7 @@ import psutil
 import pytest
 
 from tests.entrypoints.server import MODEL, SMALL, TINY, Server, serve_command
+from vllm.entrypoints.openai.api_server import StartupStop
 
 KEY = "sesame"
 LONG = {"model": MODEL, "prompt": "Once", "max_tokens": 1000, "extra_body": {"ignore_eos": True}}
@@ -264,6 +266,7 @@ def test_a_second_signal_ends_at_once(tmp_path: Path):
         time.sleep(0.3)
         server.process.send_signal(signal.SIGTERM)
         assert server.process.wait(10) == 128 + signal.SIGTERM
+        assert "Traceback" not in server.log()
         assert all_gone(children)
 
 
@@ -345,6 +348,24 @@ def test_the_servers_process_never_imports_torch(server: Server):
     mapped = {Path(m.path).name for m in server.tree.memory_maps()}
     assert not any(name.startswith("libtorch") for name in mapped)
     assert any(Path(m.path).name.startswith("libtorch") for m in server.engine().memory_maps())
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_stop_that_python_drops_ends_the_start_all_the_same():
+    class Cell:
+        pass
+
+    stop = StartupStop()
+    cell = Cell()
+    # As in the import machinery: an exception in a weak reference's callback goes nowhere.
+    reference = weakref.ref(cell, lambda _: stop(signal.SIGTERM, None))
+    del cell
+    assert reference() is None
+    stuck = threading.Thread(target=threading.Event().wait, daemon=True)
+    stuck.start()
+    with pytest.raises(SystemExit) as ended:
+        stop.join(stuck)
+    assert ended.value.code == 0
 
 
 def test_a_unix_socket_serves(tmp_path: Path):

@@ -30,11 +30,12 @@ if TYPE_CHECKING:
 
     from vllm.v1.engine.async_llm import AsyncLLM
 
-__all__ = ["build_app", "run_server"]
+__all__ = ["StartupStop", "build_app", "run_server"]
 
 logger = init_logger(__name__)
 
 _HTTP_STACK = "vllm.entrypoints.openai.server"
+_JOIN_SECONDS = 0.2
 
 
 def _bind_tcp(host: str, port: int) -> socket.socket:
@@ -130,9 +131,33 @@ def _check_options(frontend: FrontendArgs) -> None:
         load_middleware(path)
 
 
-def _stop_starting(signum: int, _frame: Any) -> None:
-    logger.info("%s while starting: nothing to drain", signal.Signals(signum).name)
-    raise SystemExit(0)
+class StartupStop:
+    """The SIGTERM handler of a server that is still starting: SystemExit, wherever it is.
+
+    Python drops an exception that comes up in a weak reference's callback, of which importing has
+    many, and the import lock may then stay taken; so each step of the start calls ``check``, and
+    no thread that imports is waited for without end.
+    """
+
+    def __init__(self) -> None:
+        self._stopped = False
+
+    def __call__(self, signum: int, _frame: Any) -> None:
+        self._stopped = True
+        logger.info("%s while starting: nothing to drain", signal.Signals(signum).name)
+        raise SystemExit(0)
+
+    def check(self) -> None:
+        """Raises SystemExit if a signal has come."""
+        if self._stopped:
+            raise SystemExit(0)
+
+    def join(self, thread: threading.Thread) -> None:
+        """Wait for ``thread``, or until a signal has come."""
+        while thread.is_alive():
+            self.check()
+            thread.join(_JOIN_SECONDS)
+        self.check()
 
 
 def run_server(args: argparse.Namespace) -> int:
@@ -154,14 +179,15 @@ def run_server(args: argparse.Namespace) -> int:
         address = _address(frontend, sock)
         where = "" if frontend.host or frontend.uds else " (this machine only; --host opens it)"
         logger.info("Starting the server for %s%s", address, where)
-        previous = signal.signal(signal.SIGTERM, _stop_starting)
+        stop = StartupStop()
+        previous = signal.signal(signal.SIGTERM, stop)
         imports = threading.Thread(target=import_module, args=(_HTTP_STACK,), daemon=True)
         imports.start()
         from vllm.v1.engine.async_llm import AsyncLLM
 
         engine = AsyncLLM.from_engine_args(AsyncEngineArgs.from_cli_args(args))
         try:
-            imports.join()
+            stop.join(imports)
             from vllm.entrypoints.openai.server import serve
 
             return serve(engine, frontend, sock, address, begin)

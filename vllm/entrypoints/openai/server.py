@@ -169,7 +169,9 @@ async def _serve(
 
 
 def _is_worth_a_line(record: logging.LogRecord) -> bool:
-    return record.levelno != logging.INFO
+    """Leave out uvicorn's own news, and the ends of requests when the server ends at once."""
+    error = record.exc_info[1] if record.exc_info else None
+    return record.levelno != logging.INFO and not isinstance(error, asyncio.CancelledError)
 
 
 def serve(
