@@ -206,13 +206,13 @@ def _decode_kernel(
     first = mine - split
     # Past the first-level cache, which knows nothing of other multiprocessors' writes.
     splits = tl.arange(0, MAX_SPLITS)
-    lse = tl.load(
+    all_lse = tl.load(
         at_lse[None, :] + (first + splits)[:, None] * stride_lse_i,
         mask=(splits < num_splits)[:, None] & row_valid[None, :], other=-1.0e30,
         cache_modifier=".cg",
     )  # fmt: skip
-    top = tl.max(lse, 0)
-    total = tl.sum(tl.exp2(lse - top[None, :]), 0)
+    top = tl.max(all_lse, 0)
+    total = tl.sum(tl.exp2(all_lse - top[None, :]), 0)
     acc = tl.zeros([ROWS, D_PAD], tl.float32)
     for begin in tl.range(0, num_splits, 4):
         # Four reads that don't wait for each other.
