@@ -29,6 +29,7 @@ from vllm.v1.kv_cache.content import (
     to_torch_dtype,
 )
 from vllm.v1.kv_cache.state_specs import MambaSpec, UniformTypeKVCacheSpecs
+from vllm.v1.kv_cache.strides import compute_layer_kv_cache_shape_bytes, compute_layout_strides
 
 __all__ = [
     "AttentionSpec",
@@ -52,6 +53,8 @@ __all__ = [
     "StateSlice",
     "TQFullAttentionSpec",
     "UniformTypeKVCacheSpecs",
+    "compute_layer_kv_cache_shape_bytes",
+    "compute_layout_strides",
     "dtype_itemsize",
     "dtype_name",
     "to_torch_dtype",

@@ -5,13 +5,15 @@ Owns how memory is got; which bytes belong to whom is the plan's (``KVCacheConfi
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
 
-from vllm.errors import CapacityError
+from vllm.errors import CapacityError, ConfigError
 from vllm.v1.kv_cache.config import KVCacheConfig
 from vllm.v1.kv_cache.views import create_kv_cache_views
+from vllm.v1.kv_cache_layout import KVCacheLayout
 
 if TYPE_CHECKING:
     from vllm.v1.kv_cache.debug import NullKVCacheDebugger
@@ -47,16 +49,31 @@ class AllocatedKVCache(dict[str, torch.Tensor]):
 
 
 def allocate_kv_cache(
-    kv_cache_config: KVCacheConfig, device: torch.device | str = "cpu"
+    kv_cache_config: KVCacheConfig,
+    device: torch.device | str = "cpu",
+    layout: KVCacheLayout | str | None = None,
+    kernel_block_sizes: Sequence[int] | None = None,
 ) -> AllocatedKVCache:
     """Allocate the backing and build all views.
+
+    ``layout`` and ``kernel_block_sizes`` are the plan's; whoever names them is checked.
 
     On the CPU a large pool costs no memory until blocks are written: the pages are the system's
     zero pages. On an accelerator the pool is cleared, so that no old bytes are read as numbers.
 
     Raises:
         CapacityError: the device has not so much memory.
+        ConfigError: ``layout`` or ``kernel_block_sizes`` are not those of the plan.
     """
+    planned = kv_cache_config.kv_cache_layout
+    if layout is not None and KVCacheLayout.from_str(layout) is not planned:
+        raise ConfigError(f"KV cache layout {layout} contradicts {planned}, which was planned")
+    groups = range(len(kv_cache_config.kv_cache_groups))
+    sizes = [kv_cache_config.kernel_block_size(group) for group in groups]
+    if kernel_block_sizes is not None and list(kernel_block_sizes) != sizes:
+        raise ConfigError(
+            f"kernel block sizes {list(kernel_block_sizes)} contradict {sizes}, which were planned"
+        )
     size = kv_cache_config.backing_size_bytes
     clear = size < _CLEAR_BELOW_BYTES or torch.device(device).type != "cpu"
     try:

@@ -24,6 +24,7 @@ from vllm.v1.kv_cache.content import (
     ContentFormat,
     KVCacheSpecKind,
     KVQuantMode,
+    MultipleOf,
     StateSlice,
     cdiv,
     dtype_itemsize,
@@ -48,8 +49,10 @@ class KVCacheSpec:
 
     block_size: int
     """Tokens that one manager block stands for."""
-    block_stride_alignment: int = 1
-    """Bytes that the distance between two blocks must be a multiple of."""
+    block_stride_alignment: int | MultipleOf = 1
+    """Bytes that the distance between two blocks must be a multiple of; kept as a number."""
+    dcp_sharded: bool = True
+    """Ranks that share a context while decoding keep a share of its tokens each."""
     is_draft: bool = field(default=False, compare=False)
     """The layer belongs to a draft model."""
     layer_name: str = field(default="", compare=False, repr=False)
@@ -61,7 +64,11 @@ class KVCacheSpec:
                 f"{self.where}block size must be positive, not {self.block_size}",
                 parameter="block_size",
             )
-        if self.block_stride_alignment <= 0:
+        alignment = self.block_stride_alignment
+        if isinstance(alignment, MultipleOf):
+            alignment = alignment.base
+            object.__setattr__(self, "block_stride_alignment", alignment)
+        if alignment <= 0:
             raise ConfigError(f"{self.where}block_stride_alignment must be positive")
 
     @property
@@ -180,6 +187,16 @@ class KVCacheSpec:
         return True
 
     @property
+    def has_layer_views(self) -> bool:
+        """The layer gets a tensor of its own: it keeps something."""
+        return self.page_size_bytes > 0
+
+    @property
+    def block_table_token_alignment(self) -> int:
+        """Tokens that a request's row of the block table grows by."""
+        return self.block_size
+
+    @property
     def prefix_cacheable(self) -> bool:
         """A full block can be found again by the hash of its tokens."""
         return True
@@ -211,7 +228,10 @@ class KVCacheSpec:
 
     def max_resident_blocks(self, vllm_config: VllmConfig) -> int:
         """Blocks that one request of the longest length holds at one time, at most."""
-        return cdiv(_max_local_len(vllm_config), self.block_size)
+        longest = vllm_config.model_config.max_model_len
+        if self.dcp_sharded:
+            longest = cdiv(longest, vllm_config.parallel_config.decode_context_parallel_size)
+        return cdiv(longest, self.block_size)
 
     def max_num_blocks_per_req(self, vllm_config: VllmConfig, max_len: int) -> int:
         """Entries of one request's row of the block table."""
@@ -244,11 +264,6 @@ class KVCacheSpec:
     def is_uniform_with_collection(self, specs: Mapping[str, KVCacheSpec]) -> bool:
         """All of ``specs`` can share one block table with this one."""
         return all(spec.group_key == self.group_key for spec in specs.values())
-
-
-def _max_local_len(vllm_config: VllmConfig) -> int:
-    dcp = vllm_config.parallel_config.decode_context_parallel_size
-    return cdiv(vllm_config.model_config.max_model_len, dcp)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,19 +7,23 @@ run for all blocks; on the CPU plain copies block by block are several times fas
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import torch
 
+from vllm.errors import ConfigError
 from vllm.v1.kv_cache.config import KVCacheConfig
-from vllm.v1.kv_cache.runs import ByteRun, block_runs
+from vllm.v1.kv_cache.runs import ByteRun, block_runs, fold_axes, merge_runs
 
 __all__ = [
     "KVBlockZeroer",
     "KVCacheBlockCopy",
+    "RunZeroer",
+    "copy_block_runs",
     "copy_kv_cache_blocks_inplace",
     "run_rows",
+    "runs_of_views",
 ]
 
 _WORD_DTYPES = ((8, torch.int64), (4, torch.int32), (2, torch.int16), (1, torch.int8))
@@ -57,19 +61,16 @@ def _index(block_ids: Sequence[int], like: torch.Tensor) -> torch.Tensor:
     return torch.tensor(block_ids, dtype=torch.int64, device=like.device)
 
 
-class KVBlockZeroer:
-    """Zeroes blocks as they are taken from the pool (``KVCacheConfig.needs_kv_cache_zeroing``)."""
+class RunZeroer:
+    """Zeroes blocks of one allocation, given as byte runs."""
 
-    def __init__(self, backing: torch.Tensor, kv_cache_config: KVCacheConfig) -> None:
+    def __init__(self, backing: torch.Tensor, runs: Iterable[ByteRun], num_blocks: int) -> None:
         self._backing = backing
-        self._num_blocks = kv_cache_config.num_blocks
-        self._rows = [
-            run_rows(backing, run, kv_cache_config.num_blocks)
-            for run in block_runs(kv_cache_config)
-        ]
+        self._num_blocks = num_blocks
+        self._rows = [run_rows(backing, run, num_blocks) for run in runs]
 
     def zero_block_ids(self, block_ids: Sequence[int]) -> None:
-        """Clear every byte that any group may use of these blocks."""
+        """Clear the runs of these blocks."""
         if not block_ids:
             return
         _check_blocks(block_ids, self._num_blocks)
@@ -81,6 +82,15 @@ class KVBlockZeroer:
         ids = _index(block_ids, self._backing)
         for rows in self._rows:
             rows.index_fill_(1, ids, 0)
+
+
+class KVBlockZeroer(RunZeroer):
+    """Zeroes blocks as they are taken from the pool (``KVCacheConfig.needs_kv_cache_zeroing``):
+    every byte that any group may use of them.
+    """
+
+    def __init__(self, backing: torch.Tensor, kv_cache_config: KVCacheConfig) -> None:
+        super().__init__(backing, block_runs(kv_cache_config), kv_cache_config.num_blocks)
 
 
 def copy_kv_cache_blocks_inplace(
@@ -95,14 +105,24 @@ def copy_kv_cache_blocks_inplace(
         backing: the 1-D int8 allocation.
         group_id: the owner of the blocks; None copies what any group may use of them.
     """
+    runs = block_runs(kv_cache_config, group_id)
+    copy_block_runs(backing, runs, kv_cache_config.num_blocks, copies)
+
+
+def copy_block_runs(
+    backing: torch.Tensor,
+    runs: Iterable[ByteRun],
+    num_blocks: int,
+    copies: Sequence[KVCacheBlockCopy],
+) -> None:
+    """The same for blocks given as byte runs of one allocation."""
     if not copies:
         return
     sources, targets = [copy.src for copy in copies], [copy.dst for copy in copies]
     assert len(set(targets)) == len(targets), f"a block is copied to twice: {targets}"
-    num_blocks = kv_cache_config.num_blocks
     _check_blocks(sources + targets, num_blocks)
     one_by_one = backing.device.type == "cpu" and not set(sources) & set(targets)
-    for run in block_runs(kv_cache_config, group_id):
+    for run in runs:
         rows = run_rows(backing, run, num_blocks)
         if one_by_one:
             for src, dst in zip(sources, targets, strict=True):
@@ -110,3 +130,33 @@ def copy_kv_cache_blocks_inplace(
         else:
             gathered = rows.index_select(1, _index(sources, backing))
             rows.index_copy_(1, _index(targets, backing), gathered)
+
+
+def runs_of_views(
+    views: Iterable[torch.Tensor], num_blocks: int
+) -> list[tuple[torch.Tensor, tuple[ByteRun, ...]]]:
+    """The bytes of every block that these views show, by allocation: (int8 storage, runs).
+
+    For callers who have tensors only. Strides decide; views that show the same bytes count once.
+    dim 0 of each view is the block, or kernel blocks of it.
+
+    Raises:
+        ConfigError: dim 0 is not a multiple of ``num_blocks``.
+    """
+    storages: dict[int, tuple[torch.Tensor, list[ByteRun]]] = {}
+    for view in views:
+        if view.shape[0] % num_blocks:
+            raise ConfigError(
+                f"dim 0 of a cache of shape {tuple(view.shape)} is not a multiple of the "
+                f"{num_blocks} blocks"
+            )
+        item = view.dtype.itemsize
+        ratio = view.shape[0] // num_blocks
+        strides = [stride * item for stride in view.stride()]
+        axes = [*zip(view.shape[1:], strides[1:], strict=True), (ratio, strides[0])]
+        start = int(view.storage_offset()) * item
+        storage = view.untyped_storage()
+        raw = view.new_empty(0, dtype=torch.int8).set_(storage)
+        runs = fold_axes([start], axes, item, strides[0] * ratio)
+        storages.setdefault(storage.data_ptr(), (raw, []))[1].extend(runs)
+    return [(raw, merge_runs(runs)) for raw, runs in storages.values()]

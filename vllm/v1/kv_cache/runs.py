@@ -19,6 +19,7 @@ __all__ = [
     "ByteRun",
     "Region",
     "block_runs",
+    "fold_axes",
     "heads_of_part",
     "layer_runs",
     "merge_runs",
@@ -100,8 +101,15 @@ def layer_runs(
     else:
         offsets = [offset]
     length = min(spec.state_content_size_bytes, spec.unpadded_page_size_bytes)
-    apart: list[tuple[int, int]] = []
     axes = ((shape[2], state_stride), (num_slots, head_stride), (kernel_blocks, kernel_stride))
+    return fold_axes(offsets, axes, length, kernel_stride * kernel_blocks)
+
+
+def fold_axes(
+    starts: Sequence[int], axes: Iterable[tuple[int, int]], length: int, block_stride: int
+) -> tuple[ByteRun, ...]:
+    """Runs of ``length`` bytes at every combination of axes, given as (size, stride in bytes)."""
+    apart: list[tuple[int, int]] = []
     for size, stride in sorted(axes, key=lambda axis: axis[1]):
         if size == 1:
             continue
@@ -109,8 +117,6 @@ def layer_runs(
             length *= size
         else:
             apart.append((size, stride))
-    block_stride = kernel_stride * kernel_blocks
-    starts = offsets
     for size, stride in apart:
         starts = [start + i * stride for start in starts for i in range(size)]
     return merge_runs(

@@ -3,27 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from vllm.config import VllmConfig
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
-from vllm.v1.attention.backend import AttentionMetadataBuilder, CommonAttentionMetadata
+from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.kv_cache_interface import KVCacheConfig
-from vllm.v1.worker.utils import get_kv_sharing_targets
+from vllm.v1.worker.utils import AttentionGroup, get_kv_sharing_targets
 
 __all__ = ["AttentionGroup", "AttentionGroups"]
-
-
-@dataclass(slots=True)
-class AttentionGroup:
-    """Layers of one cache group and one backend."""
-
-    builder: AttentionMetadataBuilder
-    layer_names: list[str]
-    kv_cache_group_id: int
 
 
 class AttentionGroups:
@@ -54,7 +44,7 @@ class AttentionGroups:
                     # A builder sees the block table, which is in kernel blocks.
                     spec = spec.copy_with_new_block_size(kernel_block_size)
                 builder = backend.get_builder_cls()(spec, names, vllm_config, device)
-                self.groups.append(AttentionGroup(builder, names, group_id))
+                self.groups.append(AttentionGroup(backend, names, spec, group_id, builder))
 
     def build_metadata(self, common: list[CommonAttentionMetadata]) -> dict[str, Any]:
         """Layer name to metadata. ``common``: one per KV-cache group."""

@@ -7,26 +7,50 @@ the planner's.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from vllm.errors import ConfigError
-from vllm.v1.kv_cache.allocate import AllocatedKVCache
+from vllm.v1.kv_cache.allocate import AllocatedKVCache, allocate_kv_cache
+from vllm.v1.kv_cache.blocks import (
+    KVCacheBlockCopy,
+    RunZeroer,
+    copy_block_runs,
+    runs_of_views,
+)
 from vllm.v1.kv_cache.planner import BackendConstraints
+from vllm.v1.kv_cache.resolver import select_common_block_size as _common_block_size
+from vllm.v1.kv_cache.views import (
+    create_kv_cache_views,
+    group_kernel_blocks,
+    map_kv_caches_to_kernel_blocks,
+)
 from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheSpec
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
     from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
+    from vllm.v1.attention.backend import AttentionBackend
 
 __all__ = [
+    "AttentionGroup",
+    "KVBlockZeroer",
+    "KVCacheBlockCopy",
+    "allocate_kv_cache",
     "bind_kv_cache",
+    "copy_kv_cache_blocks_inplace",
+    "create_kv_cache_views",
     "extract_layer_index",
     "get_backend_constraints",
     "get_kv_cache_specs",
     "get_kv_sharing_targets",
+    "group_kernel_blocks",
+    "map_kv_caches_to_kernel_blocks",
+    "prepare_kernel_block_sizes",
+    "select_common_block_size",
     "share_kv_caches",
 ]
 
@@ -135,15 +159,119 @@ def get_backend_constraints(
     layers: Mapping[str, AttentionLayerBase], specs: Mapping[str, KVCacheSpec]
 ) -> dict[str, BackendConstraints]:
     """What the backend of each layer with a cache can read; the planner's input."""
-    constraints = {}
-    for name, spec in specs.items():
-        backend = layers[name].get_attn_backend()
-        constraints[name] = BackendConstraints(
-            backend=backend.get_name(),
-            layouts=backend.supported_kv_cache_layouts(),
-            kernel_block_sizes=tuple(backend.get_supported_kernel_block_sizes(spec)),
-        )
-    return constraints
+    return {
+        name: _constraints_of(layers[name].get_attn_backend(), spec) for name, spec in specs.items()
+    }
+
+
+def _constraints_of(
+    backend: type[AttentionBackend], spec: KVCacheSpec | None
+) -> BackendConstraints:
+    return BackendConstraints(
+        backend=backend.get_name(),
+        layouts=backend.supported_kv_cache_layouts(),
+        kernel_block_sizes=tuple(backend.get_supported_kernel_block_sizes(spec)),
+    )
+
+
+@dataclass(slots=True)
+class AttentionGroup:
+    """Layers of one cache group and one backend."""
+
+    backend: type[AttentionBackend]
+    layer_names: list[str]
+    kv_cache_spec: KVCacheSpec
+    kv_cache_group_id: int
+    builder: Any = None
+    """Its ``AttentionMetadataBuilder``, where the group has one."""
+
+
+def select_common_block_size(
+    kv_manager_block_size: int,
+    backends: Sequence[type[AttentionBackend]],
+    kv_cache_specs: Sequence[KVCacheSpec] | None = None,
+) -> int:
+    """Tokens of the kernel block that all ``backends`` read; see the resolver's function.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    specs = kv_cache_specs or [None] * len(backends)
+    limits = [_constraints_of(b, spec) for b, spec in zip(backends, specs, strict=True)]
+    return _common_block_size(kv_manager_block_size, limits)
+
+
+def prepare_kernel_block_sizes(
+    kv_cache_config: KVCacheConfig, attn_groups: Sequence[Sequence[AttentionGroup]] | None = None
+) -> list[int]:
+    """Tokens of a kernel block of each cache group: as planned.
+
+    Raises:
+        ConfigError: a backend in ``attn_groups`` does not read the planned size.
+    """
+    sizes = [
+        kv_cache_config.kernel_block_size(i) for i in range(len(kv_cache_config.kv_cache_groups))
+    ]
+    for size, groups in zip(sizes, attn_groups or [[]] * len(sizes), strict=True):
+        for group in groups:
+            spec = group.kv_cache_spec
+            limits = _constraints_of(group.backend, spec)
+            if spec.uses_slot_mapping and not limits.accepts_block(size):
+                raise ConfigError(
+                    f"backend {limits.backend} does not read kernel blocks of {size} tokens, as "
+                    f"planned for group {group.kv_cache_group_id}"
+                )
+    return sizes
+
+
+class KVBlockZeroer:
+    """Zeroes blocks of all layers' caches, found through the layers themselves.
+
+    For callers who have layers and no plan; ``v1.kv_cache.blocks.KVBlockZeroer`` does it by plan.
+
+    Args:
+        attn_groups_iter: the groups whose layers count.
+        kernel_block_sizes: not needed: a view's kernel blocks are found from ``num_blocks``.
+        static_forward_context: layer name -> layer, bound.
+        num_blocks: manager blocks.
+    """
+
+    def __init__(
+        self,
+        device: torch.device | str,
+        attn_groups_iter: Iterable[AttentionGroup],
+        kernel_block_sizes: Sequence[int],
+        static_forward_context: Mapping[str, Any],
+        num_blocks: int,
+    ) -> None:
+        views: list[torch.Tensor] = []
+        for group in attn_groups_iter:
+            for name in group.layer_names:
+                cache = static_forward_context[name].kv_cache
+                views.extend(cache if isinstance(cache, tuple) else (cache,))
+        self._zeroers = [
+            RunZeroer(raw, runs, num_blocks) for raw, runs in runs_of_views(views, num_blocks)
+        ]
+
+    def zero_block_ids(self, block_ids: Sequence[int]) -> None:
+        """Clear these manager blocks."""
+        for zeroer in self._zeroers:
+            zeroer.zero_block_ids(block_ids)
+
+
+def copy_kv_cache_blocks_inplace(
+    kv_caches: Mapping[str, torch.Tensor] | Sequence[torch.Tensor],
+    num_blocks: int,
+    copies: Sequence[KVCacheBlockCopy],
+) -> None:
+    """Copy whole blocks in all of these views; bytes that several views show are copied once.
+
+    All sources are read before any destination is written. By plan:
+    ``v1.kv_cache.blocks.copy_kv_cache_blocks_inplace``.
+    """
+    views = kv_caches.values() if isinstance(kv_caches, Mapping) else kv_caches
+    for raw, runs in runs_of_views(views, num_blocks):
+        copy_block_runs(raw, runs, num_blocks, copies)
 
 
 def get_kv_sharing_targets(layers: Mapping[str, AttentionLayerBase]) -> dict[str, str]:
