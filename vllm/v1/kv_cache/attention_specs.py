@@ -64,12 +64,15 @@ class KVCacheSpec:
                 f"{self.where}block size must be positive, not {self.block_size}",
                 parameter="block_size",
             )
-        alignment = self.block_stride_alignment
-        if isinstance(alignment, MultipleOf):
-            alignment = alignment.base
-            object.__setattr__(self, "block_stride_alignment", alignment)
-        if alignment <= 0:
+        object.__setattr__(self, "block_stride_alignment", self.stride_alignment)
+        if self.stride_alignment <= 0:
             raise ConfigError(f"{self.where}block_stride_alignment must be positive")
+
+    @property
+    def stride_alignment(self) -> int:
+        """``block_stride_alignment`` as a number."""
+        alignment = self.block_stride_alignment
+        return alignment.base if isinstance(alignment, MultipleOf) else alignment
 
     @property
     def where(self) -> str:

@@ -266,7 +266,7 @@ def _make_grouping(
         for part in (tuple(names[i::cut]) for i in range(cut))
     ]
     room = max(sum(page_room(specs[name]) for name in group.layer_names) for group in groups)
-    stride = math.lcm(PAGE_ALIGNMENT, *(spec.block_stride_alignment for spec in specs.values()))
+    stride = math.lcm(PAGE_ALIGNMENT, *(spec.stride_alignment for spec in specs.values()))
     block = round_up(room, stride)
     compared = sum(cut * blocks for cut, (_, _, blocks) in zip(cuts, held, strict=True))
     return Grouping(

@@ -26,7 +26,7 @@ Specs = Mapping[str, KVCacheSpec]
 def bytes_per_block(groups: Groups, specs: Specs) -> int:
     """Bytes that one block takes of the backing: those of the largest group, aligned."""
     room = max((sum(page_room(specs[name]) for name in names) for names in groups), default=0)
-    stride = math.lcm(PAGE_ALIGNMENT, *(spec.block_stride_alignment for spec in specs.values()))
+    stride = math.lcm(PAGE_ALIGNMENT, *(spec.stride_alignment for spec in specs.values()))
     return round_up(room, stride)
 
 

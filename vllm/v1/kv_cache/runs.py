@@ -215,13 +215,25 @@ def regions(config: KVCacheConfig) -> tuple[Region, ...]:
             for name in group.layer_names
         )
         return (Region(offset=0, size_bytes=config.backing_size_bytes, members=members),)
-    at: dict[tuple[int, int], list[tuple[int, str]]] = {}
     last = config.num_blocks - 1
+    stretches: list[tuple[int, int, tuple[int, str]]] = []
     for name, runs in runs_by_layer(config).items():
         start = min(run.offset for run in runs)
         end = max(end for run in runs for _, end in run.intervals(last))
-        at.setdefault((start, end), []).append((config.group_of(name), name))
+        stretches.append((start, end, (config.group_of(name), name)))
+    # Stretches of different groups that overlay each other may end differently: one was padded.
+    found: list[tuple[int, int, list[tuple[int, str]]]] = []
+    for start, end, member in sorted(stretches):
+        if found and start < found[-1][1]:
+            first, until, members = found[-1]
+            found[-1] = (first, max(until, end), [*members, member])
+        else:
+            found.append((start, end, [member]))
     return tuple(
-        Region(offset=start, size_bytes=end - start, members=tuple(members))
-        for (start, end), members in sorted(at.items())
+        Region(
+            offset=start,
+            size_bytes=end - start,
+            members=tuple(sorted(members, key=lambda member: member[0])),
+        )
+        for start, end, members in found
     )
