@@ -122,7 +122,8 @@ def test_groups_overlaid_need_fewer_bytes_a_block_than_all_side_by_side():
 def test_a_layer_compact_layout_is_refused_with_the_one_that_works():
     config, specs = model(6)
     config = replace(config, cache_config=replace(config.cache_config, kv_cache_layout="HND"))
-    with pytest.raises(ConfigError, match=r"HND cannot be used.*cannot be padded.*what works: BLHNC"):
+    works = r"HND cannot be used.*cannot be padded.*what works: BLHNC"
+    with pytest.raises(ConfigError, match=works):
         plan_kv_cache(config, specs, 8 << 30)
 
 
