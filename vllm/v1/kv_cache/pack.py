@@ -14,7 +14,7 @@ from vllm.errors import KVTransferError
 from vllm.v1.kv_cache.blocks import run_rows
 from vllm.v1.kv_cache.descriptors import CacheDescriptor
 
-__all__ = ["BlockPacker", "permute_received_blocks"]
+__all__ = ["BlockPacker", "permute_received_blocks", "zero_states_from"]
 
 
 class BlockPacker:
@@ -135,6 +135,14 @@ def permute_received_blocks(
     logical = logical.flatten(2, 3)
     physical = logical if orders[0] == "HND" else logical.transpose(1, 2)
     pages.index_copy_(0, ids, physical.flatten(1))
+
+
+def zero_states_from(cache: torch.Tensor, block_id: int, first_state: int) -> None:
+    """Clear states ``[first_state, N)`` of one block, for all heads: what a transfer left unfilled.
+
+    ``cache`` is ``(B, H, N, C)`` by manager blocks; tokens are axis 2 for every kind of cache.
+    """
+    cache.narrow(0, block_id, 1).narrow(2, first_state, cache.shape[2] - first_state).zero_()
 
 
 def _same(strides: Sequence[int], wanted: Sequence[int], shape: Sequence[int]) -> bool:

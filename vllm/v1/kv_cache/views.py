@@ -25,6 +25,7 @@ __all__ = [
     "drop_head_dim",
     "group_kernel_blocks",
     "map_kv_caches_to_kernel_blocks",
+    "part_views",
     "split_kv",
     "state_views",
     "strided_view",
@@ -107,6 +108,47 @@ def split_kv(
     width_v = head_size if head_size_v is None else head_size_v
     key, value = kv_cache.transpose(1, 2).split([head_size, width_v], dim=-1)
     return key, value
+
+
+def part_views(
+    kv_cache: torch.Tensor,
+    content_parts: Sequence[tuple[str, int]],
+    dtypes: Mapping[str, Any] | None = None,
+) -> dict[str, torch.Tensor]:
+    """Every part of a cache's content as a view ``(B, H, N, width)``: K, its scales, V, ...
+
+    Strides and offset are the tensor's own, so padded, packed and split pages need no care.
+
+    Args:
+        kv_cache: ``(B, H, N, C)``.
+        content_parts: names and bytes, as ``KVCacheSpec.content_parts`` says.
+        dtypes: of parts that are not the cache's; by default scales (``*_scale``) are float32.
+
+    Raises:
+        ConfigError: the parts are not the content, or a dtype does not divide where its part lies.
+    """
+    item = kv_cache.dtype.itemsize
+    content = int(kv_cache.shape[-1]) * item
+    if sum(size for _, size in content_parts) != content:
+        raise ConfigError(f"parts {list(content_parts)} do not make up {content} bytes of content")
+    raw = kv_cache.new_empty(0, dtype=torch.int8).set_(kv_cache.untyped_storage())
+    start = int(kv_cache.storage_offset()) * item
+    outer = [int(stride) * item for stride in kv_cache.stride()[:-1]]
+    views, offset = {}, 0
+    for name, size in content_parts:
+        given = (dtypes or {}).get(name)
+        default = torch.float32 if name.endswith("_scale") else kv_cache.dtype
+        dtype = default if given is None else to_torch_dtype(given)
+        views[name] = strided_view(
+            raw,
+            start + offset,
+            (*kv_cache.shape[:-1], size // dtype.itemsize),
+            (*outer, dtype.itemsize),
+            dtype,
+            f"part {name}",
+        )
+        offset += size
+    return views
 
 
 def state_views(
