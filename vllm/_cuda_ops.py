@@ -16,7 +16,7 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 
-from vllm.utils.dependent_launch import await_previous, options, release
+from vllm.utils.dependent_launch import await_previous, is_hopper, options, release
 
 __all__ = [
     "SkinnyConfig",
@@ -254,50 +254,61 @@ def _arrived(device: torch.device) -> torch.Tensor:
 
 
 @functools.cache
-def _choose(m: int, n: int, k: int, itemsize: int, silu_mul: bool) -> SkinnyConfig | None:
+def _choose(
+    m: int, n: int, k: int, itemsize: int, silu_mul: bool, device: torch.device
+) -> SkinnyConfig | None:
     """The kernel for ``m`` rows, or None where cuBLAS is faster.
 
     From benchmarks/gpu/kernels.py on one H100, for the shapes of Qwen3-0.6B and Llama-3.1-8B in
     bf16: one row is read at 90 to 100 % of memory's speed where cuBLAS reaches 75 to 90, an
-    output head of up to 64 rows at 95 instead of 80, SiLU * mul saves a launch and two passes.
+    output head of up to 64 rows at 95 instead of 80, and SiLU * mul saves a launch and two passes.
+    The tiles need Hopper's shared memory.
     """
-    if itemsize > 2 or k % 8:
+    if itemsize > 2 or k % 8 or not is_hopper(device):
         return None
     if m == 1:
-        if silu_mul:
-            return SkinnyConfig(
-                block_n=1 if k < 2048 else 2, block_k=min(k, 2048), splits=0, warps=4
-            )
-        if k < 2048 or n >= 1 << 16:
-            return SkinnyConfig(block_n=2, block_k=1024, splits=0, warps=4)
-        return SkinnyConfig(block_n=4, block_k=2048, splits=0, warps=8)
-    if m > 64:
-        return None
-    tiles = n // 128 if silu_mul else n // 64
+        return _choose_one_row(k, silu_mul)
+    tiles = n // (128 if silu_mul else 64)
+    deep = k >= 4096
     if silu_mul:
-        return SkinnyConfig(block_n=64, block_k=128, splits=1, warps=4, stages=4)
-    if tiles > 512:
-        if m > 32:
+        if m <= 64 or (m <= 128 and deep):
+            stages = 4 if m <= 64 else 3
+            return SkinnyConfig(block_n=64, block_k=128, splits=1, warps=4, stages=stages)
+    elif tiles > 512:
+        if m <= 32:
+            return SkinnyConfig(block_n=64, block_k=128, splits=1, warps=4, stages=4)
+        if m <= 64:
             return SkinnyConfig(block_n=128, block_k=64, splits=1, warps=4, stages=5)
-        return SkinnyConfig(block_n=64, block_k=128, splits=1, warps=4, stages=4)
+        if m <= 128:
+            return SkinnyConfig(block_n=64, block_k=64, splits=1, warps=4, stages=4)
+    elif m <= 64:
+        return _choose_split(m, tiles, k)
+    return None
+
+
+def _choose_one_row(k: int, silu_mul: bool) -> SkinnyConfig:
+    if silu_mul or k <= 1024:
+        return SkinnyConfig(block_n=4, block_k=512, splits=0, warps=4)
+    if k < 4096:
+        return SkinnyConfig(block_n=4, block_k=2048, splits=0, warps=8)
+    return SkinnyConfig(block_n=1, block_k=1024, splits=0, warps=4)
+
+
+def _choose_split(m: int, tiles: int, k: int) -> SkinnyConfig | None:
+    """Parts of k make up for few tiles: about one program for each multiprocessor."""
     splits = 1
     while tiles * splits <= 66 and k // splits >= 1024 and k > 1024:
         splits *= 2
-    if tiles * splits < 64 or tiles > 128:
+    if not 64 <= tiles * splits <= 132:
         return None
-    if splits == 1:
-        if m > 32:
-            return None
-        deep = k >= 4096
-        return SkinnyConfig(
-            block_n=64, block_k=256 if deep else 128, splits=1, warps=4, stages=3 if deep else 4
-        )
-    if m > (32 if k < 3072 else 64) or (m > 16 and 3072 < k < 8192):
+    if splits == 1 and k <= 1024:
+        return SkinnyConfig(block_n=64, block_k=128, splits=1, warps=4, stages=4)
+    # Here cuBLAS is as good: 16 to 64 rows and neither few tiles nor a long k.
+    if (m > 32 and splits == 1) or (m > 16 and tiles == 64 and k < 8192):
         return None
-    deep = k >= 4096
-    return SkinnyConfig(
-        block_n=64, block_k=256 if deep else 128, splits=splits, warps=4, stages=3 if deep else 4
-    )
+    if m > 32:
+        return SkinnyConfig(block_n=64, block_k=128, splits=splits, warps=4, stages=4)
+    return SkinnyConfig(block_n=64, block_k=256, splits=splits, warps=4, stages=3)
 
 
 def skinny_product(
@@ -310,7 +321,7 @@ def skinny_product(
     """``x @ weight.T + bias``, or ``silu`` of its first half times the second.
 
     Args:
-        x: (m, k), m at most 64; weight: (n, k); bias: (n,); all with a dense last dim.
+        x: (m, k); weight: (n, k); bias: (n,); all with a dense last dim.
     """
     m, k = x.shape
     n = weight.shape[0] // 2 if silu_mul else weight.shape[0]
@@ -345,7 +356,7 @@ def skinny_product(
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """``x @ weight.T + bias``; x (..., k), weight (n, k), bias (n,) -> (..., n)."""
     if x.dim() == 2:
-        config = _choose(x.shape[0], *weight.shape, x.element_size(), False)
+        config = _choose(x.shape[0], *weight.shape, x.element_size(), False, x.device)
         if config is not None:
             return skinny_product(x, weight, bias, False, config)
     return F.linear(x, weight, bias)
@@ -353,7 +364,7 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
 
 def gate_up_silu(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """``silu(x @ gate.T) * (x @ up.T)``; weight (2 * i, k) is gate over up; (T, k) -> (T, i)."""
-    config = _choose(x.shape[0], *weight.shape, x.element_size(), True)
+    config = _choose(x.shape[0], *weight.shape, x.element_size(), True, x.device)
     if config is not None:
         return skinny_product(x, weight, None, True, config)
     return silu_and_mul(F.linear(x, weight))

@@ -114,7 +114,7 @@ def linear_case(rows: int, n: int, k: int, silu: bool) -> Iterator[tuple[str, fl
 
     pairs = list(zip(xs, weights, strict=True))
     yield "cublas", replay_us([lambda x=x, w=w: cublas(x, w) for x, w in pairs])
-    chosen = _cuda_ops._choose(rows, n, k, 2, silu)
+    chosen = _cuda_ops._choose(rows, n, k, 2, silu, xs[0].device)
     for config in candidates(rows):
         if not fits(config, rows, n, k, silu):
             continue

@@ -223,7 +223,7 @@ def test_head_norms_on_the_way_equal_norms_before(rotary: int) -> None:
 def test_every_declared_shape_has_a_configuration_that_the_copy_engine_can_read(
     page: int, head_size: int
 ) -> None:
-    config = default_config(page, head_size, torch.bfloat16, is_cuda=True)
+    config = default_config(page, head_size, torch.bfloat16, copies=True)
     if config.tma:
         assert page % config.prefill_tile == 0
         assert head_size & (head_size - 1) == 0

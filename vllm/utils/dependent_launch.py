@@ -15,7 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
-__all__ = ["await_previous", "options", "release"]
+__all__ = ["await_previous", "is_hopper", "options", "release"]
 
 
 @triton.jit
@@ -33,8 +33,14 @@ def await_previous(PDL: tl.constexpr) -> None:
 
 
 @functools.cache
+def is_hopper(device: torch.device) -> bool:
+    """An NVIDIA GPU of compute capability 9.0 or later."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+@functools.cache
 def options(device: torch.device) -> dict[str, Any]:
     """Keyword arguments of a launch: whether the kernel may use the two calls above."""
-    if device.type != "cuda" or torch.cuda.get_device_capability(device) < (9, 0):
+    if not is_hopper(device):
         return {"PDL": False}
     return {"PDL": True, "launch_pdl": True}

@@ -19,6 +19,7 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from vllm.utils.dependent_launch import is_hopper
 from vllm.v1.attention.ops.triton_decode import (
     DecodePlan,
     decode_attention,
@@ -197,16 +198,16 @@ class KernelConfig:
     tma: bool
 
 
-def default_config(page: int, head_size: int, dtype: torch.dtype, is_cuda: bool) -> KernelConfig:
+def default_config(page: int, head_size: int, dtype: torch.dtype, copies: bool) -> KernelConfig:
     """The fastest of the configurations tried on one H100 (head size 128, bf16).
 
-    Pages of 64 tokens and more go through the tensor-copy engine, a box of 64 tokens at a time
-    (478 TFLOP/s on 4 x 4096 causal, 386 by pointers at page 16); wider heads and fp32 take
-    smaller tiles, which is what fits in shared memory.
+    Where the device has a tensor-copy engine (``copies``), pages of 64 tokens and more go through
+    it, a box of 64 tokens at a time (478 TFLOP/s on 4 x 4096 causal, 386 by pointers at page 16);
+    wider heads and fp32 take smaller tiles, which is what fits in shared memory.
     """
     wide = head_size > 128 or dtype == torch.float32
     decode_tile = 32 if wide else 64
-    tma = is_cuda and page % 64 == 0 and head_size in (64, 128) and dtype != torch.float32
+    tma = copies and page % 64 == 0 and head_size in (64, 128) and dtype != torch.float32
     if wide:
         rows, tile, warps, stages = 64, 32, 4, 2
     elif tma:
@@ -257,7 +258,7 @@ def paged_attention(
     num_kv_heads, page = kv_cache.shape[1], kv_cache.shape[2]
     group = num_heads // num_kv_heads
     requests = seq_lens.shape[0]
-    config = config or default_config(page, head_size, q.dtype, q.is_cuda)
+    config = config or default_config(page, head_size, q.dtype, is_hopper(q.device))
     assert kv_cache.stride(3) == 1 and q.stride(2) == 1 and out.stride(2) == 1
     if has_decodes:
         if plan is None:

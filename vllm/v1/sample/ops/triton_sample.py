@@ -8,16 +8,15 @@ only that one is read again. No noise per entry, no copy of the logits.
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 import triton
 import triton.language as tl
 
-from vllm.utils.dependent_launch import await_previous, release
-from vllm.utils.dependent_launch import options as pdl_options
+from vllm.utils.dependent_launch import await_previous, options, release
 
-__all__ = ["sample_rows"]
+__all__ = ["DrawScratch", "sample_rows"]
 
 _CHUNK = 4096
 
@@ -91,8 +90,33 @@ def _choose_kernel(
     tl.store(out_ptr + row, tl.where(possible, token, -1).to(tl.int64))
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DrawScratch:
+    """What a draw keeps of each chunk of each row: ``(R, chunks)``.
+
+    Largest logit, sum of exponentials (both float32) and best token (int32).
+    """
+
+    tops: torch.Tensor
+    sums: torch.Tensor
+    best: torch.Tensor
+
+    @classmethod
+    def make(cls, rows: int, vocab_size: int, device: torch.device) -> DrawScratch:
+        chunks = triton.cdiv(vocab_size, _CHUNK)
+        return cls(
+            tops=torch.zeros((rows, chunks), dtype=torch.float32, device=device),
+            sums=torch.zeros((rows, chunks), dtype=torch.float32, device=device),
+            best=torch.zeros((rows, chunks), dtype=torch.int32, device=device),
+        )
+
+
 def sample_rows(
-    logits: torch.Tensor, scale: torch.Tensor, uniform: torch.Tensor, out: torch.Tensor
+    logits: torch.Tensor,
+    scale: torch.Tensor,
+    uniform: torch.Tensor,
+    scratch: DrawScratch,
+    out: torch.Tensor,
 ) -> None:
     """Sample every row.
 
@@ -100,22 +124,19 @@ def sample_rows(
         logits: ``(R, V)`` in any float dtype, dense rows; read only.
         scale: float32 ``(R,)``: 1 / temperature, or 0 for a greedy row.
         uniform: float32 ``(R,)`` in [0, 1).
+        scratch: of at least R rows; written.
         out: int64 ``(R,)``: the tokens; -1 where the logits are NaN or infinite, or all are
             minus infinity.
     """
     rows, size = logits.shape
-    assert logits.stride(1) == 1
     chunks = triton.cdiv(size, _CHUNK)
-    options: dict[str, Any] = {"device": logits.device, "dtype": torch.float32}
-    tops = torch.empty((rows, chunks), **options)
-    sums = torch.empty((rows, chunks), **options)
-    best = torch.empty((rows, chunks), device=logits.device, dtype=torch.int32)
+    assert logits.stride(1) == 1 and scratch.tops.shape[1] == chunks
     _reduce_kernel[(rows, chunks)](
-        logits, scale, tops, sums, best, size, logits.stride(0), chunks, CHUNK=_CHUNK,
-        num_warps=4, **pdl_options(logits.device),
+        logits, scale, scratch.tops, scratch.sums, scratch.best, size, logits.stride(0), chunks,
+        CHUNK=_CHUNK, num_warps=4, **options(logits.device),
     )  # fmt: skip
     _choose_kernel[(rows,)](
-        logits, scale, uniform, tops, sums, best, out, size, logits.stride(0), chunks,
-        CHUNK=_CHUNK, CHUNKS=triton.next_power_of_2(chunks), num_warps=4,
-        **pdl_options(logits.device),
+        logits, scale, uniform, scratch.tops, scratch.sums, scratch.best, out, size,
+        logits.stride(0), chunks, CHUNK=_CHUNK, CHUNKS=triton.next_power_of_2(chunks),
+        num_warps=4, **options(logits.device),
     )  # fmt: skip
