@@ -608,6 +608,7 @@ class Grammars:
         def __init__(self):
             self.is_grammar_ready = False
             self.error = None
+            self.error_type = None
             self.cancelled = False
 
         def cancel(self):

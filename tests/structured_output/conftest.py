@@ -1,5 +1,7 @@
 """The default model's tokenizer, and a manager over it."""
 
+import threading
+
 import pytest
 
 from vllm.transformers_utils.config import resolve_model
@@ -17,3 +19,13 @@ def tokenizer():
 @pytest.fixture(scope="session")
 def backend(tokenizer):
     return XgrammarBackend(tokenizer, VOCAB_SIZE)
+
+
+@pytest.fixture(autouse=True)
+def given_up_threads_end():
+    """A thread that comes out of C++ code while Python ends aborts the process."""
+    yield
+    for thread in threading.enumerate():
+        if thread.name.endswith("(given up)"):
+            thread.join(timeout=60)
+            assert not thread.is_alive()

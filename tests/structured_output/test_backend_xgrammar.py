@@ -88,7 +88,9 @@ def test_regex(backend, tokenizer):
         assert re.fullmatch(r"[a-c]{2,5}-\d+\.x", text)
 
 
-@pytest.mark.parametrize("choices", [["yes", "no"], ['say "hi"', "a\\b", "two\nlines", "é漢"]])
+@pytest.mark.parametrize(
+    "choices", [["yes", "no"], ['say "hi"', "a\\b", "two\nlines", "é漢", "nul\0"]]
+)
 def test_choice(backend, tokenizer, choices):
     rng = random.Random(0)
     seen = {random_output(backend, tokenizer, rng, choice=choices) for _ in range(20)}
@@ -160,7 +162,14 @@ def test_structural_tags_in_both_forms(backend, tokenizer, tag):
         ({"regex": r"(a)\1"}, "regex"),
         ({"grammar": 'root ::= "a" | missing'}, "missing"),
         ({"grammar": "start: ("}, "grammar"),
+        ({"grammar": "root ::= root"}, "nothing can fulfil"),
+        ({"json": {"$ref": "#"}}, "nothing can fulfil"),
+        ({"regex": "a" * 300_000}, "at most 262144 characters"),
+        ({"choice": [f"choice {i}" for i in range(30_000)]}, "at most 262144 characters"),
+        ({"json": {"enum": [f"value {i}" for i in range(30_000)]}}, "at most 262144 characters"),
         ({"structural_tag": "{"}, "structural_tag"),
+        ({"structural_tag": '{"structures": 5}'}, "list of objects"),
+        ({"structural_tag": '{"structures": [5]}'}, "list of objects"),
         ({"structural_tag": '{"type": "structural_tag"}'}, "structural_tag"),
         (
             {"structural_tag": '{"structures": [{"begin": "<", "schema": {"not": {}}}]}'},

@@ -2,6 +2,7 @@
 
 import json
 import re
+import time
 
 import pytest
 import torch
@@ -130,4 +131,17 @@ def test_a_bad_constraint_is_the_callers_error_and_nobody_elses(llm, constraint)
     with pytest.raises(VLLMValidationError, match="structured_outputs"):
         llm.generate([PROMPT, PROMPT], [params(constraint), params({"choice": ["yes"]})])
     (output,) = llm.generate([PROMPT], params({"choice": ["yes"]}))
+    assert output.outputs[0].text == "yes"
+
+
+def test_a_grammar_that_nobody_can_follow_is_its_requests_error(llm, monkeypatch):
+    """Short, legal, and worse with each token: all others would wait for it."""
+    manager = llm.llm_engine.client._core.structured_output_manager
+    monkeypatch.setattr(manager, "_follow_seconds", 0.3)
+    endless = params({"regex": "(.*)*" * 30 + "b"}, ignore_eos=True)
+    begin = time.monotonic()
+    with pytest.raises(VLLMValidationError, match="following the grammar took longer than"):
+        llm.generate([PROMPT, PROMPT], [endless, params({"choice": ["yes"]})], use_tqdm=False)
+    assert time.monotonic() - begin < 20
+    (output,) = llm.generate(PROMPT, params({"choice": ["yes"]}), use_tqdm=False)
     assert output.outputs[0].text == "yes"

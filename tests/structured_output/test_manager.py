@@ -10,9 +10,12 @@ import pytest
 
 from tests.structured_output.conftest import VOCAB_SIZE
 from vllm.config import ModelConfig, SchedulerConfig, VllmConfig
+from vllm.errors import QueueFullError
 from vllm.sampling_params import SamplingParams
 from vllm.v1.request import Request
 from vllm.v1.structured_output import StructuredOutputManager
+from vllm.v1.structured_output.backend_types import StructuredOutputGrammar
+from vllm.v1.structured_output.backend_xgrammar import XgrammarBackend
 
 
 @pytest.fixture(scope="module")
@@ -155,6 +158,112 @@ def test_a_tokenizer_that_cannot_be_made_fails_the_request(config, tokenizer):
     wait(request)
     assert "no tokenizer here" in request.structured_output_request.error
     assert request.structured_output_request.error_type == "EngineGenerateError"
+    manager.shutdown()
+
+
+# The matcher keeps every way to read the text so far, and there are ever more of them.
+AMBIGUOUS = "(.*)*" * 30 + "b"
+SLOW_TO_COMPILE = {"type": "string", "maxLength": 10**8}
+
+
+def test_a_grammar_that_takes_too_long_to_follow_fails_its_request_only(config, tokenizer):
+    manager = StructuredOutputManager(config, lambda: tokenizer, follow_seconds=0.2)
+    requests = {
+        "before": make_request("before", tokenizer, choice=["ab"]),
+        "bad": make_request("bad", tokenizer, regex=AMBIGUOUS),
+        "after": make_request("after", tokenizer, choice=["b"]),
+    }
+    for request in requests.values():
+        manager.grammar_init(request)
+    for request in requests.values():
+        wait(request)
+    (blanks,) = tokenizer.encode(" " * 16)
+    begin = time.monotonic()
+    assert not manager.accept_tokens(requests["bad"], [blanks] * 4)
+    assert time.monotonic() - begin < 2
+    state = requests["bad"].structured_output_request
+    assert "took longer than 0.2 s" in state.error
+    assert state.error_type == "VLLMValidationError"
+    assert not manager.accept_tokens(requests["bad"], [blanks])
+    (b,), (ab,) = tokenizer.encode("b"), tokenizer.encode("ab")
+    mask = manager.grammar_bitmask(requests, ["before", "bad", "after"])
+    assert ab in allowed(mask[0]) and allowed(mask[2]) == {b}
+    assert manager.accept_tokens(requests["after"], [b])
+    manager.shutdown()
+
+
+class HangingGrammar(StructuredOutputGrammar):
+    """Its mask takes as long as ``gate`` is shut."""
+
+    gate = threading.Event()
+
+    def accept_tokens(self, tokens):
+        return True
+
+    def is_terminated(self):
+        return False
+
+    def rollback(self, num_tokens):
+        pass
+
+
+class BackendWithHangingGrammars(XgrammarBackend):
+    def compile(self, params, stop_token_ids):
+        if params.choice == ["hang"]:
+            return HangingGrammar()
+        return super().compile(params, stop_token_ids)
+
+    def fill_bitmask(self, grammars, bitmask):
+        if isinstance(grammars[0], HangingGrammar):
+            HangingGrammar.gate.wait()
+            bitmask[:] = 0
+        else:
+            super().fill_bitmask(grammars, bitmask)
+
+
+def test_a_mask_that_takes_too_long_leaves_the_others_right(config, tokenizer, monkeypatch):
+    monkeypatch.setattr(
+        "vllm.v1.structured_output.backend_xgrammar.XgrammarBackend", BackendWithHangingGrammars
+    )
+    manager = StructuredOutputManager(config, lambda: tokenizer, follow_seconds=0.2)
+    requests = {
+        name: make_request(name, tokenizer, choice=[text])
+        for name, text in {"a": "ab", "hang": "hang", "b": "b"}.items()
+    }
+    for request in requests.values():
+        manager.grammar_init(request)
+    for request in requests.values():
+        wait(request)
+    (b,) = tokenizer.encode("b")
+    mask = manager.grammar_bitmask(requests, ["a", "hang", "b"])
+    assert (mask[1] == -1).all()
+    HangingGrammar.gate.set()
+    time.sleep(0.1)
+    # What the thread that was given up has written since went elsewhere.
+    assert (mask[1] == -1).all() and allowed(mask[2]) == {b}
+    assert not manager.accept_tokens(requests["hang"], [b])
+    assert "following the grammar took" in requests["hang"].structured_output_request.error
+    assert manager.accept_tokens(requests["b"], [b])
+    manager.shutdown()
+
+
+def test_a_grammar_that_takes_too_long_to_compile_fails_its_request_only(config, tokenizer):
+    manager = StructuredOutputManager(config, lambda: tokenizer, compile_seconds=0.4)
+    first = make_request("first", tokenizer, choice=["b"])
+    manager.grammar_init(first)
+    wait(first)
+    slow = [make_request(str(i), tokenizer, json=SLOW_TO_COMPILE) for i in range(2)]
+    good = make_request("good", tokenizer, choice=["b"])
+    for request in (*slow, good):
+        manager.grammar_init(request)
+    # Nobody asks about the slow ones: their clients may be gone.
+    wait(good)
+    assert good.structured_output_request.error is None
+    for request in slow:
+        wait(request)
+        assert "compiling the grammar took longer than" in request.structured_output_request.error
+    with pytest.raises(QueueFullError, match="try again later"):
+        manager.grammar_init(make_request("third", tokenizer, choice=["b"]))
     manager.shutdown()
 
 

@@ -57,8 +57,8 @@ _FINISH_REASONS = {
 class StructuredOutputState(Protocol):
     """What the scheduler asks of a request's grammar, which is compiled elsewhere.
 
-    ``error`` is None, or one line for the client once compiling has failed; it is read after
-    ``is_grammar_ready`` has turned True.
+    ``error`` is None, or one line for the client once compiling or following the grammar has
+    failed; it is read after ``is_grammar_ready`` has turned True.
     """
 
     @property
@@ -66,6 +66,10 @@ class StructuredOutputState(Protocol):
 
     @property
     def error(self) -> str | None: ...
+
+    @property
+    def error_type(self) -> str | None:
+        """Name of the class of ``vllm.errors`` that ``error`` belongs to."""
 
     def cancel(self) -> None:
         """The request is gone; compiling need not begin any more."""

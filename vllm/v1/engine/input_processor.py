@@ -329,6 +329,6 @@ class InputProcessor:
                 if ids:
                     unique[ids] = None
         sequences = [list(ids) for ids in unique]
-        for ids in sequences:
-            self._check_ids("bad_words", ids)
+        for sequence in sequences:
+            self._check_ids("bad_words", sequence)
         return sequences

@@ -23,10 +23,13 @@ if TYPE_CHECKING:
 
 __all__ = ["XgrammarBackend", "XgrammarGrammar"]
 
-_COMPILE_THREADS = 2
+# The threads that call us are several.
+_COMPILE_THREADS = 1
 _COMPILED_CACHE_BYTES = 256 << 20
 # A small model may otherwise put out blanks until max_tokens; this leaves room to indent.
 _MAX_WHITESPACE = 32
+# Time and memory grow with the square of the length.
+_MAX_CHARACTERS = 256 * 1024
 # "[12:00:00] /path/file.cc:123: " before the compiler's own words.
 _SOURCE_PREFIX = re.compile(r"^\[[\d:]+\] \S+:\d+: ")
 
@@ -73,6 +76,7 @@ class XgrammarBackend(StructuredOutputBackend):
         self._compiler = xgr.GrammarCompiler(
             info, max_threads=_COMPILE_THREADS, cache_limit_bytes=_COMPILED_CACHE_BYTES
         )
+        self._vocab_size = vocab_size
         self._special_ids = frozenset(tokenizer.all_special_ids)
         self._own_stop_ids = tuple(info.stop_token_ids)
         self._disable_any_whitespace = disable_any_whitespace
@@ -83,7 +87,16 @@ class XgrammarBackend(StructuredOutputBackend):
         compiled = self._compile(params)
         # An ordinary token that the user stops at may be needed inside the output.
         special = {token for token in stop_token_ids if token in self._special_ids}
-        return XgrammarGrammar(compiled, sorted(special | set(self._own_stop_ids)))
+        grammar = XgrammarGrammar(compiled, sorted(special | set(self._own_stop_ids)))
+        # The first mask may take long, too, and shows grammars such as ``root ::= root``.
+        bitmask = np.zeros((1, -(-self._vocab_size // 32)), dtype=np.int32)
+        self.fill_bitmask([grammar], bitmask)
+        if not bitmask.any():
+            raise VLLMValidationError(
+                "structured_outputs: nothing can fulfil this constraint, not even an empty output",
+                parameter="structured_outputs",
+            )
+        return grammar
 
     def fill_bitmask(
         self, grammars: Sequence[StructuredOutputGrammar], bitmask: np.ndarray
@@ -101,13 +114,15 @@ class XgrammarBackend(StructuredOutputBackend):
         if params.json_object:
             return self._compile_schema("json_object", {"type": "object"}, params)
         if params.regex is not None:
-            regex = params.regex
+            regex = _bounded("regex", params.regex)
             return _compiled("regex", lambda: compiler.compile_regex(regex))
         if params.choice is not None:
             rule = "root ::= " + " | ".join(_ebnf_literal(text) for text in params.choice)
+            _bounded("choice", rule)
             return _compiled("choice", lambda: compiler.compile_grammar(rule))
         if params.grammar is not None:
-            return _compiled("grammar", lambda: self._compile_grammar(params.grammar or ""))
+            grammar = _bounded("grammar", params.grammar)
+            return _compiled("grammar", lambda: self._compile_grammar(grammar))
         if params.structural_tag is not None:
             return self._compile_structural_tag(params.structural_tag)
         raise VLLMValidationError(
@@ -123,7 +138,7 @@ class XgrammarBackend(StructuredOutputBackend):
         return _compiled(
             field,
             lambda: self._compiler.compile_json_schema(
-                json.dumps(schema),
+                _bounded(field, json.dumps(schema)),
                 any_whitespace=any_whitespace,
                 max_whitespace_cnt=_MAX_WHITESPACE if any_whitespace else None,
             ),
@@ -136,7 +151,7 @@ class XgrammarBackend(StructuredOutputBackend):
         return self._compiler.compile_lark(grammar)
 
     def _compile_structural_tag(self, text: str) -> xgr.CompiledGrammar:
-        tag = _parse_json("structural_tag", text)
+        tag = _parse_json("structural_tag", _bounded("structural_tag", text))
         if isinstance(tag, dict) and "structures" in tag:
             tag = _modern_structural_tag(tag)
         _check_schemas_inside(tag)
@@ -147,12 +162,24 @@ def _compiled(field: str, compile_it: Callable[[], xgr.CompiledGrammar]) -> xgr.
     """Call ``compile_it``; what xgrammar objects to is the client's to correct."""
     try:
         return compile_it()
+    except VLLMValidationError:
+        raise
     except (RuntimeError, ValueError, TypeError) as error:
         reason = " ".join(_SOURCE_PREFIX.sub("", str(error)).split())
         raise VLLMValidationError(
             f"structured_outputs.{field} cannot be compiled: {reason[:300]}",
             parameter="structured_outputs",
         ) from error
+
+
+def _bounded(field: str, text: str) -> str:
+    if len(text) > _MAX_CHARACTERS:
+        raise VLLMValidationError(
+            f"structured_outputs.{field} is too large: it may have at most {_MAX_CHARACTERS} "
+            f"characters, and this one has {len(text)}",
+            parameter="structured_outputs",
+        )
+    return text
 
 
 def _parse_json(field: str, value: str | dict[str, Any]) -> Any:
@@ -182,12 +209,25 @@ def _check_schemas_inside(node: Any) -> None:
 
 
 def _ebnf_literal(text: str) -> str:
-    escapes = {"\\": "\\\\", '"': '\\"', "\n": "\\n", "\r": "\\r", "\t": "\\t"}
+    escapes = {
+        "\\": "\\\\",
+        '"': '\\"',
+        "\n": "\\n",
+        "\r": "\\r",
+        "\t": "\\t",
+        "\0": "\\u0000",
+    }
     return '"' + "".join(escapes.get(char, char) for char in text) + '"'
 
 
 def _modern_structural_tag(tag: dict[str, Any]) -> dict[str, Any]:
     """The older form, ``structures`` and ``triggers``, in the words of the present one."""
+    structures = tag["structures"]
+    if not isinstance(structures, list) or not all(isinstance(each, dict) for each in structures):
+        raise VLLMValidationError(
+            "structured_outputs.structural_tag: structures must be a list of objects",
+            parameter="structured_outputs",
+        )
     return {
         "type": "structural_tag",
         "format": {
@@ -202,7 +242,7 @@ def _modern_structural_tag(tag: dict[str, Any]) -> dict[str, Any]:
                     },
                     "end": structure.get("end", ""),
                 }
-                for structure in tag["structures"]
+                for structure in structures
             ],
         },
     }

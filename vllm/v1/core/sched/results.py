@@ -114,9 +114,11 @@ class StepResults:
             manager = self._scheduler.structured_output_manager
             assert manager is not None
             if not manager.accept_tokens(request, token_ids):
+                state = request.structured_output_request
+                assert state is not None
                 request.fail(
-                    f"the grammar does not allow the sampled tokens {token_ids}",
-                    "EngineGenerateError",
+                    state.error or f"the grammar does not allow the sampled tokens {token_ids}",
+                    state.error_type or "EngineGenerateError",
                 )
                 return True
             if not stopped and manager.is_terminated(request):
