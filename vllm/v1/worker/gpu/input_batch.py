@@ -84,14 +84,20 @@ class DeviceInputBatch(InputBatch):
         return tokens
 
     @property
-    def draws_plainly(self) -> bool:
-        """No row asks for more than a temperature."""
+    def draws_on_device(self) -> bool:
+        """No row asks for more than a temperature, top-k, top-p and min-p."""
         summary = self._summary
         if summary is None:
             summary = self._summary = self._summarise()
-        return not (
-            summary.top_k or summary.top_p or summary.min_p or summary.logprobs or summary.sparse
-        )
+        return not (summary.logprobs or summary.sparse)
+
+    @property
+    def limits_draws(self) -> bool:
+        """Some row has a top-k, top-p or min-p."""
+        summary = self._summary
+        if summary is None:
+            summary = self._summary = self._summarise()
+        return summary.top_k or summary.top_p or summary.min_p
 
     def scales(self, rows: np.ndarray) -> np.ndarray:
         """float32 ``(n,)``: 1 / temperature, 0 for greedy rows."""

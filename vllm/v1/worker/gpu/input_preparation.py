@@ -32,10 +32,15 @@ _BELOW_ONE = np.nextafter(np.float32(1), np.float32(0))
 
 @dataclass(slots=True)
 class DrawInputs:
-    """For ``sample_rows``: float32 ``(S,)`` each, on the device."""
+    """For ``sample_rows``, and ``truncate_rows`` where some row has limits; on the device.
+
+    ``scales`` and ``uniforms`` are float32 ``(S,)``; ``limits`` are top-k (int32), top-p and
+    min-p (float32), ``(S,)`` each.
+    """
 
     scales: torch.Tensor
     uniforms: torch.Tensor
+    limits: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None
 
 
 @dataclass(slots=True)
@@ -45,8 +50,8 @@ class DeviceStepInputs(StepInputs):
     Attributes:
         graph_size: requests of the captured graph that runs the step; 0 where none does. The
             device's tensors are then that long, and every request has one token.
-        draw: how to sample, where no row asks for more than a temperature; of all rows of the
-            batch with a graph, else of ``sample_rows``.
+        draw: how to sample, where no row asks for more than the device's draw can do; of all
+            rows of the batch with a graph, else of ``sample_rows``.
         device_logits_indices: int32 ``(S,)`` on the device; None where a graph runs the step.
     """
 
@@ -118,21 +123,31 @@ class DeviceInputPreparer(InputPreparer):
         ]
         changes = [table.take_changes() for table in tables]
         draw_rows = None
-        if batch.draws_plainly:
+        if batch.draws_on_device:
             draw_rows = self._arange[:num_reqs] if size else sample_rows
 
         upload = self._upload
-        upload.begin(5 * num_reqs + num_tokens + 2 * sum(places.size for places, _ in changes) + 1)
+        upload.begin(8 * num_reqs + num_tokens + 2 * sum(places.size for places, _ in changes) + 1)
         starts_at = upload.put(np.concatenate(([0], ends)).astype(np.int32))
         computed_at = upload.put(computed.astype(np.int32))
         ids_at = upload.put(ids)
         changes_at = [(upload.put(places), upload.put(values)) for places, values in changes]
         indices_at = 0 if size else upload.put(logits_indices.astype(np.int32))
         scales_at = uniforms_at = 0
+        limits_at = None
         if draw_rows is not None:
             numbers = uniform(batch.seeds[draw_rows], batch.num_tokens[draw_rows])
             scales_at = upload.put(batch.scales(draw_rows))
             uniforms_at = upload.put(np.minimum(numbers.astype(np.float32), _BELOW_ONE))
+            limits_at = (
+                (
+                    upload.put(batch.top_k[draw_rows].astype(np.int32)),
+                    upload.put(batch.top_p[draw_rows]),
+                    upload.put(batch.min_p[draw_rows]),
+                )
+                if batch.limits_draws
+                else None
+            )
         upload.send()
 
         for table, (places, _), (places_at, values_at) in zip(
@@ -179,14 +194,14 @@ class DeviceInputPreparer(InputPreparer):
             )
         draw = None
         if draw_rows is not None:
-            draw = (
-                self.graph_draw(num_reqs)
-                if size
-                else DrawInputs(
-                    upload.floats(scales_at, draw_rows.size),
-                    upload.floats(uniforms_at, draw_rows.size),
+            count = draw_rows.size
+            draw = DrawInputs(upload.floats(scales_at, count), upload.floats(uniforms_at, count))
+            if limits_at is not None:
+                draw.limits = (
+                    upload.words(limits_at[0], count),
+                    upload.floats(limits_at[1], count),
+                    upload.floats(limits_at[2], count),
                 )
-            )
         return DeviceStepInputs(
             num_reqs=num_reqs,
             num_tokens=num_tokens,

@@ -2,7 +2,7 @@
 
 A step is launched and not waited for. Its tokens are counted at once, stand in for themselves in
 the next step's inputs, and are read when somebody asks for the result. What only some requests
-need (log-probabilities, penalties, grammars, top-k) takes the same general path as on the CPU.
+need (log-probabilities, penalties, grammars) takes the same general path as on the CPU.
 """
 
 from __future__ import annotations
@@ -32,7 +32,8 @@ from vllm.v1.outputs import (
     ModelRunnerOutput,
     PendingModelRunnerOutput,
 )
-from vllm.v1.sample.ops.triton_sample import sample_rows
+from vllm.v1.sample.ops.triton_sample import DrawScratch, sample_rows
+from vllm.v1.sample.ops.triton_truncate import truncate_rows
 from vllm.v1.sample.sampler import LogprobsTensors
 from vllm.v1.worker.gpu.block_table import DeviceBlockTable
 from vllm.v1.worker.gpu.cuda_graphs import CapturedStep, DecodeGraphs, capture_sizes
@@ -100,6 +101,9 @@ class GPUModelRunner(ModelRunner):
 
     def initialize_kv_cache(self, kv_cache_config: KVCacheConfig) -> None:
         super().initialize_kv_cache(kv_cache_config)
+        self._scratch = DrawScratch.make(
+            self.batch.max_num_reqs, self.vocab_size, self.device.device
+        )
         self._copies = SampleCopies(self.batch.max_num_reqs, self.device.device)
 
     @torch.inference_mode()
@@ -204,7 +208,7 @@ class GPUModelRunner(ModelRunner):
             with set_forward_context(context):
                 hidden = self.model(preparer.input_ids[:size], preparer.positions[:size])
             logits = self._compute_logits(hidden)
-            sample_rows(logits, draw.scales, draw.uniforms, preparer.sampled[:size])
+            sample_rows(logits, draw.scales, draw.uniforms, self._scratch, preparer.sampled[:size])
             return CapturedStep(hidden, logits)
 
         return run
@@ -235,11 +239,11 @@ class GPUModelRunner(ModelRunner):
                 hidden = hidden.index_select(0, step.device_logits_indices)
             return self._compute_logits(hidden)
         logits = self._captured.logits[: step.num_reqs]
-        if step.sample_rows.size == step.num_reqs or self._samples_plainly(step):
+        if step.sample_rows.size == step.num_reqs or self._draws_on_device(step):
             return logits
         return logits[self.device.to_device(step.sample_rows)]
 
-    def _samples_plainly(self, step: DeviceStepInputs) -> bool:
+    def _draws_on_device(self, step: DeviceStepInputs) -> bool:
         return step.draw is not None and not self.logits_processors
 
     @torch.inference_mode()
@@ -256,14 +260,18 @@ class GPUModelRunner(ModelRunner):
         places = np.arange(step.sample_rows.size)
         sampled = self._preparer.sampled
         logprobs = None
-        if grammar_output is None and self._samples_plainly(step):
+        if grammar_output is None and self._draws_on_device(step):
+            draw, logits = step.draw, opened.logits
+            assert draw is not None
+            sampled = sampled[: logits.shape[0]]
             if self._captured is not None:
                 places = step.sample_rows
-                sampled = sampled[: step.num_reqs]
             else:
-                assert step.draw is not None
-                sampled = sampled[: places.size]
-                sample_rows(opened.logits, step.draw.scales, step.draw.uniforms, sampled)
+                sample_rows(logits, draw.scales, draw.uniforms, self._scratch, sampled)
+            if draw.limits is not None:
+                truncate_rows(
+                    logits, draw.scales, draw.uniforms, draw.limits, self._scratch, sampled
+                )
         else:
             chosen = self._sample(opened.logits, step, grammar_output)
             sampled = sampled[: places.size].copy_(chosen.sampled_token_ids)
