@@ -32,7 +32,7 @@ _COMPILE_WORKERS = 2
 _COMPILE_SECONDS = 30.0
 # Following a grammar takes microseconds a token, and milliseconds are much. A short ambiguous one
 # can take minutes, and all requests wait for it.
-_FOLLOW_SECONDS = 2.0
+_FOLLOW_SECONDS = 1.0
 _FOLLOW_SECONDS_WHILE_OTHERS_HANG = 0.2
 # Each burns a core until it ends.
 _MAX_HANGING = 2
