@@ -22,6 +22,7 @@ HEAVY = ("torch", "transformers", "fastapi", "uvicorn", "numpy", "pydantic", "ht
         ["serve", "--help=max-model-len"],
         ["chat", "--help"],
         ["complete", "--help"],
+        ["kv-plan", "--help"],
         ["collect-env", "--help"],
         ["bench", "--help"],
         ["bench", "serve", "--help"],

@@ -10,7 +10,9 @@ import torch
 from tests.kv_cache.helpers import full, mamba, placed, sliding
 from vllm.errors import KVTransferError
 from vllm.v1.kv_cache import allocate_kv_cache
+from vllm.v1.kv_cache.blocks import RunZeroer
 from vllm.v1.kv_cache.descriptors import CacheDescriptor, HeadAxis, content_differences, describe
+from vllm.v1.kv_cache.runs import block_runs
 from vllm.v1.kv_cache_interface import KVQuantMode
 from vllm.v1.kv_cache_layout import KVCacheLayout
 
@@ -120,3 +122,19 @@ def test_spans_are_payload_and_pages_are_room():
     layer = describe(config).layers[0]
     assert (layer.span_bytes, layer.page_bytes, layer.block_stride) == (1024, 2048, 2048)
     assert torch.tensor([run.length * run.count for run in layer.runs]).sum() == 1024
+
+
+@pytest.mark.parametrize("layout", KVCacheLayout)
+def test_a_descriptor_is_enough_to_zero_and_copy(layout):
+    """What came over the wire names the same bytes as the plan it was made from."""
+    groups = [{"l.0": full(), "l.1": full()}, {"l.2": sliding(), "l.3": sliding()}]
+    config = placed(groups, layout, 4)
+    received = CacheDescriptor.from_json(describe(config).to_json())
+    for group in (None, 0, 1):
+        assert received.group_runs(group) == block_runs(config, group)
+    cache = allocate_kv_cache(config)
+    cache.backing.fill_(1)
+    RunZeroer(cache.backing, received.group_runs(1), received.num_blocks).zero_block_ids([2])
+    assert not cache["l.2"][2].any()
+    assert not cache["l.3"][2].any()
+    assert cache["l.2"][1].all()

@@ -130,9 +130,9 @@ class CacheDescriptor:
                 return layer
         raise KeyError(name)
 
-    def group_runs(self, group: int) -> tuple[ByteRun, ...]:
-        """Runs of a block that this group owns, over all its layers."""
-        layers = (layer for layer in self.layers if layer.group == group)
+    def group_runs(self, group: int | None) -> tuple[ByteRun, ...]:
+        """Runs of a block that this group owns, over all its layers; None: whoever owns it."""
+        layers = (layer for layer in self.layers if group in (None, layer.group))
         return merge_runs(run for layer in layers for run in layer.runs)
 
     def to_json(self) -> str:
