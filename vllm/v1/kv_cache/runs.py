@@ -225,8 +225,8 @@ def regions(config: KVCacheConfig) -> tuple[Region, ...]:
     found: list[tuple[int, int, list[tuple[int, str]]]] = []
     for start, end, member in sorted(stretches):
         if found and start < found[-1][1]:
-            first, until, members = found[-1]
-            found[-1] = (first, max(until, end), [*members, member])
+            first, until, others = found[-1]
+            found[-1] = (first, max(until, end), [*others, member])
         else:
             found.append((start, end, [member]))
     return tuple(

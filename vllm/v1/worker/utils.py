@@ -196,7 +196,7 @@ def select_common_block_size(
     Raises:
         ConfigError: there is none.
     """
-    specs = kv_cache_specs or [None] * len(backends)
+    specs: Sequence[KVCacheSpec | None] = kv_cache_specs or [None] * len(backends)
     limits = [_constraints_of(b, spec) for b, spec in zip(backends, specs, strict=True)]
     return _common_block_size(kv_manager_block_size, limits)
 
