@@ -146,6 +146,15 @@ class TestGenerationDefaults:
         with pytest.raises(ConfigError, match="no key 'temprature'; did you mean temperature"):
             resolve.generation_defaults("auto", {}, {"temprature": 1})
 
+    def test_a_default_that_no_request_could_have_is_refused(self):
+        with pytest.raises(ConfigError, match=r"^--override-generation-config: temperature must"):
+            resolve.generation_defaults("auto", {}, {"temperature": -1})
+        with pytest.raises(ConfigError, match=r"^generation_config\.json: top_p must.*vllm leaves"):
+            resolve.generation_defaults("auto", {"top_p": "much"}, {})
+        with pytest.raises(ConfigError, match="max_tokens"):
+            resolve.generation_defaults("auto", {}, {"max_new_tokens": 0})
+        assert resolve.generation_defaults("vllm", {"top_p": "much"}, {}) == {}
+
 
 def test_quantised_checkpoints_are_refused():
     class Config:

@@ -132,6 +132,30 @@ def test_the_length_that_a_model_was_made_for(values, length):
     assert derive_max_model_len(fill_in_config({**LLAMA, **values})) == length
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("hidden_size", "x"),
+        ("hidden_size", None),
+        ("hidden_size", 3),
+        ("hidden_size", True),
+        ("num_attention_heads", 0),
+        ("max_position_embeddings", -1),
+        ("rms_norm_eps", None),
+        ("rms_norm_eps", "small"),
+        ("rope_theta", "x"),
+        ("rope_theta", -1.0),
+        ("rope_scaling", "linear"),
+        ("rope_scaling", {"rope_type": "linear", "factor": "2"}),
+    ],
+)
+def test_a_wrong_value_is_named(name, value):
+    with pytest.raises(ConfigError, match=r"config.json: .*must be") as caught:
+        fill_in_config({**LLAMA, "num_attention_heads": 4, "hidden_size": 64, name: value})
+    message = str(caught.value)
+    assert name in message or (isinstance(value, dict) and "factor" in message)
+
+
 def test_an_unknown_architecture_names_the_nearest(tmp_path):
     write_config(tmp_path, architectures=["LlamaForCasualLM"])
     with pytest.raises(

@@ -282,7 +282,7 @@ class EngineArgs:
         None,
         "CacheConfig",
         Kind.SIZE,
-        "Bytes of KV cache (4G is decimal, 4Gi binary); on the CPU the default is "
+        "Bytes of KV cache (4g is decimal, 4G and 4Gi binary); on the CPU the default is "
         "VLLM_CPU_KVCACHE_SPACE GiB.",
         minimum=1,
     )

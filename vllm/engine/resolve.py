@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from vllm.config.model import GENERATION_DEFAULTS
-from vllm.errors import CapacityError, ConfigError, UnsupportedError
+from vllm.errors import CapacityError, ConfigError, UnsupportedError, VLLMValidationError
+from vllm.sampling_params import SamplingParams
 from vllm.utils.flags import nearest
 from vllm.utils.system import format_bytes
 
@@ -216,7 +217,8 @@ def generation_defaults(
         source: "auto" (the model's), "vllm" (none) or a directory with generation_config.json.
 
     Raises:
-        ConfigError: no such directory or file, not JSON, or an unknown key in the overrides.
+        ConfigError: no such directory or file, not JSON, an unknown key in the overrides, or a
+            value that no request could have.
     """
     if source == "auto":
         values = dict(from_model)
@@ -233,7 +235,23 @@ def generation_defaults(
                 parameter="override_generation_config",
                 value=key,
             )
-    return values | overrides
+    values = values | overrides
+    for key in GENERATION_DEFAULTS:
+        if values.get(key) is not None:
+            _check_generation_default(key, values[key], overridden=key in overrides)
+    return values
+
+
+def _check_generation_default(key: str, value: Any, *, overridden: bool) -> None:
+    name = "max_tokens" if key == "max_new_tokens" else key
+    try:
+        SamplingParams(**{name: value})
+    except VLLMValidationError as error:
+        source = "--override-generation-config" if overridden else "generation_config.json"
+        hint = "" if overridden else "; --generation-config vllm leaves that file out"
+        raise ConfigError(
+            f"{source}: {error}{hint}", parameter="override_generation_config", value=value
+        ) from None
 
 
 def _read_generation_config(directory: Path) -> dict[str, Any]:

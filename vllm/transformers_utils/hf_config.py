@@ -146,9 +146,9 @@ def _fill_in(values: dict[str, Any]) -> dict[str, Any]:
     values = {**MODEL_TYPE_DEFAULTS.get(model_type or "", {}), **values}
     if values.get("num_key_value_heads") is None and "num_attention_heads" in values:
         values["num_key_value_heads"] = values["num_attention_heads"]
-    if values.get("head_dim") is None and values.get("num_attention_heads"):
-        values["head_dim"] = values["hidden_size"] // values["num_attention_heads"]
     _check_shape(values)
+    if values.get("head_dim") is None and values.get("num_attention_heads"):
+        values["head_dim"] = _derive_head_dim(values)
     if model_type in ("qwen2", "qwen3"):
         _set_qwen_windows(values)
     if model_type in FINISHERS:
@@ -169,13 +169,17 @@ def _check_shape(values: dict[str, Any]) -> None:
         "num_attention_heads",
         "num_key_value_heads",
         "vocab_size",
+        "max_position_embeddings",
     ):
         value = values.get(name)
-        if value is not None and (not isinstance(value, int) or value < 1):
+        if value is not None and (not _is_number(value, int) or value < 1):
             raise ConfigError(
                 f"config.json: {name} must be a positive whole number, not {value!r}",
                 parameter="model",
             )
+    for name in ("rms_norm_eps", "rope_theta", "partial_rotary_factor"):
+        if values.get(name) is not None or (name in values and name == "rms_norm_eps"):
+            _check_positive(name, values[name])
     heads, kv_heads = values.get("num_attention_heads"), values.get("num_key_value_heads")
     if heads and kv_heads and heads % kv_heads:
         raise ConfigError(
@@ -183,6 +187,28 @@ def _check_shape(values: dict[str, Any]) -> None:
             f"num_key_value_heads {kv_heads}",
             parameter="model",
         )
+
+
+def _is_number(value: object, kind: type = float) -> bool:
+    return isinstance(value, (int, kind)) and not isinstance(value, bool)
+
+
+def _check_positive(name: str, value: Any) -> None:
+    if not _is_number(value) or not value > 0:
+        raise ConfigError(
+            f"config.json: {name} must be a number above 0, not {value!r}", parameter="model"
+        )
+
+
+def _derive_head_dim(values: dict[str, Any]) -> int:
+    hidden_size, num_heads = values.get("hidden_size"), values["num_attention_heads"]
+    if hidden_size is None or hidden_size < num_heads:
+        raise ConfigError(
+            f"config.json: hidden_size must be at least num_attention_heads={num_heads}, not "
+            f"{hidden_size!r}",
+            parameter="model",
+        )
+    return hidden_size // num_heads
 
 
 def _set_qwen_windows(values: dict[str, Any]) -> None:
@@ -206,10 +232,15 @@ def _set_rope_parameters(values: dict[str, Any]) -> None:
     if isinstance((values.get("rope_parameters") or {}).get("full_attention"), dict):
         values["rope_scaling"] = None
         return
-    rope = dict(values.get("rope_parameters") or values.get("rope_scaling") or {})
+    given = values.get("rope_parameters") or values.get("rope_scaling") or {}
+    if not isinstance(given, dict):
+        raise ConfigError(
+            f"config.json: rope_scaling must be an object, not {given!r}", parameter="model"
+        )
+    rope = dict(given)
     rope["rope_type"] = rope.pop("type", None) or rope.get("rope_type") or "default"
     if rope.get("rope_theta") is None:
-        rope["rope_theta"] = values.get("rope_theta", 10000.0)
+        rope["rope_theta"] = values.get("rope_theta") or 10000.0
     if values.get("partial_rotary_factor") is not None:
         rope.setdefault("partial_rotary_factor", values["partial_rotary_factor"])
     if rope["rope_type"] in _NEEDS_ORIGINAL_LENGTH:
@@ -220,6 +251,9 @@ def _set_rope_parameters(values: dict[str, Any]) -> None:
             rope.setdefault(
                 "original_max_position_embeddings", values.get("max_position_embeddings")
             )
+    for name in ("rope_theta", "factor", "original_max_position_embeddings"):
+        if rope.get(name) is not None:
+            _check_positive(f"{name} of the rotary embedding", rope[name])
     values["rope_parameters"] = rope
     values["rope_theta"] = rope["rope_theta"]
     values["rope_scaling"] = None if rope["rope_type"] == "default" else rope
