@@ -11,9 +11,7 @@ from vllm.v1.kv_cache.attention_specs import (
     EncoderOnlyAttentionSpec,
     FullAttentionSpec,
     KVCacheSpec,
-    MLAAttentionSpec,
     SinkFullAttentionSpec,
-    SlidingWindowMLASpec,
     SlidingWindowSpec,
     TQFullAttentionSpec,
 )
@@ -28,6 +26,7 @@ from vllm.v1.kv_cache.content import (
     dtype_name,
     to_torch_dtype,
 )
+from vllm.v1.kv_cache.latent_specs import MLAAttentionSpec, SlidingWindowMLASpec
 from vllm.v1.kv_cache.state_specs import MambaSpec, UniformTypeKVCacheSpecs
 from vllm.v1.kv_cache.strides import compute_layer_kv_cache_shape_bytes, compute_layout_strides
 

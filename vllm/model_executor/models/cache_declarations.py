@@ -15,8 +15,6 @@ import vllm.envs as envs
 from vllm.errors import ConfigError
 from vllm.v1.kv_cache.attention_specs import (
     KVCacheSpec,
-    MLAAttentionSpec,
-    SlidingWindowMLASpec,
 )
 from vllm.v1.kv_cache.declare import (
     attention_spec,
@@ -25,6 +23,7 @@ from vllm.v1.kv_cache.declare import (
     latent_spec,
     state_spec,
 )
+from vllm.v1.kv_cache.latent_specs import MLAAttentionSpec, SlidingWindowMLASpec
 from vllm.v1.kv_cache.state_shapes import MambaStateShapeCalculator, StateShapes
 
 if TYPE_CHECKING:

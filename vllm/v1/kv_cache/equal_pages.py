@@ -24,11 +24,10 @@ from typing import TYPE_CHECKING
 from vllm.v1.kv_cache.attention_specs import (
     AttentionSpec,
     KVCacheSpec,
-    MLAAttentionSpec,
-    SlidingWindowMLASpec,
 )
 from vllm.v1.kv_cache.content import cdiv
 from vllm.v1.kv_cache.grouping import kinds_of
+from vllm.v1.kv_cache.latent_specs import MLAAttentionSpec, SlidingWindowMLASpec
 from vllm.v1.kv_cache.state_specs import MambaSpec
 
 if TYPE_CHECKING:
