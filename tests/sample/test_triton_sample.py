@@ -93,11 +93,16 @@ def test_limits_keep_what_the_plain_operators_keep(
             torch.full((draws,), m),
         )  # fmt: skip
         got = sample(logits.expand(draws, -1), torch.full((draws,), 1.25), uniform, limits)
-        sums = weights.double().cumsum(0) / weights.double().sum()
+        # Best first where top-k or top-p orders the tokens, else by their ids.
+        ordered = bool(k) or p < 1
+        order = logits.argsort(descending=True, stable=True) if ordered else torch.arange(vocab)
+        sums = torch.zeros(vocab, dtype=torch.float64)
+        sums[order] = weights.double()[order].cumsum(0)
+        sums /= weights.double().sum()
         for token, number in zip(got.tolist(), uniform.tolist(), strict=True):
             assert kept[token], (k, p, m)
-            before = float(sums[token] - weights[token].double() / weights.double().sum())
-            assert before - 1e-4 <= number <= float(sums[token]) + 1e-4, (k, p, m)
+            own = float(weights[token].double() / weights.double().sum())
+            assert sums[token] - own - 1e-4 <= number <= sums[token] + 1e-4, (k, p, m)
 
 
 @pytest.mark.parametrize("k", [1, 3, 10])

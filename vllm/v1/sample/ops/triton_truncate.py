@@ -44,7 +44,7 @@ def _distances(
 def _count_and_weigh(
     compact, logits_ptr, values_ptr, end, top, scale, key, CHUNK: tl.constexpr
 ):  # fmt: skip
-    """Tokens whose distance has bits below ``key`` and just ``key``, and the weight of the former."""
+    """Tokens whose distance has bits below ``key``, and just ``key``; the weight of the former."""
     below = 0
     equal = 0
     weight = 0.0
@@ -184,27 +184,54 @@ def _truncate_kernel(
         key = high
         total = weight + ties.to(tl.float32) * tie_weight
 
-    # The draw, in the order of the vocabulary.
+    # The draw: best first where top-k or top-p has ordered the tokens, else by their ids.
     target = tl.load(uniform_ptr + row) * total
     drawn = size
-    kept = 0
-    passed = 0.0
-    seen = 0
-    for begin in tl.range(0, end, CHUNK):
-        distance = _distances(compact, logits, values, begin, end, top, scale, CHUNK)
-        keys = distance.to(tl.int32, bitcast=True)
-        tie = keys == key
-        rank = seen + tl.cumsum(tie.to(tl.int32), 0) - 1
-        keep = (keys < key) | (tie & (rank < ties))
-        running = passed + tl.cumsum(tl.where(keep, tl.exp(-distance), 0.0), 0)
-        place = begin + tl.arange(0, CHUNK)
-        drawn = tl.minimum(drawn, tl.min(tl.where(keep & (running > target), place, size), 0))
-        kept = tl.maximum(kept, tl.max(tl.where(keep, place, 0), 0))
-        passed += tl.sum(tl.where(keep, tl.exp(-distance), 0.0), 0)
-        seen += tl.sum(tie.to(tl.int32), 0)
-    token = tl.where(drawn < size, drawn, kept)
+    if (top_k > 0) | (top_p < 1):
+        low = 0
+        high = key
+        while low < high:
+            middle = low + (high - low) // 2
+            _, equal, weight = _count_and_weigh(
+                compact, logits, values, end, top, scale, middle, CHUNK
+            )
+            own = equal.to(tl.float32) * tl.exp(-middle.to(tl.float32, bitcast=True))
+            if weight + own > target:
+                high = middle
+            else:
+                low = middle + 1
+        below, equal, weight = _count_and_weigh(
+            compact, logits, values, end, top, scale, high, CHUNK
+        )
+        tie_weight = tl.exp(-high.to(tl.float32, bitcast=True))
+        most = tl.where(high == key, ties, equal)
+        nth = tl.floor((target - weight) / tl.maximum(tie_weight, 1.0e-38))
+        nth = tl.minimum(tl.maximum(nth, 0.0), (most - 1).to(tl.float32)).to(tl.int32)
+        seen = 0
+        for begin in tl.range(0, end, CHUNK):
+            distance = _distances(compact, logits, values, begin, end, top, scale, CHUNK)
+            tie = distance.to(tl.int32, bitcast=True) == high
+            rank = seen + tl.cumsum(tie.to(tl.int32), 0) - 1
+            place = begin + tl.arange(0, CHUNK)
+            drawn = tl.minimum(drawn, tl.min(tl.where(tie & (rank == nth), place, size), 0))
+            seen += tl.sum(tie.to(tl.int32), 0)
+    else:
+        kept = 0
+        passed = 0.0
+        for begin in tl.range(0, end, CHUNK):
+            distance = _distances(compact, logits, values, begin, end, top, scale, CHUNK)
+            keep = distance.to(tl.int32, bitcast=True) <= key
+            shares = tl.where(keep, tl.exp(-distance), 0.0)
+            running = passed + tl.cumsum(shares, 0)
+            place = begin + tl.arange(0, CHUNK)
+            drawn = tl.minimum(drawn, tl.min(tl.where(keep & (running > target), place, size), 0))
+            kept = tl.maximum(kept, tl.max(tl.where(keep, place, 0), 0))
+            passed += tl.sum(shares, 0)
+        # Rounding may leave the target at the very end.
+        drawn = tl.where(drawn < size, drawn, kept)
+    token = drawn
     if compact:
-        token = tl.load(tokens + token)
+        token = tl.load(tokens + drawn)
     tl.store(out_ptr + row, token.to(tl.int64))
 
 

@@ -167,7 +167,8 @@ class GPUModelRunner(ModelRunner):
                     [0] * -(-(length + 2) // table.block_size)
                     for table in self.batch.block_table.tables
                 )
-                params = SamplingParams(temperature=1.0, seed=0)
+                limits = {"top_k": 5, "top_p": 0.9} if computed else {}
+                params = SamplingParams(temperature=1.0, seed=0, **limits)
                 new.append(NewRequestData(name, [0] * length, params, blocks, 0))
                 computed[name] = 0
             else:
