@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -26,6 +27,13 @@ def test_batched_and_alone_are_equal(llm: LLM) -> None:
     alone = [texts(llm, prompt, GREEDY)[0] for prompt in PROMPTS]
     assert together == alone
     assert len(set(together)) == len(PROMPTS)
+
+
+def test_threads_take_turns(llm: LLM) -> None:
+    expected = texts(llm, PROMPTS, GREEDY)
+    with ThreadPoolExecutor(len(PROMPTS)) as pool:
+        got = list(pool.map(lambda prompt: texts(llm, prompt, GREEDY)[0], PROMPTS * 3))
+    assert got == expected * 3
 
 
 def test_text_is_the_tokens_decoded(llm: LLM, tokenizer: Any) -> None:

@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import threading
 import time
 import weakref
 from collections.abc import Callable, Sequence
@@ -37,7 +38,7 @@ class LLM:
     """A model and an engine that runs it; ``kwargs`` are the fields of ``EngineArgs``.
 
     The prompts of one call are batched by the engine. Use it as a context manager, call
-    ``shutdown``, or let it go: the engine ends with it. For one thread at a time.
+    ``shutdown``, or let it go: the engine ends with it. Calls from several threads take turns.
 
     Raises:
         VLLMValidationError, VLLMError, ValueError, OSError: why the engine cannot start.
@@ -47,6 +48,7 @@ class LLM:
         args = EngineArgs.from_kwargs(model=model, **kwargs)
         self.llm_engine = LLMEngine.from_engine_args(args)
         self._request_ids = itertools.count()
+        self._turn = threading.Lock()
         self._finalizer = weakref.finalize(self, self.llm_engine.shutdown)
 
     def shutdown(self) -> None:
@@ -242,6 +244,16 @@ class LLM:
         priority: Sequence[int] | None,
     ) -> list[RequestOutput]:
         """Queue all requests, then step until they are finished; on an error drop them all."""
+        with self._turn:
+            return self._run_alone(prompts, params, use_tqdm, priority)
+
+    def _run_alone(
+        self,
+        prompts: Sequence[EnginePrompt],
+        params: Sequence[SamplingParams],
+        use_tqdm: Progress,
+        priority: Sequence[int] | None,
+    ) -> list[RequestOutput]:
         engine = self.llm_engine
         request_ids = [str(next(self._request_ids)) for _ in prompts]
         outputs: dict[str, RequestOutput] = {}
@@ -265,7 +277,8 @@ class LLM:
 
     def reset_prefix_cache(self) -> bool:
         """Forget cached prefixes; False where running requests still hold blocks."""
-        return self.llm_engine.reset_prefix_cache()
+        with self._turn:
+            return self.llm_engine.reset_prefix_cache()
 
     def get_metrics(self) -> list[Metric]:
         """The metrics that a server shows at /metrics, as values.
@@ -282,7 +295,8 @@ class LLM:
 
     def collective_rpc(self, method: str, args: tuple[Any, ...] = ()) -> list[Any]:
         """Call a public method of every worker; arguments and answers must be plain data."""
-        return self.llm_engine.collective_rpc(method, args)
+        with self._turn:
+            return self.llm_engine.collective_rpc(method, args)
 
     def encode(self, *_: Any, **__: Any) -> Any:
         """Pooling models; always refused.
