@@ -1,8 +1,6 @@
 """Prompts as users may give them."""
 
-from typing import TypedDict
-
-from typing_extensions import NotRequired
+from typing import NotRequired, TypedDict
 
 __all__ = ["PromptType", "TextPrompt", "TokensPrompt"]
 
