@@ -40,6 +40,7 @@ __all__ = [
     "experts_gate_up_silu",
     "experts_linear",
     "fused_add_rms_norm",
+    "gelu_tanh_and_mul",
     "gate_up_silu",
     "has_extension",
     "isa",
@@ -55,11 +56,14 @@ __all__ = [
     "silu_and_mul",
     "store_kv_cache",
     "supported_isas",
+    "swiglu_oai_and_mul",
 ]
 
 # DType and Epilogue in csrc/cpu/types.h.
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _PLAIN, _SILU_MUL = 0, 1
+# Gate in csrc/cpu/types.h.
+_GELU_TANH, _SWIGLU_OAI = 1, 2
 # Columns of a panel of packed weights.
 _PANEL = 32
 MAX_HEAD_SIZE = 256
@@ -382,9 +386,13 @@ def _norm_kernel_takes(x: torch.Tensor, weight: torch.Tensor) -> bool:
         _C is not None
         and x.is_cpu
         and x.dtype in DTYPE_CODES
-        and weight.dtype is x.dtype
+        and (weight.dtype is x.dtype or weight.dtype is torch.float32)
         and weight.is_contiguous()
     )
+
+
+def _norm_kernel(x: torch.Tensor, weight: torch.Tensor) -> Any:
+    return _C.rms_norm if weight.dtype is x.dtype else _C.rms_norm_float_weight
 
 
 def rms_norm(
@@ -392,7 +400,7 @@ def rms_norm(
 ) -> torch.Tensor:
     """RMSNorm over the last dim, in fp32 inside; x (..., h) may be strided; weight (h,).
 
-    ``out`` may be ``x`` itself.
+    ``out`` may be ``x`` itself. The weight has the dtype of x, or float32.
     """
     if x.is_cuda and x.dim() <= 3 and x.stride(-1) == 1:
         return _cuda_ops.rms_norm(x, weight, eps, out)
@@ -401,7 +409,7 @@ def rms_norm(
     if _norm_kernel_takes(x, weight):
         rows, out_rows = _rows_of(x), _rows_of(out)
         if rows is not None and out_rows is not None:
-            _C.rms_norm(
+            _norm_kernel(x, weight)(
                 x.data_ptr(),
                 out.data_ptr(),
                 0,
@@ -418,16 +426,7 @@ def rms_norm(
                 DTYPE_CODES[x.dtype],
             )
             return out
-    if _norm_is_wider(x, weight):
-        return out.copy_(rms_norm(x.float(), weight, eps))
     return _torch_ops.rms_norm(x, weight, eps, out)
-
-
-def _norm_is_wider(x: torch.Tensor, weight: torch.Tensor) -> bool:
-    """A float32 weight for 16-bit rows: the kernel takes the rows widened, 2 to 4 times faster
-    than PyTorch takes them as they are.
-    """
-    return weight.dtype is torch.float32 is not x.dtype and _norm_kernel_takes(weight, weight)
 
 
 def fused_add_rms_norm(
@@ -437,7 +436,7 @@ def fused_add_rms_norm(
     if _norm_kernel_takes(x, weight) and x.dim() == 2 and residual.dtype is x.dtype:
         rows, size = x.shape
         stride = x.stride(0)
-        _C.rms_norm(
+        _norm_kernel(x, weight)(
             x.data_ptr(),
             x.data_ptr(),
             residual.data_ptr(),
@@ -457,9 +456,6 @@ def fused_add_rms_norm(
     if x.is_cuda and x.dim() == 2:
         _cuda_ops.fused_add_rms_norm(x, residual, weight, eps)
         return
-    if _norm_is_wider(x, weight):
-        rms_norm(residual.add_(x), weight, eps, out=x)
-        return
     _torch_ops.fused_add_rms_norm(x, residual, weight, eps)
 
 
@@ -472,6 +468,43 @@ def silu_and_mul(x: torch.Tensor) -> torch.Tensor:
     rows, width = x.shape
     out = torch.empty((rows, width // 2), dtype=x.dtype)
     _C.silu_mul(x.data_ptr(), x.stride(0), out.data_ptr(), rows, width // 2, DTYPE_CODES[x.dtype])
+    return out
+
+
+def gelu_tanh_and_mul(x: torch.Tensor) -> torch.Tensor:
+    """``gelu(x[..., :i]) * x[..., i:]``, gelu by its tanh formula; x (..., 2 * i) -> (..., i)."""
+    out = _gated_mul(x, _GELU_TANH, 0.0, 0.0)
+    return _torch_ops.gelu_tanh_and_mul(x) if out is None else out
+
+
+def swiglu_oai_and_mul(x: torch.Tensor, alpha: float, limit: float) -> torch.Tensor:
+    """``(up + 1) * gate * sigmoid(alpha * gate)``; x (..., 2 * i), gate before up -> (..., i).
+
+    The gate is at most ``limit``, up within ``[-limit, limit]``.
+    """
+    out = _gated_mul(x, _SWIGLU_OAI, alpha, limit)
+    return _torch_ops.swiglu_oai_and_mul(x, alpha, limit) if out is None else out
+
+
+def _gated_mul(x: torch.Tensor, gate: int, alpha: float, limit: float) -> torch.Tensor | None:
+    """By the kernel; None where it does not take x."""
+    if _C is None or not x.is_cpu or x.dtype not in DTYPE_CODES or x.dim() != 2:
+        return None
+    if x.stride(1) != 1:
+        return None
+    rows, width = x.shape
+    out = torch.empty((rows, width // 2), dtype=x.dtype)
+    _C.gated_mul(
+        x.data_ptr(),
+        x.stride(0),
+        out.data_ptr(),
+        rows,
+        width // 2,
+        DTYPE_CODES[x.dtype],
+        gate,
+        alpha,
+        limit,
+    )
     return out
 
 

@@ -38,6 +38,22 @@ def silu_and_mul(x: torch.Tensor) -> torch.Tensor:
     return F.silu(x[..., :half]) * x[..., half:]
 
 
+def gelu_tanh_and_mul(x: torch.Tensor) -> torch.Tensor:
+    """``gelu(x[..., :i]) * x[..., i:]``, gelu by its tanh formula; x (..., 2 * i) -> (..., i)."""
+    gate, up = x.chunk(2, dim=-1)
+    return F.gelu(gate, approximate="tanh") * up
+
+
+def swiglu_oai_and_mul(x: torch.Tensor, alpha: float, limit: float) -> torch.Tensor:
+    """``(up + 1) * gate * sigmoid(alpha * gate)``; x (..., 2 * i), gate before up -> (..., i).
+
+    The gate is at most ``limit``, up within ``[-limit, limit]``.
+    """
+    gate, up = x.chunk(2, dim=-1)
+    gate = gate.clamp(max=limit)
+    return (up.clamp(-limit, limit) + 1) * gate * torch.sigmoid(alpha * gate)
+
+
 def argmax(logits: torch.Tensor) -> torch.Tensor:
     """Index of the largest value of each row, the first of equal ones: (T, v) -> (T,) int64."""
     return logits.argmax(dim=-1)

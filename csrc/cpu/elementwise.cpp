@@ -1,4 +1,4 @@
-// Row-wise operators around the products: RMSNorm, SiLU * mul, argmax, RoPE with the store of keys
+// Row-wise operators around the products: RMSNorm, gates of MLPs, argmax, RoPE with the store of keys
 // and values. Small inputs are done by the calling thread: waking another costs more.
 #include "pool.h"
 #include "vec.h"
@@ -31,8 +31,8 @@ VLLM_INLINE void for_lanes(int64_t size, const Body& body) {
   if (i < size) body(i, static_cast<int>(size - i));
 }
 
-template <typename T>
-void norm_row(const T* x, T* out, T* residual, const T* weight, int64_t size, float eps) {
+template <typename T, typename W>
+void norm_row(const T* x, T* out, T* residual, const W* weight, int64_t size, float eps) {
   Vec sums[2] = {zero(), zero()};
   for_lanes(size, [&](int64_t i, int lanes) {
     Vec v = load(x + i, lanes);
@@ -53,16 +53,21 @@ void norm_row(const T* x, T* out, T* residual, const T* weight, int64_t size, fl
   });
 }
 
-template <typename T>
-void norm_rows(const NormArgs& a) {
+template <typename T, typename W>
+void norm_rows_by(const NormArgs& a) {
   for_rows(a.outer * a.inner, a.size, [&](int64_t row) {
     const int64_t o = row / a.inner, i = row % a.inner;
     T* residual = static_cast<T*>(a.residual);
     norm_row(static_cast<const T*>(a.x) + o * a.x_outer_stride + i * a.x_inner_stride,
              static_cast<T*>(a.out) + o * a.out_outer_stride + i * a.out_inner_stride,
              residual ? residual + o * a.residual_stride : nullptr,
-             static_cast<const T*>(a.weight), a.size, a.eps);
+             static_cast<const W*>(a.weight), a.size, a.eps);
   });
+}
+
+template <typename T>
+void norm_rows(const NormArgs& a) {
+  return a.float_weight ? norm_rows_by<T, float>(a) : norm_rows_by<T, T>(a);
 }
 
 void rms_norm(const NormArgs& a) {
@@ -76,15 +81,43 @@ void rms_norm(const NormArgs& a) {
   }
 }
 
-template <typename T>
-void silu_mul_rows(const SiluMulArgs& a) {
+VLLM_INLINE Vec sigmoid_times(Vec x, Vec factor) {
+  return div(factor, add(set1(1.0f), exp(sub(zero(), x))));
+}
+
+// 0.5 * x * (1 + tanh(u)) is x * sigmoid(2 * u), with u = sqrt(2 / pi) * (x + 0.044715 * x^3).
+VLLM_INLINE Vec gelu_tanh(Vec x) {
+  const Vec cubic = fma(mul(mul(x, x), set1(0.044715f)), x, x);
+  return sigmoid_times(mul(set1(1.5957691216057308f), cubic), x);
+}
+
+template <typename T, typename Body>
+void gated_rows(const SiluMulArgs& a, const Body& body) {
   for_rows(a.rows, a.size * 2, [&](int64_t row) {
     const T* gate = static_cast<const T*>(a.x) + row * a.x_stride;
     T* out = static_cast<T*>(a.out) + row * a.size;
     for_lanes(a.size, [&](int64_t i, int lanes) {
-      store(out + i, mul(silu(load(gate + i, lanes)), load(gate + a.size + i, lanes)), lanes);
+      store(out + i, body(load(gate + i, lanes), load(gate + a.size + i, lanes)), lanes);
     });
   });
+}
+
+template <typename T>
+void silu_mul_rows(const SiluMulArgs& a) {
+  switch (a.gate) {
+    case kGeluTanh:
+      return gated_rows<T>(a, [](Vec gate, Vec up) { return mul(gelu_tanh(gate), up); });
+    case kSwigluOai: {
+      const Vec most = set1(a.limit), least = set1(-a.limit), alpha = set1(a.alpha);
+      return gated_rows<T>(a, [&](Vec gate, Vec up) {
+        gate = min(gate, most);
+        up = add(max(min(up, most), least), set1(1.0f));
+        return sigmoid_times(mul(alpha, gate), mul(up, gate));
+      });
+    }
+    default:
+      return gated_rows<T>(a, [](Vec gate, Vec up) { return mul(silu(gate), up); });
+  }
 }
 
 void silu_mul(const SiluMulArgs& a) {

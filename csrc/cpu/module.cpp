@@ -282,9 +282,10 @@ ENTRY(decoder_layers) {
       r, [](const Layers& l) { vllm_cpu::decoder_layers(l.layers, l.count, l.step); }, a);
 }
 
-ENTRY(rms_norm) {
+PyObject* norm(PyObject* const* argv, Py_ssize_t argc, bool float_weight) {
   Reader r(argv, argc, 14);
   NormArgs a;
+  a.float_weight = float_weight;
   a.x = r.pointer<void>();
   a.out = r.pointer<void>();
   a.residual = r.pointer<void>();
@@ -302,6 +303,9 @@ ENTRY(rms_norm) {
   return run(r, kernels().rms_norm, a);
 }
 
+ENTRY(rms_norm) { return norm(argv, argc, false); }
+ENTRY(rms_norm_float_weight) { return norm(argv, argc, true); }
+
 ENTRY(silu_mul) {
   Reader r(argv, argc, 6);
   SiluMulArgs a;
@@ -311,6 +315,21 @@ ENTRY(silu_mul) {
   a.rows = r.number();
   a.size = r.number();
   a.dtype = static_cast<int>(r.number());
+  return run(r, kernels().silu_mul, a);
+}
+
+ENTRY(gated_mul) {
+  Reader r(argv, argc, 9);
+  SiluMulArgs a;
+  a.x = r.pointer<void>();
+  a.x_stride = r.number();
+  a.out = r.pointer<void>();
+  a.rows = r.number();
+  a.size = r.number();
+  a.dtype = static_cast<int>(r.number());
+  a.gate = static_cast<int>(r.number());
+  a.alpha = r.real();
+  a.limit = r.real();
   return run(r, kernels().silu_mul, a);
 }
 
@@ -399,7 +418,9 @@ PyMethodDef methods[] = {
     FAST(decoder_layers),
     FAST(rope_store),
     FAST(rms_norm),
+    FAST(rms_norm_float_weight),
     FAST(silu_mul),
+    FAST(gated_mul),
     FAST(argmax),
     FAST(packed_size),
     FAST(set_threads),

@@ -127,14 +127,22 @@ struct NormArgs {
   int64_t residual_stride;
   float eps;
   int dtype;
+  bool float_weight = false;  // whatever the rows are
 };
 
+// Values are shared with vllm/_custom_ops.py. kSwigluOai: (up + 1) * gate * sigmoid(alpha * gate),
+// the gate at most `limit`, up within it on both sides.
+enum Gate : int { kSilu = 0, kGeluTanh = 1, kSwigluOai = 2 };
+
+// Rows of gate beside up, `size` each -> gate(x) * up.
 struct SiluMulArgs {
   const void* x;
   int64_t x_stride;
   void* out;
   int64_t rows, size;
   int dtype;
+  int gate = kSilu;
+  float alpha = 0, limit = 0;
 };
 
 struct ArgmaxArgs {

@@ -1,4 +1,4 @@
-"""RMSNorm, SiLU * mul, argmax and RoPE against PyTorch in float64."""
+"""RMSNorm, gates of MLPs, argmax and RoPE against PyTorch in float64."""
 
 import pytest
 import torch
@@ -49,6 +49,33 @@ def test_silu_and_mul(isa: str, seed: int, dtype: torch.dtype, shape: tuple[int,
     x = (torch.randn(shape) * 8).to(dtype)
     x[0, 0], x[0, 1] = 100, -100  # e^100 overflows a float
     assert close(ops.silu_and_mul(x), _torch_ops.silu_and_mul(x.double()))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(1, 8), (5, 3072), (40, 3070)])
+def test_other_gates(isa: str, seed: int, dtype: torch.dtype, shape: tuple[int, int]) -> None:
+    x = (torch.randn(shape) * 4).to(dtype)
+    x[0, 0], x[0, 1], x[0, 2] = 30, -30, 0
+    gelu = _torch_ops.gelu_tanh_and_mul(x.double())
+    swiglu = _torch_ops.swiglu_oai_and_mul(x.double(), 1.702, 7.0)
+    strided = torch.cat((x, x), -1)[:, : x.shape[1]]
+    for rows in (x, strided):
+        assert close(ops.gelu_tanh_and_mul(rows), gelu)
+        assert close(ops.swiglu_oai_and_mul(rows, 1.702, 7.0), swiglu)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("rows", [1, 90])
+def test_a_float32_weight_norms_sixteen_bit_rows(
+    isa: str, seed: int, dtype: torch.dtype, rows: int
+) -> None:
+    x, residual = torch.randn(rows, 576).to(dtype), torch.randn(rows, 576).to(dtype)
+    weight = 1 + torch.randn(576) * 1e-3  # less than bfloat16 can tell from one
+    assert close(ops.rms_norm(x, weight, 1e-6), _torch_ops.rms_norm(x.double(), weight, 1e-6))
+    total = (x.double() + residual.double()).to(dtype)
+    ops.fused_add_rms_norm(x, residual, weight, 1e-6)
+    assert torch.equal(residual, total)
+    assert close(x, _torch_ops.rms_norm(total.double(), weight, 1e-6))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -27,6 +27,8 @@ class GeluAndMul(nn.Module):
         self.approximate = approximate
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.approximate == "tanh":
+            return ops.gelu_tanh_and_mul(x)
         gate, up = x.chunk(2, dim=-1)
         return F.gelu(gate, approximate=self.approximate).mul_(up)
 
@@ -46,10 +48,7 @@ class SwigluOAI(nn.Module):
         self.limit = limit
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        gate, up = x.chunk(2, dim=-1)
-        gate = gate.clamp(max=self.limit)
-        up = up.clamp(-self.limit, self.limit)
-        return (up + 1).mul_(gate).mul_((gate * self.alpha).sigmoid_())
+        return ops.swiglu_oai_and_mul(x, self.alpha, self.limit)
 
     def extra_repr(self) -> str:
         return f"alpha={self.alpha}, limit={self.limit}"
