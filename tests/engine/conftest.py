@@ -89,7 +89,7 @@ def tokenizer(tiny_model: Path) -> Any:
     return get_tokenizer(tiny_model)
 
 
-@pytest.fixture(autouse=True, scope="session")
+@pytest.fixture(autouse=True, scope="package")
 def debug_mode() -> Iterator[None]:
     """Engines of these tests check their block pool whenever they are idle."""
     with pytest.MonkeyPatch.context() as patch:

@@ -161,7 +161,11 @@ class EngineCore:
         )
 
     def step(self) -> tuple[dict[int, EngineCoreOutputs], bool]:
-        """One step; returns outputs by client, and whether the model ran."""
+        """One step; returns outputs by client, and whether anything was done.
+
+        Nothing was where all requests wait for something that a thread prepares: the caller
+        should leave that thread some time.
+        """
         outputs: dict[int, EngineCoreOutputs] = {}
         ran_model = False
         if not self._paused and self.scheduler.has_requests():
@@ -172,7 +176,7 @@ class EngineCore:
             for client_index, answers in self._unscheduled.items():
                 outputs.setdefault(client_index, EngineCoreOutputs()).outputs.extend(answers)
             self._unscheduled = {}
-        return outputs, ran_model
+        return outputs, ran_model or any(part.outputs for part in outputs.values())
 
     def on_idle(self) -> None:
         """Called when nothing is left to do: in debug mode the pool must add up."""

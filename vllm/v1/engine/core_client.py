@@ -93,10 +93,9 @@ class InprocClient(EngineCoreClient):
     def get_output(self) -> EngineCoreOutputs:
         outputs: EngineCoreOutputs | None = None
         if self._core.has_work():
-            by_client, ran_model = self._core.step()
+            by_client, made_progress = self._core.step()
             outputs = by_client.get(0)
-            if outputs is None and not ran_model:
-                # All requests wait for something that a thread prepares: let it.
+            if not made_progress:
                 time.sleep(_RETRY_SECONDS)
         if not self._core.has_work():
             self._core.on_idle()

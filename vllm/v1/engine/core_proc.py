@@ -95,7 +95,6 @@ class EngineLoop:
                 continue
             outputs, made_progress = core.step()
             for client_index, client_outputs in outputs.items():
-                made_progress = True
                 self._emit(client_index, client_outputs)
 
     def _take_messages(self, made_progress: bool) -> None:
