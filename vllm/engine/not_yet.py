@@ -49,8 +49,7 @@ _SWITCHES: dict[str, str] = {
         "enable-mfu-metrics jit-monitor-verbose kv-cache-metrics per-request-spec-decode-metrics"
     ),
     "SchedulerConfig": (
-        "disable-chunked-mm-input "
-        "long-prefill-token-threshold-adaptive scheduler-reserve-full-isl"
+        "disable-chunked-mm-input long-prefill-token-threshold-adaptive scheduler-reserve-full-isl"
     ),
     "KernelConfig": "enable-flashinfer-autotune",
 }

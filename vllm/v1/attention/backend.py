@@ -62,6 +62,7 @@ AttentionLayer = Any
 
 M = TypeVar("M")
 
+
 class AttentionBackend(ABC):
     """Declaration of one backend; only class methods, never instantiated."""
 
