@@ -243,7 +243,7 @@ def test_the_backend_follows_from_the_number_of_workers(tiny_model: Path, config
     assert Executor.get_class(config) is MultiprocExecutor
     one = make_config(tiny_model, distributed_executor_backend="mp")
     assert Executor.get_class(one) is MultiprocExecutor
-    with pytest.raises(ConfigError, match="uni runs one worker.*use mp"):
+    with pytest.raises(ConfigError, match=r"uni runs one worker.*use mp"):
         make_config(tiny_model, distributed_executor_backend="uni", tensor_parallel_size=2)
 
 
