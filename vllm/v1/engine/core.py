@@ -71,8 +71,17 @@ class EngineCore:
         self._paused = False
         self._unscheduled: dict[int, list[EngineCoreOutput]] = {}
         """Outputs that no step makes: refusals and mass aborts, by client."""
+        self.executor = executor_class(vllm_config)
+        try:
+            self._start(phases, log_stats)
+        except BaseException:
+            # The caller may go on without an engine, and nobody else knows of its workers.
+            self.executor.shutdown()
+            raise
+
+    def _start(self, phases: StartupPhases, log_stats: bool) -> None:
+        vllm_config = self.vllm_config
         with phases.phase("preparing the device"):
-            self.executor = executor_class(vllm_config)
             self.executor.init_device()
         with phases.phase("loading the model"):
             self.executor.load_model()

@@ -49,8 +49,8 @@ class CPUWorker(WorkerBase):
             initialize_model_parallel,
         )
 
-        self.num_threads = current_platform.init_threads()
         parallel = self.parallel_config
+        self.num_threads = current_platform.init_threads(self.local_rank, parallel.world_size)
         init_distributed_environment(
             world_size=parallel.world_size,
             rank=self.rank,
@@ -71,13 +71,15 @@ class CPUWorker(WorkerBase):
         return self.model_runner.get_kv_cache_constraints()
 
     def determine_available_memory(self) -> int:
-        """``--kv-cache-memory-bytes``, else VLLM_CPU_KVCACHE_SPACE GiB, if the machine has it."""
+        """``--kv-cache-memory-bytes``, else VLLM_CPU_KVCACHE_SPACE GiB, if the machine has it for
+        each of its workers.
+        """
         asked = self.cache_config.kv_cache_memory_bytes
         if asked is None:
             option, wanted = "VLLM_CPU_KVCACHE_SPACE", int(envs.VLLM_CPU_KVCACHE_SPACE * _GIB)
         else:
             option, wanted = "--kv-cache-memory-bytes", asked
-        free = current_platform.get_device_available_memory()
+        free = current_platform.get_device_available_memory() // self.parallel_config.world_size
         room = free - _HEADROOM_BYTES
         if room <= 0:
             raise CapacityError(
