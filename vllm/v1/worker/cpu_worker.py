@@ -9,6 +9,7 @@ from vllm.errors import CapacityError
 from vllm.logger import init_logger
 from vllm.platforms import current_platform
 from vllm.v1.worker.device import CPUDeviceLayer
+from vllm.v1.worker.kv_hooks import connector_maker
 from vllm.v1.worker.model_runner import ModelRunner
 from vllm.v1.worker.worker_base import WorkerBase
 
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from vllm.config import VllmConfig
+    from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorHandshakeMetadata
     from vllm.v1.core.sched.output import GrammarOutput, SchedulerOutput
     from vllm.v1.kv_cache.planner import BackendConstraints
     from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheSpec
@@ -41,7 +43,7 @@ class CPUWorker(WorkerBase):
         is_driver_worker: bool = True,
     ) -> None:
         super().__init__(vllm_config, local_rank, rank, distributed_init_method, is_driver_worker)
-        self.model_runner = ModelRunner(vllm_config, CPUDeviceLayer())
+        self.model_runner = ModelRunner(vllm_config, CPUDeviceLayer(), connector_maker(vllm_config))
 
     def init_device(self) -> None:
         from vllm.distributed.parallel_state import (
@@ -108,6 +110,14 @@ class CPUWorker(WorkerBase):
 
     def sample_tokens(self, grammar_output: GrammarOutput | None) -> ModelRunnerOutput:
         return self.model_runner.sample_tokens(grammar_output)
+
+    def get_kv_connector_handshake_metadata(
+        self,
+    ) -> tuple[tuple[int, int], KVConnectorHandshakeMetadata] | None:
+        metadata = self.model_runner.get_kv_connector_handshake_metadata()
+        if metadata is None:
+            return None
+        return divmod(self.rank, self.parallel_config.tensor_parallel_size), metadata
 
     def get_model(self) -> nn.Module:
         return self.model_runner.get_model()
