@@ -355,6 +355,7 @@ _DECLARATIONS: dict[str, Callable[[_Declaring], Specs]] = {
     "GraniteMoeHybridForCausalLM": _mamba2_or_attention,
     "JambaForCausalLM": _jamba,
     "Lfm2ForCausalLM": _lfm2,
+    "Lfm2MoeForCausalLM": _lfm2,
     "Llama4ForCausalLM": _decoder,
     "Llama4ForConditionalGeneration": _decoder,
     "LlamaForCausalLM": _decoder,
