@@ -16,6 +16,8 @@ __all__ = ["ModelRegistry"]
 
 _MODELS = "vllm.model_executor.models"
 _BUILT_IN: dict[str, str] = {
+    "BambaForCausalLM": f"{_MODELS}.bamba:BambaForCausalLM",
+    "FalconMambaForCausalLM": f"{_MODELS}.mamba:FalconMambaForCausalLM",
     "Gemma2ForCausalLM": f"{_MODELS}.gemma2:Gemma2ForCausalLM",
     "Gemma3ForCausalLM": f"{_MODELS}.gemma3:Gemma3ForCausalLM",
     "Gemma3ForConditionalGeneration": f"{_MODELS}.gemma3:Gemma3ForConditionalGeneration",
@@ -25,6 +27,8 @@ _BUILT_IN: dict[str, str] = {
     "Llama4ForCausalLM": f"{_MODELS}.llama4:Llama4ForCausalLM",
     "Llama4ForConditionalGeneration": f"{_MODELS}.llama4:Llama4ForConditionalGeneration",
     "LlamaForCausalLM": f"{_MODELS}.llama:LlamaForCausalLM",
+    "Mamba2ForCausalLM": f"{_MODELS}.mamba2:Mamba2ForCausalLM",
+    "MambaForCausalLM": f"{_MODELS}.mamba:MambaForCausalLM",
     "MiniMaxForCausalLM": f"{_MODELS}.minimax_text_01:MiniMaxForCausalLM",
     "MiniMaxText01ForCausalLM": f"{_MODELS}.minimax_text_01:MiniMaxForCausalLM",
     "MistralForCausalLM": f"{_MODELS}.llama:MistralForCausalLM",
