@@ -27,9 +27,7 @@ from tests.models.state_checkpoints import CLASSES, make_state_model
 
 ALIKE = ("falcon_mamba",)
 """A variant of one that runs each time."""
-MODELS = [
-    pytest.param(name, marks=[pytest.mark.slow] if name in ALIKE else []) for name in CLASSES
-]
+MODELS = [pytest.param(name, marks=[pytest.mark.slow] if name in ALIKE else []) for name in CLASSES]
 BLOCK = 32
 """Of caches that keep states: attention's blocks have as many tokens."""
 LAYOUTS = ("LBHNC", "LBNHC", "LHBNC", "BLHNC", "BLNHC", "BHLNC")

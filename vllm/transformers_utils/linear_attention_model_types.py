@@ -117,7 +117,6 @@ LINEAR_ATTENTION_DEFAULTS: dict[str, Values] = {
 }
 
 
-
 def _check_layer_types(values: Values, kinds: tuple[str, str]) -> None:
     """Each layer is one of two kinds, which are all that the model knows."""
     given, count = values["layer_types"], values["num_hidden_layers"]

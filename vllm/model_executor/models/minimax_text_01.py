@@ -16,7 +16,7 @@ from vllm.model_executor.layers.mamba.linear_attn import LightningAttention
 from vllm.model_executor.models.llama import HotModule, LlamaAttention
 from vllm.model_executor.models.mixtral import MixtralForCausalLM, MixtralMoE
 
-__all__ = ["MiniMaxDecoderLayer", "MiniMaxForCausalLM"]
+__all__ = ["MiniMaxDecoderLayer", "MiniMaxForCausalLM", "MiniMaxText01ForCausalLM"]
 
 _DERIVED = (".slope_rate", ".query_decay", ".key_decay", ".diagonal_decay")
 """Endings of buffers in a checkpoint that follow from the configuration."""
@@ -75,9 +75,11 @@ class MiniMaxDecoderLayer(HotModule):
 
 
 class MiniMaxForCausalLM(MixtralForCausalLM):
-    """Both as transformers has it and as the first release did (``MiniMaxText01ForCausalLM``)."""
-
     layer_cls = MiniMaxDecoderLayer
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
         return super().load_weights(item for item in weights if not item[0].endswith(_DERIVED))
+
+
+class MiniMaxText01ForCausalLM(MiniMaxForCausalLM):
+    """As the first release called it; its fields are brought to the later names when read."""

@@ -102,7 +102,9 @@ class Qwen3NextDecoderLayer(HotModule):
         self.post_attention_layernorm = GemmaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.mlp: nn.Module
         if is_sparse_layer(config, layer_index):
-            self.mlp = QwenSparseMoE(config, f"{prefix}.mlp", config.shared_expert_intermediate_size)
+            self.mlp = QwenSparseMoE(
+                config, f"{prefix}.mlp", config.shared_expert_intermediate_size
+            )
         else:
             self.mlp = LlamaMLP(config, f"{prefix}.mlp")
 

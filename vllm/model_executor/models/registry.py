@@ -30,7 +30,7 @@ _BUILT_IN: dict[str, str] = {
     "Mamba2ForCausalLM": f"{_MODELS}.mamba2:Mamba2ForCausalLM",
     "MambaForCausalLM": f"{_MODELS}.mamba:MambaForCausalLM",
     "MiniMaxForCausalLM": f"{_MODELS}.minimax_text_01:MiniMaxForCausalLM",
-    "MiniMaxText01ForCausalLM": f"{_MODELS}.minimax_text_01:MiniMaxForCausalLM",
+    "MiniMaxText01ForCausalLM": f"{_MODELS}.minimax_text_01:MiniMaxText01ForCausalLM",
     "MistralForCausalLM": f"{_MODELS}.llama:MistralForCausalLM",
     "MixtralForCausalLM": f"{_MODELS}.mixtral:MixtralForCausalLM",
     "Qwen2ForCausalLM": f"{_MODELS}.qwen2:Qwen2ForCausalLM",
