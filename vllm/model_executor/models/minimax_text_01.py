@@ -13,7 +13,7 @@ import torch
 from vllm.config import VllmConfig
 from vllm.model_executor.layers.layernorm import RMSNorm
 from vllm.model_executor.layers.mamba.linear_attn import LightningAttention
-from vllm.model_executor.models.llama import HotModule, LlamaAttention
+from vllm.model_executor.models.llama import HotModule, LlamaAttention, LlamaForCausalLM
 from vllm.model_executor.models.mixtral import MixtralForCausalLM, MixtralMoE
 
 __all__ = ["MiniMaxDecoderLayer", "MiniMaxForCausalLM", "MiniMaxText01ForCausalLM"]
@@ -28,9 +28,8 @@ class MiniMaxDecoderLayer(HotModule):
     def __init__(self, vllm_config: VllmConfig, config: Any, layer_index: int, prefix: str) -> None:
         super().__init__()
         self.input_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.attends = config.layer_types[layer_index] == "full_attention"
         self.self_attn: LlamaAttention | LightningAttention
-        if self.attends:
+        if config.layer_types[layer_index] == "full_attention":
             self.self_attn = LlamaAttention(
                 vllm_config, config, layer_index, prefix=f"{prefix}.self_attn"
             )
@@ -63,10 +62,11 @@ class MiniMaxDecoderLayer(HotModule):
             normed = self.input_layernorm.forward(hidden_states)
         else:
             normed, _ = self.input_layernorm.forward(hidden_states, residual)
-        if self.attends:
-            branch = self.self_attn.forward(positions, normed)
+        attention = self.self_attn
+        if isinstance(attention, LlamaAttention):
+            branch = attention.forward(positions, normed)
         else:
-            branch = self.self_attn.forward(normed)
+            branch = attention.forward(normed)
         normed, _ = self.post_attention_layernorm.forward(
             branch.mul_(self.attn_beta), normed.mul_(self.attn_alpha)
         )
@@ -74,8 +74,11 @@ class MiniMaxDecoderLayer(HotModule):
         return branch.mul_(self.mlp_beta), normed.mul_(self.mlp_alpha)
 
 
-class MiniMaxForCausalLM(MixtralForCausalLM):
+class MiniMaxForCausalLM(LlamaForCausalLM):
     layer_cls = MiniMaxDecoderLayer
+    checkpoint_names = MixtralForCausalLM.checkpoint_names
+    expert_names = MixtralForCausalLM.expert_names
+    renamed_parts = MixtralForCausalLM.renamed_parts
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
         return super().load_weights(item for item in weights if not item[0].endswith(_DERIVED))
