@@ -32,9 +32,45 @@ CLASSES = {
     "qwen3_moe": (transformers.Qwen3MoeConfig, transformers.Qwen3MoeForCausalLM),
     "gpt_oss": (transformers.GptOssConfig, transformers.GptOssForCausalLM),
     "llama4_text": (transformers.Llama4TextConfig, transformers.Llama4ForCausalLM),
+    "deepseek_v2": (transformers.DeepseekV2Config, transformers.DeepseekV2ForCausalLM),
+    "deepseek_v3": (transformers.DeepseekV3Config, transformers.DeepseekV3ForCausalLM),
 }
 
+_LATENT = {
+    "num_hidden_layers": 4,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 6,
+    "first_k_dense_replace": 2,
+    "q_lora_rank": 40,
+    "kv_lora_rank": 40,
+    "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 12,
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 3,
+    "moe_intermediate_size": 64,
+    "n_group": 4,
+    "topk_group": 2,
+    "rope_parameters": {
+        "rope_type": "yarn",
+        "rope_theta": 1000.0,
+        "factor": 8.0,
+        "beta_fast": 32.0,
+        "beta_slow": 1.0,
+        "mscale": 0.7,
+        "mscale_all_dim": 1.4,
+        "original_max_position_embeddings": 64,
+    },
+    "max_position_embeddings": 512,
+}
 KINDS: dict[str, dict[str, Any]] = {
+    "deepseek_v2": {
+        **_LATENT,
+        "topk_method": "group_limited_greedy",
+        "n_shared_experts": 2,
+        "routed_scaling_factor": 1.5,
+    },
+    "deepseek_v3": {**_LATENT, "n_shared_experts": 1, "routed_scaling_factor": 2.5},
     "gemma2": {
         "num_hidden_layers": 4,
         "head_dim": 16,
@@ -121,6 +157,9 @@ def make_hf_model(model_type: str, seed: int = 0, **overrides: Any) -> Any:
                 param.uniform_(*((-0.5, 0.5) if model_type.startswith("gemma") else (0.5, 1.5)))
             elif name.endswith(("bias", "sinks")):
                 param.normal_(0, 0.3)
+        for name, buffer in model.named_buffers():
+            if name.endswith("e_score_correction_bias"):
+                buffer.normal_(0, 0.3)
     return model
 
 

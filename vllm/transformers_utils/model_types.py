@@ -159,7 +159,67 @@ _LLAMA4: Values = {
     "use_qk_norm": True,
     "vocab_size": 202048,
 }
+_DEEPSEEK: Values = {
+    **_COMMON,
+    "kv_lora_rank": 512,
+    "moe_layer_freq": 1,
+    "num_nextn_predict_layers": None,
+    "q_lora_rank": 1536,
+    "qk_nope_head_dim": 128,
+    "qk_rope_head_dim": 64,
+    "rope_interleave": True,
+    "v_head_dim": 128,
+}
+_DEEPSEEK_V2: Values = {
+    **_DEEPSEEK,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "first_k_dense_replace": 0,
+    "hidden_size": 4096,
+    "intermediate_size": 11008,
+    "max_position_embeddings": 2048,
+    "mlp_bias": False,
+    "moe_intermediate_size": 1407,
+    "n_group": None,
+    "n_routed_experts": 64,
+    "n_shared_experts": 2,
+    "norm_topk_prob": False,
+    "num_attention_heads": 32,
+    "num_experts_per_tok": None,
+    "num_hidden_layers": 32,
+    "routed_scaling_factor": 1.0,
+    "scoring_func": "softmax",
+    "topk_group": None,
+    "topk_method": "greedy",
+    "vocab_size": 102400,
+}
+_DEEPSEEK_V3: Values = {
+    **_DEEPSEEK,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "first_k_dense_replace": 3,
+    "hidden_size": 7168,
+    "intermediate_size": 18432,
+    "max_position_embeddings": 4096,
+    "moe_intermediate_size": 2048,
+    "n_group": 8,
+    "n_routed_experts": 256,
+    "n_shared_experts": 1,
+    "norm_topk_prob": True,
+    "num_attention_heads": 128,
+    "num_experts_per_tok": 8,
+    "num_hidden_layers": 61,
+    "num_key_value_heads": 128,
+    "num_nextn_predict_layers": 1,
+    "routed_scaling_factor": 2.5,
+    "scoring_func": "sigmoid",
+    "topk_group": 4,
+    "topk_method": "noaux_tc",
+    "vocab_size": 129280,
+}
 DEFAULTS: dict[str, Values] = {
+    "deepseek_v2": _DEEPSEEK_V2,
+    "deepseek_v3": _DEEPSEEK_V3,
     "gemma2": _GEMMA2,
     "gemma3_text": _GEMMA3,
     "mixtral": _MIXTRAL,
@@ -282,7 +342,17 @@ def _finish_llama4(values: Values) -> None:
             )
 
 
+def _finish_deepseek(values: Values) -> None:
+    """Attention needs no ``head_dim``; where one is asked for, it is that of RoPE."""
+    values["head_dim"] = values["qk_rope_head_dim"]
+    routed = values.get("num_experts") or values.get("num_local_experts")
+    if routed is not None:
+        values["n_routed_experts"] = routed
+
+
 FINISHERS: dict[str, Callable[[Values], None]] = {
+    "deepseek_v2": _finish_deepseek,
+    "deepseek_v3": _finish_deepseek,
     "gemma2": _finish_gemma2,
     "gemma3_text": _finish_gemma3,
     "mixtral": _set_experts,
