@@ -561,10 +561,13 @@ class ChunkedLocalAttentionSpec(AttentionSpec):
         return num_computed_tokens // self.attention_chunk_size * self.attention_chunk_size
 
     def max_resident_blocks(self, vllm_config: VllmConfig) -> int:
-        """cdiv(min(chunk + tokens of a step, longest), block_size)."""
+        """cdiv(min(chunk + tokens of a step, longest), block_size).
+
+        One more where chunks do not start at blocks' starts.
+        """
         in_flight = vllm_config.scheduler_config.max_num_batched_tokens
         kept = min(self.attention_chunk_size + in_flight, vllm_config.model_config.max_model_len)
-        return cdiv(kept, self.block_size)
+        return cdiv(kept, self.block_size) + bool(self.attention_chunk_size % self.block_size)
 
 
 def _encoder_len(vllm_config: VllmConfig) -> int:

@@ -225,12 +225,14 @@ class MambaSpec(KVCacheSpec):
         return self.blocks_at(num_tokens, vllm_config) * self.unpadded_page_size_bytes
 
     def max_resident_blocks(self, vllm_config: VllmConfig) -> int:
-        """1, or 2 at boundaries ("align"), or one per block ("all"); + speculative blocks."""
+        """1, or 2 at boundaries ("align"), or one per block ("all"); + speculative blocks, which at
+        a boundary are there twice: behind the state that is read and behind the one written.
+        """
         if self.mamba_cache_mode == "all":
             tokens = vllm_config.model_config.max_model_len
             return cdiv(tokens, self.block_size) + self.num_speculative_blocks
         running = 2 if self.mamba_cache_mode == "align" else 1
-        return running + self.num_speculative_blocks
+        return running * (1 + self.num_speculative_blocks)
 
     def max_num_blocks_per_req(self, vllm_config: VllmConfig, max_len: int) -> int:
         if self.mamba_cache_mode == "none":

@@ -73,6 +73,13 @@ class WriteWatch:
             AssertionError: bytes changed that were not the step's to write.
         """
 
+    def close(self) -> None:
+        """No step will follow.
+
+        Raises:
+            AssertionError: bytes changed that nobody was allowed to write.
+        """
+
 
 class _DebugWriteWatch(WriteWatch):
     """VLLM_KV_CACHE_DEBUG: after each step only the blocks of its tokens may have changed."""
@@ -110,6 +117,9 @@ class _DebugWriteWatch(WriteWatch):
 
     def end(self) -> None:
         self._debugger.end_step()
+
+    def close(self) -> None:
+        self._debugger.check_everything()
 
 
 def make_write_watch(caches: AllocatedKVCache, config: KVCacheConfig) -> WriteWatch:

@@ -42,6 +42,7 @@ from vllm.v1.worker.input_preparation import InputPreparer, StepInputs
 from vllm.v1.worker.kv_hooks import (
     ActiveConnectorStep,
     ConnectorStep,
+    WriteWatch,
     make_block_zeroing,
     make_write_watch,
 )
@@ -102,6 +103,7 @@ class ModelRunner:
         self._open: OpenStep | None = None
         self._make_connector = make_connector
         self._connector = ConnectorStep()
+        self._write_watch = WriteWatch()
         self.layers: dict[str, AttentionLayerBase] = {}
 
     # ---- start-up -----------------------------------------------------------------------------
@@ -398,8 +400,11 @@ class ModelRunner:
     def close(self) -> None:
         """Let go of the caches; the runner cannot run any more."""
         self._connector.close()
-        for layer in self.layers.values():
-            layer.kv_cache = torch.empty(0)
+        try:
+            self._write_watch.close()
+        finally:
+            for layer in self.layers.values():
+                layer.kv_cache = torch.empty(0)
         self.kv_caches.clear()
 
     def get_model(self) -> nn.Module:

@@ -167,8 +167,9 @@ class GPUModelRunner(ModelRunner):
                     [0] * -(-(length + 2) // table.block_size)
                     for table in self.batch.block_table.tables
                 )
-                limits = {"top_k": 5, "top_p": 0.9} if computed else {}
-                params = SamplingParams(temperature=1.0, seed=0, **limits)
+                params = SamplingParams(temperature=1.0, seed=0)
+                if computed:
+                    params = SamplingParams(temperature=1.0, seed=0, top_k=5, top_p=0.9)
                 new.append(NewRequestData(name, [0] * length, params, blocks, 0))
                 computed[name] = 0
             else:
