@@ -66,7 +66,7 @@ def test_latents_have_backends_of_their_own() -> None:
 
     assert chosen(576, use_mla=True) == "CPU_MLA"
     assert chosen(584, use_mla=True) == chosen(45, use_mla=True) == "TORCH_REF_MLA"
-    with pytest.raises(ConfigError, match="CPU_ATTN: head size 576 .*, MLA not supported"):
+    with pytest.raises(ConfigError, match=r"CPU_ATTN: head size 576 .*, MLA not supported"):
         chosen(576, use_mla=True, backend="CPU_ATTN")
     with pytest.raises(ConfigError, match="CPU_MLA: only for MLA"):
         chosen(64, backend="CPU_MLA")

@@ -18,6 +18,7 @@ _MODELS = "vllm.model_executor.models"
 _BUILT_IN: dict[str, str] = {
     "DeepseekV2ForCausalLM": f"{_MODELS}.deepseek_v2:DeepseekV2ForCausalLM",
     "DeepseekV3ForCausalLM": f"{_MODELS}.deepseek_v2:DeepseekV3ForCausalLM",
+    "DeepseekV4ForCausalLM": f"{_MODELS}.deepseek_v4:DeepseekV4ForCausalLM",
     "Gemma2ForCausalLM": f"{_MODELS}.gemma2:Gemma2ForCausalLM",
     "Gemma3ForCausalLM": f"{_MODELS}.gemma3:Gemma3ForCausalLM",
     "Gemma3ForConditionalGeneration": f"{_MODELS}.gemma3:Gemma3ForConditionalGeneration",
