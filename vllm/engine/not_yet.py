@@ -20,7 +20,7 @@ _SWITCHES: dict[str, str] = {
     ),
     "ModelConfig": (
         "allow-deprecated-quantization enable-cumem-allocator enable-nccl-comm-suspend "
-        "enable-prompt-embeds enable-return-routed-experts enable-sleep-mode enable-trace-replay "
+        "enable-prompt-embeds enable-return-routed-experts enable-trace-replay "
         "return-sampling-mask sleep-mode-offload-cudagraph sleep-preserve-parameter-names "
         "use-fp64-gumbel"
     ),

@@ -13,8 +13,10 @@ from pydantic.json_schema import models_json_schema
 from starlette.exceptions import HTTPException
 
 import vllm
+import vllm.envs as envs
 from vllm.entrypoints.openai.chat_prompts import ChatPrompts
 from vllm.entrypoints.openai.cli_args import FrontendArgs
+from vllm.entrypoints.openai.dev_routes import add_dev_routes
 from vllm.entrypoints.openai.errors import APIError, ErrorResponse, error_response
 from vllm.entrypoints.openai.http import parse_request, read_object, validate
 from vllm.entrypoints.openai.metrics import HTTPMetricsMiddleware, metrics_response
@@ -293,6 +295,8 @@ def make_app(context: ServerContext) -> FastAPI:
     _add_model_routes(app, context)
     _add_generation_routes(app, context, prompts)
     _add_tokenizer_routes(app, context, prompts)
+    if envs.VLLM_SERVER_DEV_MODE:
+        add_dev_routes(app, context)
     _add_error_handlers(app, frontend.log_error_stack)
     _add_layers(app, context)
     for route in app.routes:

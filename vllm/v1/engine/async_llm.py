@@ -292,6 +292,34 @@ class AsyncLLM:
     async def is_paused(self) -> bool:
         return await self.client.call_utility("is_paused")
 
+    async def sleep(self, level: int = 1, mode: str = "abort") -> None:
+        """Give memory back until ``wake_up``; new requests wait. See ``EngineCore.sleep``.
+
+        Args:
+            mode: what becomes of requests in flight: "abort" ends them, "wait" lets them end first.
+
+        Raises:
+            VLLMValidationError: an unknown mode.
+            EngineGenerateError: no such level, or an engine without sleep mode.
+        """
+        if mode not in ("abort", "wait"):
+            raise VLLMValidationError(
+                f"mode must be abort or wait, not {mode!r}", parameter="mode", value=mode
+            )
+        if mode == "wait":
+            await self.output_processor.wait_until_idle()
+        await self.client.call_utility("sleep", level)
+        self.stat_loggers.prometheus.record_sleep_state(level)
+
+    async def wake_up(self, tags: list[str] | None = None) -> None:
+        """See ``EngineCore.wake_up``."""
+        await self.client.call_utility("wake_up", tags)
+        if not await self.is_sleeping():
+            self.stat_loggers.prometheus.record_sleep_state(None)
+
+    async def is_sleeping(self) -> bool:
+        return await self.client.call_utility("is_sleeping")
+
     async def collective_rpc(self, method: str, args: tuple[Any, ...] = ()) -> list[Any]:
         """Call a public method of every worker; arguments and answers must be plain data."""
         return await self.client.call_utility("collective_rpc", method, list(args))

@@ -5,7 +5,7 @@ nothing of requests, sockets or front ends.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib import import_module
 from typing import Any
 
@@ -104,6 +104,14 @@ class Executor(ABC):
         self, grammar_output: GrammarOutput | None
     ) -> ModelRunnerOutput | PendingModelRunnerOutput:
         """Finish the step that ``execute_model`` left open."""
+
+    def sleep(self, level: int) -> None:
+        """See ``WorkerBase.sleep``."""
+        self.collective_rpc("sleep", (level,))
+
+    def wake_up(self, tags: Sequence[str]) -> None:
+        """See ``WorkerBase.wake_up``."""
+        self.collective_rpc("wake_up", (list(tags),))
 
     @abstractmethod
     def check_health(self) -> None:

@@ -280,6 +280,12 @@ class PrometheusStatLogger:
             "vllm:request_num_preemptions", "How often a request was preempted.", _PREEMPTIONS
         )
 
+    def record_sleep_state(self, level: int | None) -> None:
+        """The engine sleeps at ``level``; None: it is awake."""
+        self._sleep_state["awake"].set(level is None)
+        self._sleep_state["weights_offloaded"].set(level == 1)
+        self._sleep_state["discard_all"].set(level == 2)
+
     def record(self, scheduler: SchedulerStats | None, iteration: IterationStats | None) -> None:
         """Take in one step."""
         if scheduler is not None:

@@ -134,6 +134,12 @@ class ConnectorStep:
     def register(self, kv_caches: Mapping[str, torch.Tensor]) -> None:
         """Once, after allocation: each layer's view in manager blocks, by its name."""
 
+    def unregister(self) -> None:
+        """The caches' memory is about to be given back (sleep)."""
+
+    def restore(self, kv_caches: Mapping[str, torch.Tensor]) -> None:
+        """The caches' memory is there again (wake-up), empty; arguments as of ``register``."""
+
     def begin(self, scheduler_output: SchedulerOutput, context: ForwardContext) -> None:
         """Before the forward pass: start what the step's metadata asks to load."""
 
@@ -153,6 +159,12 @@ class ActiveConnectorStep(ConnectorStep):
 
     def register(self, kv_caches: Mapping[str, torch.Tensor]) -> None:
         self._connector.register_kv_caches(dict(kv_caches))
+
+    def unregister(self) -> None:
+        self._connector.unregister_kv_caches()
+
+    def restore(self, kv_caches: Mapping[str, torch.Tensor]) -> None:
+        self._connector.restore_kv_caches(dict(kv_caches))
 
     def begin(self, scheduler_output: SchedulerOutput, context: ForwardContext) -> None:
         metadata = scheduler_output.kv_connector_metadata
