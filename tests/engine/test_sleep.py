@@ -68,9 +68,7 @@ def test_level_1_frees_the_pool_and_level_2_the_weights_too(sleeper: LLM):
     hits = sum(m.value for m in sleeper.get_metrics() if m.name == "vllm:prefix_cache_hits")
     assert tokens(sleeper) == expected
     # Nothing that was cached before is found; what the prompts share cannot be: they differ first.
-    assert hits == sum(
-        m.value for m in sleeper.get_metrics() if m.name == "vllm:prefix_cache_hits"
-    )
+    assert hits == sum(m.value for m in sleeper.get_metrics() if m.name == "vllm:prefix_cache_hits")
 
     sleeper.sleep(level=2)
     asleep = memory(sleeper)

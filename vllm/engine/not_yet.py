@@ -57,7 +57,6 @@ _SWITCHES: dict[str, str] = {
 # group -> option -> values that ask for nothing, separated by "|".
 _VALUES: dict[str, dict[str, str]] = {
     "top level": {
-        "api-server-count": "1",
         "gdn-prefill-backend": "auto",
         "kda-decode-backend": "auto",
         "kda-prefill-backend": "auto",
@@ -246,7 +245,6 @@ _PASSING_SWITCHES: dict[str, tuple[str, tuple[str, ...]]] = {
 }
 
 _SHORT = {
-    "api-server-count": "-asc",
     "compilation-config": "-cc",
     "data-parallel-address": "-dpa",
     "data-parallel-rank": "-dpn",

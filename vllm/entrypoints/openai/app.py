@@ -46,7 +46,7 @@ from vllm.entrypoints.openai.serving_engine import ServerContext
 from vllm.entrypoints.openai.serving_tokenization import OpenAIServingTokenization
 from vllm.errors import EngineDeadError, VLLMError, VLLMValidationError
 from vllm.logger import init_logger
-from vllm.v1.metrics.prometheus import get_prometheus_registry
+from vllm.v1.metrics.prometheus import get_process_registry, get_prometheus_registry
 
 __all__ = ["make_app"]
 
@@ -246,7 +246,7 @@ def _add_layers(app: FastAPI, context: ServerContext) -> None:
         app.add_middleware(RequestIdMiddleware)
     limit = frontend.h11_max_header_count or _DEFAULT_HEADER_LIMIT
     app.add_middleware(HeaderLimitMiddleware, limit=limit)
-    app.add_middleware(HTTPMetricsMiddleware, registry=get_prometheus_registry())
+    app.add_middleware(HTTPMetricsMiddleware, registry=get_process_registry())
 
 
 class _App(FastAPI):

@@ -57,6 +57,9 @@ class AsyncLLM:
         self.stat_loggers = StatLoggerManager(self.vllm_config, self.client.facts, log=log_stats)
         publish_layout(self.client.facts.kv_cache_layout, self.vllm_config.instance_id, self)
         self._ids = itertools.count()
+        index = self.client.client_index
+        self._id_mark = f"{index}." if index else ""
+        """Two front ends of one engine may be asked for the same id."""
         self._stats_task: asyncio.Task[None] | None = None
         self._closed = False
 
@@ -165,7 +168,7 @@ class AsyncLLM:
         finished = False
         try:
             request, text = self.input_processor.process(
-                f"{request_id}-{next(self._ids):x}",
+                f"{request_id}-{self._id_mark}{next(self._ids):x}",
                 prompt,
                 sampling_params,
                 arrival_time=arrival_time,
@@ -173,6 +176,7 @@ class AsyncLLM:
                 cache_salt=cache_salt,
                 kv_transfer_params=kv_transfer_params,
             )
+            request.client_index = self.client.client_index
             self._add(request_id, request, text, queue, engine_ids)
             while not finished:
                 output = await queue.get()
