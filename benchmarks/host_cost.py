@@ -185,8 +185,7 @@ def main() -> None:
     core.shutdown()
     best = min(rounds, key=lambda samples: statistics.median(s["total"] for s in samples))
     figures = {
-        name: round(statistics.median(sample[name] for sample in best) * 1e6, 1)
-        for name in best[0]
+        name: round(statistics.median(sample[name] for sample in best) * 1e6, 1) for name in best[0]
     }
     totals = [round(statistics.median(s["total"] for s in part) * 1e6, 1) for part in rounds]
     result = {
