@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 __all__ = ["AsyncEngineArgs", "EngineArgs"]
 
 _Args = TypeVar("_Args")
+_Config = TypeVar("_Config")
 
 
 def _refuses_by_name(cls: type[_Args]) -> type[_Args]:
@@ -470,6 +471,20 @@ class EngineArgs:
         Kind.JSON,
         'Structured outputs: {"backend": "auto" | "xgrammar", "disable_any_whitespace": BOOL}.',
     )
+    kv_transfer_config: dict[str, Any] | None = arg(
+        None,
+        "VllmConfig",
+        Kind.JSON,
+        'What moves KV blocks: {"kv_connector": NAME, "kv_role": "kv_producer" | "kv_consumer" | '
+        '"kv_both", ...}.',
+    )
+    kv_events_config: dict[str, Any] | None = arg(
+        None,
+        "VllmConfig",
+        Kind.JSON,
+        'Publication of stored and removed blocks: {"enable_kv_cache_events": true, "publisher": '
+        '"zmq", "endpoint": URL, ...}.',
+    )
     additional_config: dict[str, Any] = arg(
         {},
         "VllmConfig",
@@ -481,6 +496,11 @@ class EngineArgs:
         if isinstance(self.served_model_name, str):
             self.served_model_name = [self.served_model_name]
         self.hf_overrides = {} if self.hf_overrides is None else self.hf_overrides
+        # Callers of the class may give vLLM's config objects.
+        for name in ("kv_transfer_config", "kv_events_config"):
+            given = getattr(self, name)
+            if dataclasses.is_dataclass(given):
+                setattr(self, name, dataclasses.asdict(given))  # type: ignore[call-overload]
         for name, flag in self.flags().items():
             setattr(self, name, flag.check(getattr(self, name)))
 
@@ -526,6 +546,8 @@ class EngineArgs:
         from vllm.config import (
             AttentionConfig,
             DeviceConfig,
+            KVEventsConfig,
+            KVTransferConfig,
             LoadConfig,
             ObservabilityConfig,
             ParallelConfig,
@@ -588,6 +610,10 @@ class EngineArgs:
             attention_config=AttentionConfig(backend=self._attention_backend()),
             structured_outputs_config=self._structured_outputs(),
             observability_config=ObservabilityConfig(disable_log_stats=self.disable_log_stats),
+            kv_transfer_config=_from_json(
+                "kv_transfer_config", self.kv_transfer_config, KVTransferConfig
+            ),
+            kv_events_config=_from_json("kv_events_config", self.kv_events_config, KVEventsConfig),
             additional_config=dict(self.additional_config),
             instance_id=uuid.uuid4().hex,
         )
@@ -774,6 +800,22 @@ class EngineArgs:
             backend="xgrammar",
             disable_any_whitespace=bool(given.get("disable_any_whitespace", False)),
         )
+
+
+def _from_json(name: str, given: dict[str, Any] | None, config: type[_Config]) -> _Config | None:
+    """The config that a JSON option describes; None where it is empty."""
+    if not given:
+        return None
+    import msgspec
+
+    fields = dataclasses.fields(config)  # type: ignore[arg-type]
+    _only_keys(name, given, tuple(field.name for field in fields))
+    try:
+        return msgspec.convert(given, config)
+    except msgspec.ValidationError as error:
+        if isinstance(error.__cause__, ConfigError):
+            raise error.__cause__ from None
+        raise ConfigError(f"{dash(name)}: {error}", parameter=name, value=given) from None
 
 
 def _only_keys(name: str, given: dict[str, Any], known: tuple[str, ...]) -> None:

@@ -219,8 +219,6 @@ _VALUES: dict[str, dict[str, str]] = {
         "ec-transfer-config": "{}",
         "engram-config": "{}",
         "kernel-config": "{}",
-        "kv-events-config": "{}",
-        "kv-transfer-config": "{}",
         "optimization-level": "2|0",
         "performance-mode": "balanced",
         "profiler-config": "{}",

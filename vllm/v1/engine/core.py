@@ -9,6 +9,10 @@ from typing import Any
 
 import vllm.envs as envs
 from vllm.config import VllmConfig
+from vllm.distributed.kv_transfer.kv_connector.v1.base import (
+    KVConnectorBase_V1,
+    KVConnectorRole,
+)
 from vllm.errors import VLLMError, VLLMValidationError
 from vllm.logger import init_logger
 from vllm.utils.import_utils import import_class
@@ -21,6 +25,7 @@ from vllm.v1.engine import (
     FinishReason,
     UtilityOutput,
 )
+from vllm.v1.engine.kv_events import make_kv_events
 from vllm.v1.engine.phases import StartupPhases
 from vllm.v1.engine.stepping import make_stepping
 from vllm.v1.engine.tokenizer import tokenizer_from_config
@@ -111,7 +116,9 @@ class EngineCore:
             self.structured_output_manager,
             block_size=self._block_size(kv_cache_config),
             log_stats=log_stats,
+            connector=self._make_connector(kv_cache_config),
         )
+        self._kv_events = make_kv_events(vllm_config, kv_cache_config)
         self._stepping = make_stepping(
             self.scheduler,
             self.executor,
@@ -133,6 +140,22 @@ class EngineCore:
         publish_layout(configs[0].kv_cache_layout, self.vllm_config.instance_id, self)
         self.executor.initialize_from_config(configs)
         return configs[0]
+
+    def _make_connector(self, kv_cache_config: Any) -> KVConnectorBase_V1 | None:
+        """The scheduler half of the configured connector, introduced to its worker halves."""
+        transfer = self.vllm_config.kv_transfer_config
+        if transfer is None or transfer.kv_connector is None:
+            return None
+        from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
+
+        connector = KVConnectorFactory.create_connector(
+            self.vllm_config, KVConnectorRole.SCHEDULER, kv_cache_config
+        )
+        answers = self.executor.get_kv_connector_handshake_metadata()
+        metadata = dict(answer for answer in answers if answer is not None)
+        if metadata:
+            connector.set_xfer_handshake_metadata_pp_aware(metadata)
+        return connector
 
     # Requests
 
@@ -190,6 +213,7 @@ class EngineCore:
             outputs, ran_model = self._stepping.step()
         elif self._stepping.in_flight:
             outputs = self._stepping.drain()
+        self._kv_events.publish(self.scheduler)
         if self._unscheduled:
             for client_index, answers in self._unscheduled.items():
                 outputs.setdefault(client_index, EngineCoreOutputs()).outputs.extend(answers)
@@ -215,7 +239,9 @@ class EngineCore:
 
     def reset_prefix_cache(self) -> bool:
         """Forget all cached prefixes; False where running requests still hold blocks."""
-        return self.scheduler.reset_prefix_cache()
+        done = self.scheduler.reset_prefix_cache()
+        self._kv_events.publish(self.scheduler)
+        return done
 
     def abort_all(self) -> int:
         """End every request of every client, each with an answer; returns how many."""
@@ -272,7 +298,7 @@ class EngineCore:
         for client_index, outputs in self._stepping.drain().items():
             self._unscheduled.setdefault(client_index, []).extend(outputs.outputs)
         if level > 0:
-            if not self.scheduler.reset_prefix_cache():
+            if not self.reset_prefix_cache():
                 raise VLLMError("blocks of the KV cache are still in use by transfers; try again")
             if level == 2:
                 # What was stored outside belongs to weights that need not come back.
@@ -319,6 +345,7 @@ class EngineCore:
     def shutdown(self) -> None:
         self.structured_output_manager.shutdown()
         self.scheduler.shutdown()
+        self._kv_events.shutdown()
         self.executor.shutdown()
 
     # Facts

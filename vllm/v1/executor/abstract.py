@@ -86,6 +86,10 @@ class Executor(ABC):
     def initialize_from_config(self, kv_cache_configs: list[Any]) -> None:
         """Allocate and bind the caches; one ``KVCacheConfig`` per worker."""
 
+    def get_kv_connector_handshake_metadata(self) -> list[Any]:
+        """Per worker: its (pipeline, tensor) rank and what its connector tells peers, or None."""
+        return self.collective_rpc("get_kv_connector_handshake_metadata")
+
     def compile_or_warm_up_model(self) -> None:
         self.collective_rpc("compile_or_warm_up_model")
 

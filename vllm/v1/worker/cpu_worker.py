@@ -12,6 +12,7 @@ from vllm.logger import init_logger
 from vllm.platforms import current_platform
 from vllm.utils.memory_pages import drop_pages, trim_heap
 from vllm.v1.worker.device import CPUDeviceLayer
+from vllm.v1.worker.kv_hooks import connector_maker
 from vllm.v1.worker.model_runner import ModelRunner
 from vllm.v1.worker.worker_base import WorkerBase
 
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from vllm.config import VllmConfig
+    from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorHandshakeMetadata
     from vllm.v1.core.sched.output import GrammarOutput, SchedulerOutput
     from vllm.v1.kv_cache.planner import BackendConstraints
     from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheSpec
@@ -44,7 +46,7 @@ class CPUWorker(WorkerBase):
         is_driver_worker: bool = True,
     ) -> None:
         super().__init__(vllm_config, local_rank, rank, distributed_init_method, is_driver_worker)
-        self.model_runner = ModelRunner(vllm_config, CPUDeviceLayer())
+        self.model_runner = ModelRunner(vllm_config, CPUDeviceLayer(), connector_maker(vllm_config))
         self._has_weights = True
         """Until they are dropped to sleep, and again afterwards."""
 
@@ -132,6 +134,14 @@ class CPUWorker(WorkerBase):
             gc.freeze()
         if "kv_cache" in tags:
             self.model_runner.restore_kv_cache()
+
+    def get_kv_connector_handshake_metadata(
+        self,
+    ) -> tuple[tuple[int, int], KVConnectorHandshakeMetadata] | None:
+        metadata = self.model_runner.get_kv_connector_handshake_metadata()
+        if metadata is None:
+            return None
+        return divmod(self.rank, self.parallel_config.tensor_parallel_size), metadata
 
     def get_model(self) -> nn.Module:
         return self.model_runner.get_model()
