@@ -151,6 +151,7 @@ class EngineCore:
         connector = KVConnectorFactory.create_connector(
             self.vllm_config, KVConnectorRole.SCHEDULER, kv_cache_config
         )
+        self.executor.init_kv_output_aggregator(connector)
         answers = self.executor.get_kv_connector_handshake_metadata()
         metadata = dict(answer for answer in answers if answer is not None)
         if metadata:
