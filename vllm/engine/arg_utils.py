@@ -499,8 +499,8 @@ class EngineArgs:
         # Callers of the class may give vLLM's config objects.
         for name in ("kv_transfer_config", "kv_events_config"):
             given = getattr(self, name)
-            if dataclasses.is_dataclass(given):
-                setattr(self, name, dataclasses.asdict(given))  # type: ignore[call-overload]
+            if dataclasses.is_dataclass(given) and not isinstance(given, type):
+                setattr(self, name, dataclasses.asdict(given))
         for name, flag in self.flags().items():
             setattr(self, name, flag.check(getattr(self, name)))
 
