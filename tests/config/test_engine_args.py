@@ -203,6 +203,12 @@ def test_more_memory_than_there_is(model):
         config_of(model(), kv_cache_memory_bytes=10**15)
 
 
+def test_a_share_of_a_gpu_is_refused_on_the_cpu(model):
+    with pytest.raises(ConfigError, match="CPU: set --kv-cache-memory-bytes"):
+        config_of(model(), gpu_memory_utilization=0.5)
+    assert config_of(model(), gpu_memory_utilization=0.92).device_config.device_type == "cpu"
+
+
 def test_the_variable_sets_the_pool(model, monkeypatch):
     monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "0.25")
     assert config_of(model()).cache_config.kv_cache_memory_bytes == 2**28

@@ -673,6 +673,13 @@ class EngineArgs:
 
         pool = self.kv_cache_memory_bytes
         if current_platform.is_cpu():
+            if self.gpu_memory_utilization != type(self).flags()["gpu_memory_utilization"].default:
+                raise ConfigError(
+                    "--gpu-memory-utilization is a share of a GPU's memory, and this engine runs "
+                    "on the CPU: set --kv-cache-memory-bytes instead",
+                    parameter="gpu_memory_utilization",
+                    value=self.gpu_memory_utilization,
+                )
             pool = resolve.kv_pool_bytes(
                 pool,
                 envs.VLLM_CPU_KVCACHE_SPACE,

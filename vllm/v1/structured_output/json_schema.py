@@ -54,6 +54,10 @@ _PAIRS = (
 )
 
 
+# The compiler's time grows faster than the square of the depth: 300 levels take it 15 seconds.
+_MAX_LEVELS = 64
+
+
 def check_json_schema(schema: Any, where: str = "structured_outputs.json") -> None:
     """Refuse a schema that the output could break.
 
@@ -65,9 +69,15 @@ def check_json_schema(schema: Any, where: str = "structured_outputs.json") -> No
     Raises:
         VLLMValidationError: naming the place in the schema, and what to leave out.
     """
-    stack = [(schema, "#")]
+    stack = [(schema, "#", 0)]
     while stack:
-        node, path = stack.pop()
+        node, path, level = stack.pop()
+        if level > _MAX_LEVELS:
+            raise VLLMValidationError(
+                f"{where} is nested more than {_MAX_LEVELS} schemas deep; make it flatter, or let "
+                "it refer to itself with $ref",
+                parameter="structured_outputs",
+            )
         if isinstance(node, bool):
             continue
         if not isinstance(node, dict):
@@ -81,7 +91,7 @@ def check_json_schema(schema: Any, where: str = "structured_outputs.json") -> No
             raise VLLMValidationError(
                 f"{where} at {path}: {problem}", parameter="structured_outputs"
             )
-        stack.extend(_subschemas(node, path))
+        stack.extend((child, at, level + 1) for child, at in _subschemas(node, path))
 
 
 def _problem(node: dict[str, Any]) -> str | None:
