@@ -54,7 +54,8 @@ def test_a_context_that_does_not_fit_names_what_fits():
 
 
 def test_the_options_named_are_those_of_the_device():
-    config = replace(make_config(max_model_len=4096), device_config=DeviceConfig(device_type="cuda"))
+    gpu = DeviceConfig(device_type="cuda")
+    config = replace(make_config(max_model_len=4096), device_config=gpu)
     with pytest.raises(CapacityError, match=r"--kv-cache-memory-bytes or --gpu-memory-util"):
         plan_kv_cache(config, UNIFORM, 100 * BLOCK)
 

@@ -372,6 +372,7 @@ class EngineArgs:
         Kind.INT,
         f"Requests in one step, at most; default {resolve.DEFAULT_MAX_NUM_SEQS}.",
         minimum=1,
+        maximum=65_536,
     )
     max_num_batched_tokens: int | None = arg(
         None,
@@ -468,6 +469,11 @@ class EngineArgs:
         self.hf_overrides = {} if self.hf_overrides is None else self.hf_overrides
         for name, flag in self.flags().items():
             setattr(self, name, flag.check(getattr(self, name)))
+        if self.served_model_name is not None and not all(self.served_model_name):
+            raise ConfigError(
+                "--served-model-name must not be empty; leave it out for the name of --model",
+                parameter="served_model_name",
+            )
 
     @classmethod
     def flags(cls) -> Mapping[str, Flag]:

@@ -1,4 +1,4 @@
-"""The machine's CPU as the kernel describes it, this process's limits, sizes in words for people."""
+"""The machine's CPU as the kernel describes it, a process's limits, sizes in words for people."""
 
 from __future__ import annotations
 

@@ -323,7 +323,21 @@ class InputProcessor:
             params.all_stop_token_ids.append(self.eos_token_id)
         if params.bad_words:
             params.bad_words_token_ids = self._bad_words_ids(params.bad_words)
+        if params.allowed_token_ids is not None:
+            self._check_choice(params)
         return params
+
+    def _check_choice(self, params: SamplingParams) -> None:
+        """Of the allowed tokens, some must be left for the first place of the output."""
+        forbidden = {ids[0] for ids in params.bad_words_token_ids or () if len(ids) == 1}
+        if params.min_tokens:
+            forbidden.update(params.all_stop_token_ids)
+        if forbidden.issuperset(params.allowed_token_ids or ()):
+            raise VLLMValidationError(
+                "allowed_token_ids leaves no token to choose: bad_words, or min_tokens with the "
+                "tokens that end the output, forbid all of them",
+                parameter="allowed_token_ids",
+            )
 
     def _check_params(self, params: SamplingParams) -> None:
         for processor in self._logits_processors:

@@ -67,7 +67,7 @@ def _exception_of(failure: EngineFailure) -> Exception:
     if isinstance(cls, type) and issubclass(cls, ValueError | OSError | ImportError | MemoryError):
         with contextlib.suppress(TypeError):  # UnicodeDecodeError and the like want more
             return cls(failure.message)
-    return RuntimeError(f"the engine could not start: {failure.type}: {failure.message}")
+    return VLLMError(f"the engine could not start: {failure.type}: {failure.message}")
 
 
 class EngineProcess:
