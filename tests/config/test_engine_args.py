@@ -161,7 +161,7 @@ def test_few_tokens_a_step_mean_few_requests(model):
         ({"override_generation_config": {"heat": 1}}, "no key 'heat'"),
         ({"generation_config": "/nowhere"}, "--generation-config must be auto, vllm or"),
         ({"tokenizer": "/nowhere"}, "--tokenizer '/nowhere'"),
-        ({"max_num_seqs": 0}, "--max-num-seqs must be at least 1"),
+        ({"max_num_seqs": 0}, "--max-num-seqs must be between 1 and 65536"),
         ({"max_num_seqs": "many"}, "--max-num-seqs takes a whole number"),
         ({"max_num_seqs": True}, "--max-num-seqs takes a whole number"),
         ({"hf_overrides": 3}, "--hf-overrides takes a JSON object"),
