@@ -16,7 +16,10 @@ import torch
 from torch import nn
 
 from vllm.config import VllmConfig
-from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1
+from vllm.distributed.kv_transfer.kv_connector.v1.base import (
+    KVConnectorBase_V1,
+    KVConnectorHandshakeMetadata,
+)
 from vllm.forward_context import ForwardContext, set_forward_context
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.v1.core.sched.output import CachedRequestData, GrammarOutput, SchedulerOutput
@@ -42,6 +45,7 @@ from vllm.v1.worker.input_preparation import InputPreparer, StepInputs
 from vllm.v1.worker.kv_hooks import (
     ActiveConnectorStep,
     ConnectorStep,
+    WriteWatch,
     make_block_zeroing,
     make_write_watch,
 )
@@ -102,6 +106,7 @@ class ModelRunner:
         self._open: OpenStep | None = None
         self._make_connector = make_connector
         self._connector = ConnectorStep()
+        self._write_watch = WriteWatch()
         self.layers: dict[str, AttentionLayerBase] = {}
 
     # ---- start-up -----------------------------------------------------------------------------
@@ -201,6 +206,7 @@ class ModelRunner:
         assert self._open is None, "the step before this one was not sampled"
         self._update_requests(scheduler_output)
         self._zeroing.zero_new_blocks(scheduler_output)
+        self._write_watch.expect_transfers(scheduler_output.blocks_arriving)
         if scheduler_output.total_num_scheduled_tokens == 0:
             return self._only_transfer(scheduler_output)
         batch = self.batch
@@ -395,11 +401,18 @@ class ModelRunner:
 
     # ---- for others -----------------------------------------------------------------------------
 
+    def get_kv_connector_handshake_metadata(self) -> KVConnectorHandshakeMetadata | None:
+        """What other engines need to connect to this worker's caches."""
+        return self._connector.get_handshake_metadata()
+
     def close(self) -> None:
         """Let go of the caches; the runner cannot run any more."""
         self._connector.close()
-        for layer in self.layers.values():
-            layer.kv_cache = torch.empty(0)
+        try:
+            self._write_watch.close()
+        finally:
+            for layer in self.layers.values():
+                layer.kv_cache = torch.empty(0)
         self.kv_caches.clear()
 
     def get_model(self) -> nn.Module:
