@@ -239,16 +239,16 @@ def _mamba2_or_attention(model: _Declaring) -> Specs:
 
 def _nemotron_h(model: _Declaring) -> Specs:
     heads, width = model.need("mamba_num_heads"), model.need("mamba_head_dim")
-    for i, kind in enumerate(model.need("hybrid_override_pattern")):
-        if kind == "*":
-            yield model.attention(f"model.layers.{i}.mixer.attn")
-        elif kind == "M":
-            yield model.mamba2(f"model.layers.{i}.mixer", heads * width, heads, width)
+    for i, kind in enumerate(model.need("layer_types")):
+        if kind == "full_attention":
+            yield model.attention(f"backbone.layers.{i}.mixer.attn")
+        elif kind == "linear_attention":
+            yield model.mamba2(f"backbone.layers.{i}.mixer", heads * width, heads, width)
 
 
 def _zamba2(model: _Declaring) -> Specs:
     """A state in every layer; hybrid layers attend too, over two hidden states side by side."""
-    kinds = model.need("layers_block_type")
+    kinds = model.need("layer_types")
     inner = model.need("mamba_expand") * model.need("hidden_size")
     heads = model.need("n_mamba_heads")
     for i in range(model.num_layers):

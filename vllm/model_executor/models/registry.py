@@ -17,11 +17,14 @@ __all__ = ["ModelRegistry"]
 _MODELS = "vllm.model_executor.models"
 _BUILT_IN: dict[str, str] = {
     "BambaForCausalLM": f"{_MODELS}.bamba:BambaForCausalLM",
+    "FalconH1ForCausalLM": f"{_MODELS}.falcon_h1:FalconH1ForCausalLM",
     "FalconMambaForCausalLM": f"{_MODELS}.mamba:FalconMambaForCausalLM",
     "Gemma2ForCausalLM": f"{_MODELS}.gemma2:Gemma2ForCausalLM",
     "Gemma3ForCausalLM": f"{_MODELS}.gemma3:Gemma3ForCausalLM",
     "Gemma3ForConditionalGeneration": f"{_MODELS}.gemma3:Gemma3ForConditionalGeneration",
     "GptOssForCausalLM": f"{_MODELS}.gpt_oss:GptOssForCausalLM",
+    "GraniteMoeHybridForCausalLM": f"{_MODELS}.granitemoehybrid:GraniteMoeHybridForCausalLM",
+    "JambaForCausalLM": f"{_MODELS}.jamba:JambaForCausalLM",
     "Llama4ForCausalLM": f"{_MODELS}.llama4:Llama4ForCausalLM",
     "Llama4ForConditionalGeneration": f"{_MODELS}.llama4:Llama4ForConditionalGeneration",
     "LlamaForCausalLM": f"{_MODELS}.llama:LlamaForCausalLM",
@@ -29,10 +32,12 @@ _BUILT_IN: dict[str, str] = {
     "MambaForCausalLM": f"{_MODELS}.mamba:MambaForCausalLM",
     "MistralForCausalLM": f"{_MODELS}.llama:MistralForCausalLM",
     "MixtralForCausalLM": f"{_MODELS}.mixtral:MixtralForCausalLM",
+    "NemotronHForCausalLM": f"{_MODELS}.nemotron_h:NemotronHForCausalLM",
     "Qwen2ForCausalLM": f"{_MODELS}.qwen2:Qwen2ForCausalLM",
     "Qwen2MoeForCausalLM": f"{_MODELS}.qwen2_moe:Qwen2MoeForCausalLM",
     "Qwen3ForCausalLM": f"{_MODELS}.qwen3:Qwen3ForCausalLM",
     "Qwen3MoeForCausalLM": f"{_MODELS}.qwen3_moe:Qwen3MoeForCausalLM",
+    "Zamba2ForCausalLM": f"{_MODELS}.zamba2:Zamba2ForCausalLM",
 }
 
 
