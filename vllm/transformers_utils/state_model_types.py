@@ -29,6 +29,7 @@ _MAMBA: Values = {
     "eos_token_id": 0,
     "expand": 2,
     "hidden_size": 768,
+    "initializer_range": 0.1,
     "layer_norm_epsilon": 1e-5,
     "num_hidden_layers": 32,
     "residual_in_fp32": True,
@@ -304,6 +305,7 @@ def _finish_falcon_h1(values: Values) -> None:
     if values["mamba_d_ssm"] is None:
         values["mamba_d_ssm"] = values["mamba_expand"] * values["hidden_size"]
     _set_mamba_head(values, values["mamba_d_ssm"])
+    values["layer_types"] = ["hybrid"] * values["num_hidden_layers"]
     for name, count in (("mlp_multipliers", 2), ("ssm_multipliers", 5)):
         values[name] = [1.0] * count if values[name] is None else values[name]
         if len(values[name]) != count:
@@ -324,7 +326,7 @@ def _finish_nemotron_h(values: Values) -> None:
     values["rms_norm_eps"] = eps if eps is not None else values.get("rms_norm_eps", 1e-5)
     kinds = _kinds_of(values)
     if kinds is None:
-        pattern = values.get("hybrid_override_pattern")
+        pattern = values.get("hybrid_override_pattern", "ME*-")
         if not isinstance(pattern, str) or not set(pattern) <= _PATTERN.keys():
             raise ConfigError(
                 "config.json: hybrid_override_pattern must be made of the letters "
@@ -360,6 +362,7 @@ def _finish_zamba2(values: Values) -> None:
     default = ["mamba", *run * 7, *["mamba"] * 4, "hybrid", *["mamba"] * 3, "hybrid"]
     _set_kinds(values, _kinds_of(values), [*default, "mamba", "mamba"])
     values["layer_types"] = values["layer_types"][: values["num_hidden_layers"]]
+    values["layers_block_type"] = values["layer_types"]
 
 
 STATE_FINISHERS: dict[str, Callable[[Values], None]] = {

@@ -191,14 +191,14 @@ class HybridForCausalLM(LlamaForCausalLM):
     body_name: ClassVar[str] = "model"
     embedding_name: ClassVar[str] = "embed_tokens"
     norm_name: ClassVar[str] = "final_layernorm"
-    model_cls: ClassVar[type[HybridModel]] = HybridModel  # type: ignore[assignment]
+    body_cls: ClassVar[type[HybridModel]] = HybridModel
     body: HybridModel
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         HotModule.__init__(self)
         config = vllm_config.model_config.hf_text_config
         self.config = config
-        body = self.model_cls(
+        body = self.body_cls(
             vllm_config,
             maybe_prefix(prefix, self.body_name),
             self.make_layer,

@@ -55,12 +55,13 @@ class Adapters(nn.ModuleDict):
                 up = MergedColumnParallelLinear(
                     rank, outputs, bias=False, prefix=f"{name}.1", return_bias=False
                 )
-            self[str(number)] = nn.ModuleList((down, up))
+            self[str(number)] = nn.Sequential(down, up)
 
     def add(self, number: int, output: torch.Tensor, x: torch.Tensor) -> None:
         """Add the adapter's product to ``output``."""
-        down, up = self[str(number)]
-        output += up.forward(down.forward(x))
+        adapter = self[str(number)]
+        assert isinstance(adapter, nn.Sequential)
+        output += adapter.forward(x)
 
 
 class Zamba2Attention(HotModule):
@@ -118,13 +119,13 @@ class Zamba2Attention(HotModule):
         self, positions: torch.Tensor, x: torch.Tensor, number: int, attn: Attention
     ) -> torch.Tensor:
         qkv = self.qkv_proj.forward(x)
-        parts = torch.split_with_sizes(qkv, self.split_sizes, dim=-1)
+        query, key, value = torch.split_with_sizes(qkv, self.split_sizes, dim=-1)
         if self.has_adapters:
-            for name, part in zip("qkv", parts, strict=True):
+            for name, part in zip("qkv", (query, key, value), strict=True):
                 adapters = self._modules[f"linear_{name}_adapter_list"]
                 assert isinstance(adapters, Adapters)
                 adapters.add(number, part, x)
-        output = attn.forward(*parts, None, positions, self.rotary_emb)
+        output = attn.forward(query, key, value, None, positions, self.rotary_emb)
         return self.o_proj.forward(output)
 
 
@@ -289,7 +290,7 @@ class Zamba2Model(HybridModel):
 
 
 class Zamba2ForCausalLM(HybridForCausalLM):
-    model_cls = Zamba2Model
+    body_cls = Zamba2Model
 
     def make_layer(
         self, vllm_config: VllmConfig, config: Any, layer_index: int, prefix: str
