@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 __all__ = ["AsyncEngineArgs", "EngineArgs"]
 
 _Args = TypeVar("_Args")
+_Config = TypeVar("_Config")
 
 
 def _refuses_by_name(cls: type[_Args]) -> type[_Args]:
@@ -251,9 +252,18 @@ class EngineArgs:
         None,
         "ParallelConfig",
         Kind.STR,
-        "How workers run: uni (in the engine's process).",
-        choices=("uni",),
-        later=("mp", "ray", "external_launcher"),
+        "How workers run: uni (in the engine's process, the only one), mp (processes of this "
+        "host) or ray (actors, on several hosts). Default: uni for one worker, mp for more.",
+        choices=("uni", "mp", "ray"),
+        later=("external_launcher",),
+    )
+    tensor_parallel_size: int = arg(
+        1,
+        "ParallelConfig",
+        Kind.INT,
+        "Workers that share every layer's heads and columns.",
+        short="-tp",
+        minimum=1,
     )
     worker_cls: str = arg(
         "auto",
@@ -455,6 +465,20 @@ class EngineArgs:
         Kind.JSON,
         'Structured outputs: {"backend": "auto" | "xgrammar", "disable_any_whitespace": BOOL}.',
     )
+    kv_transfer_config: dict[str, Any] | None = arg(
+        None,
+        "VllmConfig",
+        Kind.JSON,
+        'What moves KV blocks: {"kv_connector": NAME, "kv_role": "kv_producer" | "kv_consumer" | '
+        '"kv_both", ...}.',
+    )
+    kv_events_config: dict[str, Any] | None = arg(
+        None,
+        "VllmConfig",
+        Kind.JSON,
+        'Publication of stored and removed blocks: {"enable_kv_cache_events": true, "publisher": '
+        '"zmq", "endpoint": URL, ...}.',
+    )
     additional_config: dict[str, Any] = arg(
         {},
         "VllmConfig",
@@ -466,6 +490,11 @@ class EngineArgs:
         if isinstance(self.served_model_name, str):
             self.served_model_name = [self.served_model_name]
         self.hf_overrides = {} if self.hf_overrides is None else self.hf_overrides
+        # Callers of the class may give vLLM's config objects.
+        for name in ("kv_transfer_config", "kv_events_config"):
+            given = getattr(self, name)
+            if dataclasses.is_dataclass(given):
+                setattr(self, name, dataclasses.asdict(given))  # type: ignore[call-overload]
         for name, flag in self.flags().items():
             setattr(self, name, flag.check(getattr(self, name)))
 
@@ -511,6 +540,8 @@ class EngineArgs:
         from vllm.config import (
             AttentionConfig,
             DeviceConfig,
+            KVEventsConfig,
+            KVTransferConfig,
             LoadConfig,
             ObservabilityConfig,
             ParallelConfig,
@@ -523,6 +554,7 @@ class EngineArgs:
         envs.validate_environ()
         load_general_plugins()
         model_config = self._create_model_config()
+        resolve.check_tensor_parallel(self.tensor_parallel_size, model_config.hf_text_config)
         cache_config = self._create_cache_config(model_config)
         model_config = self._fit_max_model_len(model_config, cache_config.kv_cache_memory_bytes)
         max_num_seqs = self.max_num_seqs or resolve.DEFAULT_MAX_NUM_SEQS
@@ -557,7 +589,10 @@ class EngineArgs:
                 watermark=self.watermark,
             ),
             parallel_config=ParallelConfig(
-                distributed_executor_backend=self.distributed_executor_backend or "uni",
+                tensor_parallel_size=self.tensor_parallel_size,
+                distributed_executor_backend=resolve.resolve_executor_backend(
+                    self.distributed_executor_backend, self.tensor_parallel_size
+                ),
                 worker_cls=self.worker_cls,
             ),
             load_config=LoadConfig(
@@ -569,6 +604,10 @@ class EngineArgs:
             attention_config=AttentionConfig(backend=self._attention_backend()),
             structured_outputs_config=self._structured_outputs(),
             observability_config=ObservabilityConfig(disable_log_stats=self.disable_log_stats),
+            kv_transfer_config=_from_json(
+                "kv_transfer_config", self.kv_transfer_config, KVTransferConfig
+            ),
+            kv_events_config=_from_json("kv_events_config", self.kv_events_config, KVEventsConfig),
             additional_config=dict(self.additional_config),
             instance_id=uuid.uuid4().hex,
         )
@@ -677,7 +716,7 @@ class EngineArgs:
                 pool,
                 envs.VLLM_CPU_KVCACHE_SPACE,
                 envs.DEFAULT_CPU_KVCACHE_SPACE,
-                current_platform.get_device_available_memory(),
+                current_platform.get_device_available_memory() // self.tensor_parallel_size,
             )
         window = uniform_sliding_window(model_config.hf_text_config)
         return CacheConfig(
@@ -708,7 +747,7 @@ class EngineArgs:
         dtype = model_config.dtype_name if cache_dtype == "auto" else cache_dtype
         per_token = resolve.kv_bytes_per_token(
             num_layers=model_config.get_num_layers(),
-            num_kv_heads=model_config.get_total_num_kv_heads(),
+            num_kv_heads=max(1, model_config.get_total_num_kv_heads() // self.tensor_parallel_size),
             head_size=model_config.get_head_size(),
             element_size=4 if dtype == "float32" else 2,
         )
@@ -749,6 +788,22 @@ class EngineArgs:
             backend="xgrammar",
             disable_any_whitespace=bool(given.get("disable_any_whitespace", False)),
         )
+
+
+def _from_json(name: str, given: dict[str, Any] | None, config: type[_Config]) -> _Config | None:
+    """The config that a JSON option describes; None where it is empty."""
+    if not given:
+        return None
+    import msgspec
+
+    fields = dataclasses.fields(config)  # type: ignore[arg-type]
+    _only_keys(name, given, tuple(field.name for field in fields))
+    try:
+        return msgspec.convert(given, config)
+    except msgspec.ValidationError as error:
+        if isinstance(error.__cause__, ConfigError):
+            raise error.__cause__ from None
+        raise ConfigError(f"{dash(name)}: {error}", parameter=name, value=given) from None
 
 
 def _only_keys(name: str, given: dict[str, Any], known: tuple[str, ...]) -> None:

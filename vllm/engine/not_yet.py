@@ -138,7 +138,6 @@ _VALUES: dict[str, dict[str, str]] = {
         "numa-bind-nodes": "",
         "pipeline-parallel-size": "1",
         "prefill-context-parallel-size": "1",
-        "tensor-parallel-size": "1",
         "ubatch-size": "0",
         "worker-extension-cls": "",
     },
@@ -221,8 +220,6 @@ _VALUES: dict[str, dict[str, str]] = {
         "ec-transfer-config": "{}",
         "engram-config": "{}",
         "kernel-config": "{}",
-        "kv-events-config": "{}",
-        "kv-transfer-config": "{}",
         "optimization-level": "2|0",
         "performance-mode": "balanced",
         "profiler-config": "{}",
@@ -258,7 +255,6 @@ _SHORT = {
     "optimization-level": "-O",
     "pipeline-parallel-size": "-pp",
     "speculative-config": "-sc",
-    "tensor-parallel-size": "-tp",
 }
 
 

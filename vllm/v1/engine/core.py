@@ -9,6 +9,10 @@ from typing import Any
 
 import vllm.envs as envs
 from vllm.config import VllmConfig
+from vllm.distributed.kv_transfer.kv_connector.v1.base import (
+    KVConnectorBase_V1,
+    KVConnectorRole,
+)
 from vllm.errors import VLLMError, VLLMValidationError
 from vllm.logger import init_logger
 from vllm.utils.import_utils import import_class
@@ -21,6 +25,7 @@ from vllm.v1.engine import (
     FinishReason,
     UtilityOutput,
 )
+from vllm.v1.engine.kv_events import make_kv_events
 from vllm.v1.engine.phases import StartupPhases
 from vllm.v1.engine.stepping import make_stepping
 from vllm.v1.engine.tokenizer import tokenizer_from_config
@@ -71,8 +76,17 @@ class EngineCore:
         self._paused = False
         self._unscheduled: dict[int, list[EngineCoreOutput]] = {}
         """Outputs that no step makes: refusals and mass aborts, by client."""
+        self.executor = executor_class(vllm_config)
+        try:
+            self._start(phases, log_stats)
+        except BaseException:
+            # The caller may go on without an engine, and nobody else knows of its workers.
+            self.executor.shutdown()
+            raise
+
+    def _start(self, phases: StartupPhases, log_stats: bool) -> None:
+        vllm_config = self.vllm_config
         with phases.phase("preparing the device"):
-            self.executor = executor_class(vllm_config)
             self.executor.init_device()
         with phases.phase("loading the model"):
             self.executor.load_model()
@@ -93,7 +107,9 @@ class EngineCore:
             self.structured_output_manager,
             block_size=self._block_size(kv_cache_config),
             log_stats=log_stats,
+            connector=self._make_connector(kv_cache_config),
         )
+        self._kv_events = make_kv_events(vllm_config, kv_cache_config)
         self._stepping = make_stepping(
             self.scheduler,
             self.executor,
@@ -115,6 +131,22 @@ class EngineCore:
         publish_layout(configs[0].kv_cache_layout, self.vllm_config.instance_id, self)
         self.executor.initialize_from_config(configs)
         return configs[0]
+
+    def _make_connector(self, kv_cache_config: Any) -> KVConnectorBase_V1 | None:
+        """The scheduler half of the configured connector, introduced to its worker halves."""
+        transfer = self.vllm_config.kv_transfer_config
+        if transfer is None or transfer.kv_connector is None:
+            return None
+        from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
+
+        connector = KVConnectorFactory.create_connector(
+            self.vllm_config, KVConnectorRole.SCHEDULER, kv_cache_config
+        )
+        answers = self.executor.get_kv_connector_handshake_metadata()
+        metadata = dict(answer for answer in answers if answer is not None)
+        if metadata:
+            connector.set_xfer_handshake_metadata_pp_aware(metadata)
+        return connector
 
     # Requests
 
@@ -172,6 +204,7 @@ class EngineCore:
             outputs, ran_model = self._stepping.step()
         elif self._stepping.in_flight:
             outputs = self._stepping.drain()
+        self._kv_events.publish(self.scheduler)
         if self._unscheduled:
             for client_index, answers in self._unscheduled.items():
                 outputs.setdefault(client_index, EngineCoreOutputs()).outputs.extend(answers)
@@ -197,7 +230,9 @@ class EngineCore:
 
     def reset_prefix_cache(self) -> bool:
         """Forget all cached prefixes; False where running requests still hold blocks."""
-        return self.scheduler.reset_prefix_cache()
+        done = self.scheduler.reset_prefix_cache()
+        self._kv_events.publish(self.scheduler)
+        return done
 
     def abort_all(self) -> int:
         """End every request of every client, each with an answer; returns how many."""
@@ -237,6 +272,7 @@ class EngineCore:
     def shutdown(self) -> None:
         self.structured_output_manager.shutdown()
         self.scheduler.shutdown()
+        self._kv_events.shutdown()
         self.executor.shutdown()
 
     # Facts

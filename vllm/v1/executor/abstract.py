@@ -6,6 +6,7 @@ nothing of requests, sockets or front ends.
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from importlib import import_module
 from typing import Any
 
 from vllm.config import VllmConfig
@@ -15,9 +16,20 @@ from vllm.v1.outputs import ModelRunnerOutput, PendingModelRunnerOutput
 
 __all__ = ["Executor"]
 
+_EXECUTORS = {
+    "uni": ("uniproc_executor", "UniProcExecutor"),
+    "mp": ("multiproc_executor", "MultiprocExecutor"),
+    "ray": ("ray_executor", "RayDistributedExecutor"),
+}
+
 
 class Executor(ABC):
     """Runs every call on all workers; lists in answers are in the order of ranks."""
+
+    kv_output_aggregator: Any = None
+    """Where several workers report a connector's transfers: its ``aggregate(outputs,
+    output_rank)`` makes one ``ModelRunnerOutput`` of theirs.
+    """
 
     def __init__(self, vllm_config: VllmConfig) -> None:
         self.vllm_config = vllm_config
@@ -30,15 +42,18 @@ class Executor(ABC):
             ConfigError: no executor of that name.
         """
         backend = vllm_config.parallel_config.distributed_executor_backend
-        if backend == "uni":
-            from vllm.v1.executor.uniproc_executor import UniProcExecutor
-
-            return UniProcExecutor
+        if backend in _EXECUTORS:
+            module, name = _EXECUTORS[backend]
+            return getattr(import_module(f"vllm.v1.executor.{module}"), name)
         raise ConfigError(
-            f"--distributed-executor-backend {backend} is not available; use uni",
+            f"--distributed-executor-backend {backend} is not available; there are "
+            f"{', '.join(_EXECUTORS)}",
             parameter="distributed_executor_backend",
             value=backend,
         )
+
+    def register_failure_callback(self, callback: Callable[[Exception], None]) -> None:
+        """Have ``callback`` called, from any thread, when a worker has died between calls."""
 
     @abstractmethod
     def collective_rpc(
@@ -70,6 +85,10 @@ class Executor(ABC):
     @abstractmethod
     def initialize_from_config(self, kv_cache_configs: list[Any]) -> None:
         """Allocate and bind the caches; one ``KVCacheConfig`` per worker."""
+
+    def get_kv_connector_handshake_metadata(self) -> list[Any]:
+        """Per worker: its (pipeline, tensor) rank and what its connector tells peers, or None."""
+        return self.collective_rpc("get_kv_connector_handshake_metadata")
 
     def compile_or_warm_up_model(self) -> None:
         self.collective_rpc("compile_or_warm_up_model")

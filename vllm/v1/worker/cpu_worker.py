@@ -9,6 +9,7 @@ from vllm.errors import CapacityError
 from vllm.logger import init_logger
 from vllm.platforms import current_platform
 from vllm.v1.worker.device import CPUDeviceLayer
+from vllm.v1.worker.kv_hooks import connector_maker
 from vllm.v1.worker.model_runner import ModelRunner
 from vllm.v1.worker.worker_base import WorkerBase
 
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from vllm.config import VllmConfig
+    from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorHandshakeMetadata
     from vllm.v1.core.sched.output import GrammarOutput, SchedulerOutput
     from vllm.v1.kv_cache.planner import BackendConstraints
     from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheSpec
@@ -41,7 +43,7 @@ class CPUWorker(WorkerBase):
         is_driver_worker: bool = True,
     ) -> None:
         super().__init__(vllm_config, local_rank, rank, distributed_init_method, is_driver_worker)
-        self.model_runner = ModelRunner(vllm_config, CPUDeviceLayer())
+        self.model_runner = ModelRunner(vllm_config, CPUDeviceLayer(), connector_maker(vllm_config))
 
     def init_device(self) -> None:
         from vllm.distributed.parallel_state import (
@@ -49,8 +51,8 @@ class CPUWorker(WorkerBase):
             initialize_model_parallel,
         )
 
-        self.num_threads = current_platform.init_threads()
         parallel = self.parallel_config
+        self.num_threads = current_platform.init_threads(self.local_rank, parallel.world_size)
         init_distributed_environment(
             world_size=parallel.world_size,
             rank=self.rank,
@@ -71,13 +73,15 @@ class CPUWorker(WorkerBase):
         return self.model_runner.get_kv_cache_constraints()
 
     def determine_available_memory(self) -> int:
-        """``--kv-cache-memory-bytes``, else VLLM_CPU_KVCACHE_SPACE GiB, if the machine has it."""
+        """``--kv-cache-memory-bytes``, else VLLM_CPU_KVCACHE_SPACE GiB, if the machine has it for
+        each of its workers.
+        """
         asked = self.cache_config.kv_cache_memory_bytes
         if asked is None:
             option, wanted = "VLLM_CPU_KVCACHE_SPACE", int(envs.VLLM_CPU_KVCACHE_SPACE * _GIB)
         else:
             option, wanted = "--kv-cache-memory-bytes", asked
-        free = current_platform.get_device_available_memory()
+        free = current_platform.get_device_available_memory() // self.parallel_config.world_size
         room = free - _HEADROOM_BYTES
         if room <= 0:
             raise CapacityError(
@@ -106,6 +110,14 @@ class CPUWorker(WorkerBase):
 
     def sample_tokens(self, grammar_output: GrammarOutput | None) -> ModelRunnerOutput:
         return self.model_runner.sample_tokens(grammar_output)
+
+    def get_kv_connector_handshake_metadata(
+        self,
+    ) -> tuple[tuple[int, int], KVConnectorHandshakeMetadata] | None:
+        metadata = self.model_runner.get_kv_connector_handshake_metadata()
+        if metadata is None:
+            return None
+        return divmod(self.rank, self.parallel_config.tensor_parallel_size), metadata
 
     def get_model(self) -> nn.Module:
         return self.model_runner.get_model()

@@ -16,7 +16,10 @@ import torch
 from torch import nn
 
 from vllm.config import VllmConfig
-from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1
+from vllm.distributed.kv_transfer.kv_connector.v1.base import (
+    KVConnectorBase_V1,
+    KVConnectorHandshakeMetadata,
+)
 from vllm.forward_context import ForwardContext, set_forward_context
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.v1.core.sched.output import CachedRequestData, GrammarOutput, SchedulerOutput
@@ -203,6 +206,7 @@ class ModelRunner:
         assert self._open is None, "the step before this one was not sampled"
         self._update_requests(scheduler_output)
         self._zeroing.zero_new_blocks(scheduler_output)
+        self._write_watch.expect_transfers(scheduler_output.blocks_arriving)
         if scheduler_output.total_num_scheduled_tokens == 0:
             return self._only_transfer(scheduler_output)
         batch = self.batch
@@ -396,6 +400,10 @@ class ModelRunner:
         return outside
 
     # ---- for others -----------------------------------------------------------------------------
+
+    def get_kv_connector_handshake_metadata(self) -> KVConnectorHandshakeMetadata | None:
+        """What other engines need to connect to this worker's caches."""
+        return self._connector.get_handshake_metadata()
 
     def close(self) -> None:
         """Let go of the caches; the runner cannot run any more."""

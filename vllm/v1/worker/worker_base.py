@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from vllm.config import VllmConfig
+    from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorHandshakeMetadata
     from vllm.v1.core.sched.output import GrammarOutput, SchedulerOutput
     from vllm.v1.kv_cache.planner import BackendConstraints
     from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheSpec
@@ -87,6 +88,14 @@ class WorkerBase(ABC):
         self, grammar_output: GrammarOutput | None
     ) -> ModelRunnerOutput | PendingModelRunnerOutput:
         """Finish the step that ``execute_model`` left open."""
+
+    def get_kv_connector_handshake_metadata(
+        self,
+    ) -> tuple[tuple[int, int], KVConnectorHandshakeMetadata] | None:
+        """Once, after the caches are allocated: this worker's (pipeline, tensor) rank, and what
+        other engines need to connect to it; None where nothing connects.
+        """
+        return None
 
     @abstractmethod
     def get_model(self) -> nn.Module: ...

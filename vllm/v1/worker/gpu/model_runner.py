@@ -125,6 +125,7 @@ class GPUModelRunner(ModelRunner):
         return (
             self.device.device.type == "cuda"
             and not self.vllm_config.model_config.enforce_eager
+            and not self._connector.works_between_layers
             and all(layer.get_attn_backend().fits_cuda_graphs for layer in self.layers.values())
             and not any(getattr(m, "waits_for_device", False) for m in self.model.modules())
         )
