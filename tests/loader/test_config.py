@@ -41,8 +41,8 @@ def test_defaults_are_those_of_the_transformers_class(model_type):
     assert getattr(ours, "rope_parameters", None) == rope
     for name in MODEL_TYPE_DEFAULTS[model_type]:
         if name == "head_dim":
-            width = theirs.hidden_size // theirs.num_attention_heads
-            assert ours.head_dim == (getattr(theirs, name, None) or width)
+            width = getattr(theirs, name, None)
+            assert ours.head_dim == (width or theirs.hidden_size // theirs.num_attention_heads)
         elif name == "sliding_window":
             # None or zero: there is none.
             assert (ours.sliding_window or None) == (getattr(theirs, name, None) or None)

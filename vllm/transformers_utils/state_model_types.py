@@ -246,16 +246,21 @@ def _set_time_step_limit(values: Values) -> None:
     values["time_step_limit"] = (low, high)
 
 
-def _finish_mamba(values: Values) -> None:
-    values["rms_norm_eps"] = values["layer_norm_epsilon"]
-    if values.get("intermediate_size") is None:
-        values["intermediate_size"] = int(values["expand"] * values["hidden_size"])
+def _set_time_step_rank(values: Values) -> None:
     if values["time_step_rank"] == "auto":
         values["time_step_rank"] = math.ceil(values["hidden_size"] / 16)
 
 
+def _finish_mamba(values: Values) -> None:
+    values["rms_norm_eps"] = values["layer_norm_epsilon"]
+    _set_time_step_rank(values)
+    if values.get("intermediate_size") is None:
+        values["intermediate_size"] = int(values["expand"] * values["hidden_size"])
+
+
 def _finish_mamba2(values: Values) -> None:
     values["rms_norm_eps"] = values["layer_norm_epsilon"]
+    _set_time_step_rank(values)
     _set_time_step_limit(values)
     inner = values["num_heads"] * values["head_dim"]
     if inner != values["expand"] * values["hidden_size"]:
