@@ -11,6 +11,7 @@ namespace vllm_cpu {
   void fill_elementwise(Kernels&);   \
   void fill_attention(Kernels&);     \
   void fill_state(Kernels&);         \
+  void fill_linear_attention(Kernels&); \
   }
 VLLM_DECLARE(generic)
 #if defined(__x86_64__)
@@ -30,6 +31,7 @@ namespace {
     isa::fill_elementwise(k);       \
     isa::fill_attention(k);         \
     isa::fill_state(k);             \
+    isa::fill_linear_attention(k);  \
     return k;                       \
   }()
 

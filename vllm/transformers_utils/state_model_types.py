@@ -323,6 +323,27 @@ def _finish_falcon_h1(values: Values) -> None:
 _PATTERN = {"M": "mamba", "*": "attention", "-": "mlp", "E": "moe"}
 
 
+def _read_pattern(values: Values) -> list[str]:
+    pattern = values.get("hybrid_override_pattern")
+    if pattern is None:
+        return [_PATTERN[letter] for letter in "ME*-"]
+    unknown = sorted(set(pattern) - _PATTERN.keys())
+    if unknown:
+        raise ConfigError(
+            f"config.json: hybrid_override_pattern names {', '.join(unknown)}; known: "
+            f"{', '.join(_PATTERN)}",
+            parameter="model",
+        )
+    count = values["num_hidden_layers"]
+    if len(pattern) < count:
+        raise ConfigError(
+            f"config.json: hybrid_override_pattern names {len(pattern)} layers, num_hidden_layers "
+            f"{count}",
+            parameter="model",
+        )
+    return [_PATTERN[letter] for letter in pattern[:count]]
+
+
 def _finish_nemotron_h(values: Values) -> None:
     """Released files spell the kinds of layers as one word, a letter each."""
     if values.get("attention_head_dim") is not None:
@@ -331,14 +352,7 @@ def _finish_nemotron_h(values: Values) -> None:
     values["rms_norm_eps"] = eps if eps is not None else values.get("rms_norm_eps", 1e-5)
     kinds = _kinds_of(values)
     if kinds is None:
-        pattern = values.get("hybrid_override_pattern", "ME*-")
-        if not isinstance(pattern, str) or not set(pattern) <= _PATTERN.keys():
-            raise ConfigError(
-                "config.json: hybrid_override_pattern must be made of the letters "
-                f"{' '.join(_PATTERN)}, not {pattern!r}",
-                parameter="model",
-            )
-        kinds = [_PATTERN[letter] for letter in pattern[: values["num_hidden_layers"]]]
+        kinds = _read_pattern(values)
     values["num_hidden_layers"] = len(kinds)
     _set_kinds(values, kinds, ())
 
@@ -348,6 +362,11 @@ def _finish_jamba(values: Values) -> None:
         values["mamba_dt_rank"] = math.ceil(values["hidden_size"] / 16)
     for name in ("attn_layer", "expert_layer"):
         offset, period = values[f"{name}_offset"], values[f"{name}_period"]
+        if period < 1:
+            raise ConfigError(
+                f"config.json: {name}_period must be a whole number of at least 1, not {period!r}",
+                parameter="model",
+            )
         if not 0 <= offset < period:
             raise ConfigError(
                 f"config.json: {name}_offset {offset} must be below {name}_period {period}",

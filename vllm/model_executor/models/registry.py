@@ -25,11 +25,15 @@ _BUILT_IN: dict[str, str] = {
     "GptOssForCausalLM": f"{_MODELS}.gpt_oss:GptOssForCausalLM",
     "GraniteMoeHybridForCausalLM": f"{_MODELS}.granitemoehybrid:GraniteMoeHybridForCausalLM",
     "JambaForCausalLM": f"{_MODELS}.jamba:JambaForCausalLM",
+    "Lfm2ForCausalLM": f"{_MODELS}.lfm2:Lfm2ForCausalLM",
+    "Lfm2MoeForCausalLM": f"{_MODELS}.lfm2:Lfm2MoeForCausalLM",
     "Llama4ForCausalLM": f"{_MODELS}.llama4:Llama4ForCausalLM",
     "Llama4ForConditionalGeneration": f"{_MODELS}.llama4:Llama4ForConditionalGeneration",
     "LlamaForCausalLM": f"{_MODELS}.llama:LlamaForCausalLM",
     "Mamba2ForCausalLM": f"{_MODELS}.mamba2:Mamba2ForCausalLM",
     "MambaForCausalLM": f"{_MODELS}.mamba:MambaForCausalLM",
+    "MiniMaxForCausalLM": f"{_MODELS}.minimax_text_01:MiniMaxForCausalLM",
+    "MiniMaxText01ForCausalLM": f"{_MODELS}.minimax_text_01:MiniMaxText01ForCausalLM",
     "MistralForCausalLM": f"{_MODELS}.llama:MistralForCausalLM",
     "MixtralForCausalLM": f"{_MODELS}.mixtral:MixtralForCausalLM",
     "NemotronHForCausalLM": f"{_MODELS}.nemotron_h:NemotronHForCausalLM",
@@ -37,6 +41,7 @@ _BUILT_IN: dict[str, str] = {
     "Qwen2MoeForCausalLM": f"{_MODELS}.qwen2_moe:Qwen2MoeForCausalLM",
     "Qwen3ForCausalLM": f"{_MODELS}.qwen3:Qwen3ForCausalLM",
     "Qwen3MoeForCausalLM": f"{_MODELS}.qwen3_moe:Qwen3MoeForCausalLM",
+    "Qwen3NextForCausalLM": f"{_MODELS}.qwen3_next:Qwen3NextForCausalLM",
     "Zamba2ForCausalLM": f"{_MODELS}.zamba2:Zamba2ForCausalLM",
 }
 
