@@ -14,8 +14,7 @@ The canary's bytes are NaN in bf16, fp16, fp32 and fp8: what is read before it i
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from typing import NoReturn
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 import torch
 
@@ -47,7 +46,10 @@ class NullKVCacheDebugger:
         """The step is over."""
 
     def accept_blocks(self, block_ids: Sequence[int]) -> None:
-        """These blocks were zeroed, copied to or loaded from outside, and whole."""
+        """These blocks were zeroed or copied to, and are whole."""
+
+    def expect_outside_writes(self, block_ids: Collection[int]) -> None:
+        """A transfer may write all of these blocks, paddings too, until the next call."""
 
     def check_everything(self) -> None:
         """Compare the whole pool, whatever that costs."""
@@ -69,6 +71,7 @@ class KVCacheDebugger(NullKVCacheDebugger):
         self._writing: dict[int, list[int]] = {}
         self._window = 0
         self._reported = False
+        self._arriving: list[int] = []
         self.bytes_compared = 0
         """Since the start."""
 
@@ -85,6 +88,7 @@ class KVCacheDebugger(NullKVCacheDebugger):
                 assert other == group_id, (
                     f"block {block} is written by groups {other} and {group_id} in one step"
                 )
+        self._take_arrived()
         self._check_blocks(claimed, "between two steps")
         self._check_window("between two steps")
         self._owner.update(claimed)
@@ -101,12 +105,22 @@ class KVCacheDebugger(NullKVCacheDebugger):
             self._accept(self._group_rows[group_id], blocks)
             around.update(near for block in blocks for near in (block - 1, block, block + 1))
         self._writing = {}
+        self._take_arrived()
         self._check_blocks(around & set(range(self._config.num_blocks)), "in the step")
         self._check_window("in the step")
 
     def accept_blocks(self, block_ids: Sequence[int]) -> None:
         """Take what any group may own of these blocks as it is now."""
         self._accept(self._any_rows, block_ids)
+
+    def expect_outside_writes(self, block_ids: Collection[int]) -> None:
+        """A transfer may write all of these blocks, paddings too, until the next call."""
+        self._take_arrived()
+        self._arriving = sorted(block_ids)
+
+    def _take_arrived(self) -> None:
+        if self._arriving:
+            self._accept(self._extent_rows, self._arriving)
 
     def check_everything(self) -> None:
         """Compare the whole pool, whatever that costs; not again after an error.
@@ -154,8 +168,9 @@ class KVCacheDebugger(NullKVCacheDebugger):
         if not torch.equal(self._backing[start:end], self._expected[start:end]):
             self._report(when)
 
-    def _report(self, when: str) -> NoReturn:
-        self._reported = True
+    def _report(self, when: str) -> None:
+        """Raise, unless it was a transfer that wrote while bytes were compared."""
+        self._take_arrived()
         first, count = -1, 0
         for start in range(0, self._backing.numel(), _REPORT_BYTES):
             part = slice(start, start + _REPORT_BYTES)
@@ -163,6 +178,9 @@ class KVCacheDebugger(NullKVCacheDebugger):
             if len(changed) and first < 0:
                 first = start + int(changed[0])
             count += len(changed)
+        if not count:
+            return
+        self._reported = True
         raise AssertionError(
             f"{count} bytes of the KV cache were written {when} by nobody who may: the first at "
             f"byte {first}, {self._describe(first)}"
