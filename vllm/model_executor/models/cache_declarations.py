@@ -262,7 +262,7 @@ def _mamba2_or_attention(model: _Declaring) -> Specs:
     attending = model.get("attn_layer_indices", default=())
     inner = model.need("mamba_expand") * model.need("hidden_size")
     for i in range(model.num_layers):
-        if (kinds[i] == "attention") if kinds else (i in attending):
+        if (kinds[i] in ("attention", "full_attention")) if kinds else (i in attending):
             yield model.attention(f"model.layers.{i}.self_attn.attn")
         else:
             heads, width = model.need("mamba_n_heads"), model.need("mamba_d_head")
@@ -395,6 +395,7 @@ _DECLARATIONS: dict[str, Callable[[_Declaring], Specs]] = {
     "GraniteMoeHybridForCausalLM": _mamba2_or_attention,
     "JambaForCausalLM": _jamba,
     "Lfm2ForCausalLM": _lfm2,
+    "Lfm2MoeForCausalLM": _lfm2,
     "Llama4ForCausalLM": _decoder,
     "Llama4ForConditionalGeneration": _decoder,
     "LlamaForCausalLM": _decoder,
