@@ -114,7 +114,7 @@ def _decode_kernel(
     HAS_SINKS: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, FIELDS: tl.constexpr,
     D: tl.constexpr, D_PAD: tl.constexpr, PAGE: tl.constexpr, TILE: tl.constexpr,
     PRECISION: tl.constexpr, MAX_SPLITS: tl.constexpr, FORMAT: tl.constexpr, V_AT: tl.constexpr,
-    SCALE_AT: tl.constexpr, PDL: tl.constexpr,
+    SCALE_AT: tl.constexpr, UNIT: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One item, for all query heads of one KV head.
 
@@ -166,7 +166,7 @@ def _decode_kernel(
     byte = tl.arange(0, BYTES_PAD)
     byte_valid = byte < NUM_BYTES
     k_scales = tl.zeros([TILE], tl.float32)
-    base = head.to(tl.int64) * stride_kv_h
+    base = head.to(tl.int64) * stride_kv_h * UNIT
     table = block_table_ptr + request.to(tl.int64) * stride_bt
     for begin in tl.range(start, end, TILE):
         begin = tl.multiple_of(begin, TILE)
@@ -177,10 +177,10 @@ def _decode_kernel(
         if PAGE % TILE == 0:
             # A tile lies in one page.
             block = tl.load(table + begin // PAGE).to(tl.int64)
-            at = base + block * stride_kv_b + (tokens % PAGE) * stride_kv_n
+            at = base + block * stride_kv_b * UNIT + (tokens % PAGE) * stride_kv_n * UNIT
         else:
             blocks = tl.load(table + tokens // PAGE, mask=valid, other=0).to(tl.int64)
-            at = base + blocks * stride_kv_b + (tokens % PAGE) * stride_kv_n
+            at = base + blocks * stride_kv_b * UNIT + (tokens % PAGE) * stride_kv_n * UNIT
         if FORMAT == 0:
             k = tl.load(
                 kv_ptr + at[None, :] + dims[:, None], mask=valid[None, :] & dim_valid[:, None],
@@ -385,7 +385,7 @@ def decode_attention(
     _decode_kernel[(num_kv_heads, plan.num_items)](
         q, cache.data, cache.scales, out, part, lse, block_table, plan.items, plan.count,
         plan.arrived, alibi_slopes, sinks, scale * shared.k, shared.v, soft_cap,
-        q.stride(0), q.stride(1), out.stride(0), out.stride(1), *kv_cache.stride()[:3],
+        q.stride(0), q.stride(1), out.stride(0), out.stride(1), *cache.strides,
         block_table.stride(0), part.stride(0), part.stride(1), lse.stride(0),
         WINDOW=window, HAS_SOFT_CAP=soft_cap > 0, HAS_ALIBI=alibi_slopes is not None,
         HAS_SINKS=sinks is not None, GROUP=group, ROWS=max(16, triton.next_power_of_2(group)),

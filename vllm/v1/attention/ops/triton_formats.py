@@ -15,6 +15,8 @@ from vllm.v1.attention.ops.kv_formats import KVFormat, SideScales
 
 __all__ = ["FormatArguments", "layer_scales", "quantised", "widened"]
 
+# A content with scales is 2 * D + 8 or D + 8 bytes long, D a multiple of 16.
+_SCALED_ALIGNMENT = 8
 _E5M2 = tl.constexpr(2)
 _INT8 = tl.constexpr(3)
 _INT4 = tl.constexpr(5)
@@ -73,10 +75,12 @@ class FormatArguments:
         data: the cache as the kernel addresses it: itself, or a view of single bytes.
         scales: a float32 view of the same bytes, where sides have scales of their own.
         constants: ``FORMAT``; ``V_AT``, elements of ``data`` from K to V; ``SCALE_AT``, floats
-            from a side's start to its scale.
+            from a side's start to its scale; ``UNIT``, what ``strides`` count.
+        strides: of B, H and N, in units of ``UNIT`` elements, by which a kernel multiplies them:
+            it then knows that sides with scales begin at multiples of 8 bytes, and reads words.
     """
 
-    __slots__ = ("constants", "data", "scales")
+    __slots__ = ("constants", "data", "scales", "strides")
 
     def __init__(self, kv_cache: torch.Tensor, fmt: KVFormat | None, head_size: int) -> None:
         assert kv_cache.stride(3) == 1
@@ -89,10 +93,15 @@ class FormatArguments:
             if fmt.per_token_head:
                 self.scales = self.data.view(torch.float32)
         assert self.data.shape[3] == 2 * side
+        unit = _SCALED_ALIGNMENT if self.scales is not None else 1
+        strides = self.data.stride()[:3]
+        assert unit == 1 or not any(stride % unit for stride in strides)
+        self.strides = strides if unit == 1 else tuple(stride // unit for stride in strides)
         self.constants: dict[str, Any] = {
             "FORMAT": 0 if fmt is None else fmt.code,
             "V_AT": side,
             "SCALE_AT": data_bytes // 4,
+            "UNIT": unit,
         }
 
 

@@ -71,7 +71,7 @@ def _rotate_and_store_kernel(
     Q_HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr,
     D_PAD: tl.constexpr, ROTARY: tl.constexpr, NEOX: tl.constexpr, HAS_NORM: tl.constexpr,
     LARGEST: tl.constexpr, FORMAT: tl.constexpr, V_AT: tl.constexpr, SCALE_AT: tl.constexpr,
-    PDL: tl.constexpr,
+    UNIT: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Some heads of one token: query heads are rewritten in place, KV heads stored.
 
@@ -125,21 +125,21 @@ def _rotate_and_store_kernel(
                 v_ptr + token * stride_v_t + heads[:, None] * stride_v_h + dims[None, :],
                 mask=valid, other=0.0,
             )  # fmt: skip
-            at = (
-                (slot // page) * stride_kv_b + (slot % page) * stride_kv_n
-                + heads.to(tl.int64) * stride_kv_h
+            begin = (
+                (slot // page) * stride_kv_b * UNIT + (slot % page) * stride_kv_n * UNIT
+                + heads.to(tl.int64) * stride_kv_h * UNIT
             )  # fmt: skip
             if FORMAT == 0:
-                at_slot = kv_ptr + at[:, None] + dims[None, :]
+                at_slot = kv_ptr + begin[:, None] + dims[None, :]
                 tl.store(at_slot, k, mask=valid)
                 tl.store(at_slot + V_AT, v, mask=valid)
             else:
                 _store_side(
-                    kv_ptr, kv_scale_ptr, at, k, k_scale, heads < KV_HEADS, LARGEST, FORMAT,
+                    kv_ptr, kv_scale_ptr, begin, k, k_scale, heads < KV_HEADS, LARGEST, FORMAT,
                     SCALE_AT, D, D_PAD,
                 )  # fmt: skip
                 _store_side(
-                    kv_ptr, kv_scale_ptr, at + V_AT, v.to(tl.float32), v_scale, heads < KV_HEADS,
+                    kv_ptr, kv_scale_ptr, begin + V_AT, v.to(tl.float32), v_scale, heads < KV_HEADS,
                     LARGEST, FORMAT, SCALE_AT, D, D_PAD,
                 )  # fmt: skip
 
@@ -184,7 +184,7 @@ def rotate_and_store(
     _rotate_and_store_kernel[(tokens, triton.cdiv(q_heads, heads) + triton.cdiv(kv_heads, heads))](
         query, key, value, cache.data, cache.scales, shared.k, shared.v, positions, cos_sin_cache,
         slot_mapping, q_weight, k_weight, eps, *((0, 0) if query is None else query.stride()[:2]),
-        *key.stride()[:2], *value.stride()[:2], *kv_cache.stride()[:3],
+        *key.stride()[:2], *value.stride()[:2], *cache.strides,
         0 if cos_sin_cache is None else cos_sin_cache.stride(0), kv_cache.shape[2],
         Q_HEADS=q_heads, KV_HEADS=kv_heads, HEADS=heads, D=head_size,
         D_PAD=triton.next_power_of_2(head_size), ROTARY=rotary, NEOX=is_neox,

@@ -38,6 +38,7 @@ def _attend(
     HAS_SOFT_CAP: tl.constexpr, HAS_ALIBI: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr,
     PAGE: tl.constexpr, TILE: tl.constexpr, USE_TMA: tl.constexpr, PRECISION: tl.constexpr,
     STAGES: tl.constexpr, FORMAT: tl.constexpr, V_AT: tl.constexpr, SCALE_AT: tl.constexpr,
+    UNIT: tl.constexpr,
 ):  # fmt: skip
     """Online softmax over the tiles of ``[start, end)``; only a MASKED call looks at bounds."""
     HAS_SCALES: tl.constexpr = FORMAT >= 3
@@ -57,7 +58,8 @@ def _attend(
                 block = tl.load(table + tokens // PAGE, mask=tokens < highest, other=0)
             else:
                 block = tl.load(table + tokens // PAGE)
-            at = base + block.to(tl.int64) * stride_kv_b + (tokens % PAGE) * stride_kv_n
+            at = base + block.to(tl.int64) * stride_kv_b * UNIT
+            at += (tokens % PAGE) * stride_kv_n * UNIT
             if FORMAT > 0:
                 at_byte = kv_ptr + at[:, None] + byte[None, :]
                 raw = tl.load(at_byte, mask=(byte < NUM_BYTES)[None, :], other=0)
@@ -122,7 +124,7 @@ def _prefill_kernel(
     GROUP: tl.constexpr, TOKENS: tl.constexpr, ROWS: tl.constexpr,
     D: tl.constexpr, D_PAD: tl.constexpr, PAGE: tl.constexpr, TILE: tl.constexpr,
     USE_TMA: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr, FORMAT: tl.constexpr,
-    V_AT: tl.constexpr, SCALE_AT: tl.constexpr,
+    V_AT: tl.constexpr, SCALE_AT: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
     """One tile of ``TOKENS`` query tokens x ``GROUP`` heads against all its visible KV.
 
@@ -173,7 +175,7 @@ def _prefill_kernel(
         top *= 1.4426950408889634
         total += 1.0
     acc = tl.zeros([ROWS, D_PAD], tl.float32)
-    base = head.to(tl.int64) * stride_kv_h
+    base = head.to(tl.int64) * stride_kv_h * UNIT
     table = block_table_ptr + request.to(tl.int64) * stride_bt  # type: ignore[attr-defined]
     # Tokens [lowest, highest) are seen by some row; tiles in [full_start, full_end) by all.
     lowest = 0
@@ -192,19 +194,19 @@ def _prefill_kernel(
             slopes, scale, soft_cap, lowest // TILE * TILE, tl.minimum(full_start, highest),
             lowest, highest,
             stride_kv_b, stride_kv_n, True, CAUSAL, WINDOW, HAS_SOFT_CAP, HAS_ALIBI, D, D_PAD,
-            PAGE, TILE, USE_TMA, PRECISION, STAGES, FORMAT, V_AT, SCALE_AT,
+            PAGE, TILE, USE_TMA, PRECISION, STAGES, FORMAT, V_AT, SCALE_AT, UNIT,
         )  # fmt: skip
     acc, total, top = _attend(
         acc, total, top, q, kv_ptr, kv_scale_ptr, kv_desc, base, table, head, positions_q, dims,
         slopes, scale, soft_cap, full_start, full_end, lowest, highest,
         stride_kv_b, stride_kv_n, False, CAUSAL, WINDOW, HAS_SOFT_CAP, HAS_ALIBI, D, D_PAD,
-        PAGE, TILE, USE_TMA, PRECISION, STAGES, FORMAT, V_AT, SCALE_AT,
+        PAGE, TILE, USE_TMA, PRECISION, STAGES, FORMAT, V_AT, SCALE_AT, UNIT,
     )  # fmt: skip
     acc, total, top = _attend(
         acc, total, top, q, kv_ptr, kv_scale_ptr, kv_desc, base, table, head, positions_q, dims,
         slopes, scale, soft_cap, full_end, highest, lowest, highest,
         stride_kv_b, stride_kv_n, True, CAUSAL, WINDOW, HAS_SOFT_CAP, HAS_ALIBI, D, D_PAD,
-        PAGE, TILE, USE_TMA, PRECISION, STAGES, FORMAT, V_AT, SCALE_AT,
+        PAGE, TILE, USE_TMA, PRECISION, STAGES, FORMAT, V_AT, SCALE_AT, UNIT,
     )  # fmt: skip
     acc *= (v_scale / total)[:, None]
     tl.store(
@@ -319,7 +321,7 @@ def paged_attention(
         _prefill_kernel[(num_kv_heads, q.shape[0] // tokens + requests)](
             q, cache.data, cache.scales, kv_desc, out, block_table, seq_lens, query_start_loc,
             alibi_slopes, sinks, requests, scale * shared.k, shared.v, soft_cap,
-            q.stride(0), q.stride(1), out.stride(0), out.stride(1), *kv_cache.stride()[:3],
+            q.stride(0), q.stride(1), out.stride(0), out.stride(1), *cache.strides,
             block_table.stride(0), WINDOW=window, HAS_SOFT_CAP=soft_cap > 0,
             HAS_ALIBI=alibi_slopes is not None, HAS_SINKS=sinks is not None, CAUSAL=causal,
             GROUP=group, TOKENS=tokens, ROWS=rows, D=head_size,
