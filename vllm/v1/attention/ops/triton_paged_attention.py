@@ -243,7 +243,10 @@ def default_config(
     tma = copies and page % 64 == 0 and head_size in (64, 128) and dtype != torch.float32
     # Bytes are widened in registers on their way.
     tma = tma and not quantised
-    if wide:
+    if quantised and dtype == torch.float32:
+        # Exact products are unrolled, three times over: larger tiles take half a minute to compile.
+        rows, tile, warps, stages = 16, 32, 4, 2
+    elif wide:
         rows, tile, warps, stages = 64, 32, 4, 2
     elif tma:
         rows, tile, warps, stages = 128, 64, 4, 2
