@@ -250,6 +250,17 @@ def test_scales_of_a_layer_move_values_that_fp8_would_cut_off() -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("name", QUANTISED)
+def test_quantised_caches_in_bfloat16(name: str) -> None:
+    for lengths in (MIXED, ((700, 1), (300, 1))):
+        case = Case(
+            lengths=lengths, heads=8, kv_heads=2, head_size=128, page=64, cache_dtype=name,
+            dtype=torch.bfloat16,
+        )  # fmt: skip
+        assert relative_error(case, random.randrange(1 << 30)) < TOLERANCE[torch.bfloat16]
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_attention_equals_float64_in_half_precision(name: str, dtype: torch.dtype) -> None:

@@ -33,7 +33,7 @@ def _move_kernel(
     s0, s1, s2, t0, t1, t2, ROWS: tl.constexpr, BLOCK: tl.constexpr, ALIGN: tl.constexpr,
     ZERO: tl.constexpr,
 ):  # fmt: skip
-    """Some runs, or a part of one, of one unit. All offsets count ``ALIGN`` words.
+    """Some runs, or a part of one, of one unit. Offsets and ``words`` count ``ALIGN`` words.
 
     A run is cut in ``parts`` of ``BLOCK`` words; ``ROWS`` of the ``total`` parts are a program's.
     """
@@ -41,7 +41,8 @@ def _move_kernel(
     row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     run = row // parts
     at = (row % parts)[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
-    valid = (row < total)[:, None] & (at < words)
+    # A mask that changes at whole steps of ALIGN lets stores be as wide.
+    valid = (row < total)[:, None] & (at // ALIGN < words)
     i2 = (run % n2).to(tl.int64)
     i1 = (run // n2 % n1).to(tl.int64)
     i0 = (run // n2 // n1).to(tl.int64)
@@ -94,7 +95,7 @@ def _launch(
     total = math.prod(counts) * parts
     _move_kernel[(len(places), triton.cdiv(total, rows))](
         words[0], words[-1], table.to(target.device, non_blocking=True),
-        base[0] + offsets[0] // unit, base[-1] + offsets[1] // unit, total, parts, run,
+        base[0] + offsets[0] // unit, base[-1] + offsets[1] // unit, total, parts, length // unit,
         sizes[1], sizes[2], *strides[0], *strides[1],
         ROWS=rows, BLOCK=block, ALIGN=align, ZERO=source is None, num_warps=4,
     )  # fmt: skip
