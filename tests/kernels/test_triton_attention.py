@@ -151,7 +151,7 @@ FORMAT_FEATURES = {
     "cache_dtype": QUANTISED,
     "order": list(ORDERS),
     "page": [16, 64],
-    "head_size": [32, 80],
+    "head_size": [16, 80],
     "group": [1, 3],
     "pad": [0, 64],
     "dtype": [torch.float32, torch.float16],

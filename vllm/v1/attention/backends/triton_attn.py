@@ -238,6 +238,4 @@ class TritonAttentionBackend(AttentionBackend):
         is_old = torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 9)
         if fmt.dtype.is_floating_point and is_old:
             reasons.append("fp8 needs a GPU of compute capability 8.9 or later")
-        if fmt.is_int4 and wanted["head_size"] < 32:
-            reasons.append("int4 needs head sizes of 32 and more")
         return reasons
