@@ -107,10 +107,23 @@ variables: dict[str, Callable[[], Any]] = {
     ),
     "VLLM_ENABLE_V1_MULTIPROCESSING": _bool("VLLM_ENABLE_V1_MULTIPROCESSING", True),
     "VLLM_API_KEY": _str("VLLM_API_KEY", None),
+    # Hashes in KV events: the last 64 bits as a number, or all bytes.
+    "VLLM_KV_EVENTS_USE_INT_BLOCK_HASHES": _bool("VLLM_KV_EVENTS_USE_INT_BLOCK_HASHES", True),
+    # Where a NIXL connector answers handshakes; nowhere else.
+    "VLLM_NIXL_SIDE_CHANNEL_HOST": _str("VLLM_NIXL_SIDE_CHANNEL_HOST", "localhost"),
+    "VLLM_NIXL_SIDE_CHANNEL_PORT": _int("VLLM_NIXL_SIDE_CHANNEL_PORT", 5600, minimum=1),
+    "VLLM_MOONCAKE_BOOTSTRAP_PORT": _int("VLLM_MOONCAKE_BOOTSTRAP_PORT", 8998, minimum=1),
+    # Seconds that blocks wait to be fetched, and that one transfer may take.
+    "VLLM_MOONCAKE_ABORT_REQUEST_TIMEOUT": _float("VLLM_MOONCAKE_ABORT_REQUEST_TIMEOUT", 480.0),
+    "VLLM_MOONCAKE_CONNECTOR_TIMEOUT": _float("VLLM_MOONCAKE_CONNECTOR_TIMEOUT", 30.0),
     # Comma-separated plug-in names to load; unset loads all, empty none.
     "VLLM_PLUGINS": _str("VLLM_PLUGINS", None),
     "VLLM_HOST_IP": _str("VLLM_HOST_IP", "127.0.0.1"),
     "VLLM_ENGINE_READY_TIMEOUT_S": _int("VLLM_ENGINE_READY_TIMEOUT_S", 600, minimum=1),
+    # Where several processes keep their metrics, for prometheus_client to put together.
+    "PROMETHEUS_MULTIPROC_DIR": _str("PROMETHEUS_MULTIPROC_DIR", None),
+    # Routes for development and training: /sleep, /wake_up, /collective_rpc and the like.
+    "VLLM_SERVER_DEV_MODE": _bool("VLLM_SERVER_DEV_MODE", False),
     "VLLM_LOG_STATS_INTERVAL": _float("VLLM_LOG_STATS_INTERVAL", 10.0),
 }
 
@@ -141,24 +154,17 @@ _NOT_YET = frozenset(
         "VLLM_EC_SIDE_CHANNEL_HOST",
         "VLLM_ENABLE_MOE_DP_CHUNK",
         "VLLM_FLASH_ATTN_VERSION",
-        "VLLM_KV_EVENTS_USE_INT_BLOCK_HASHES",
         "VLLM_LOGGING_CONFIG_PATH",
         "VLLM_LOGGING_PREFIX",
-        "VLLM_MOONCAKE_ABORT_REQUEST_TIMEOUT",
-        "VLLM_MOONCAKE_BOOTSTRAP_PORT",
-        "VLLM_MOONCAKE_CONNECTOR_TIMEOUT",
         "VLLM_MOONCAKE_DISK_STAGING_USABLE_RATIO",
         "VLLM_MOONCAKE_LOAD_RECV_THREADS",
         "VLLM_MOONCAKE_STORE_TIER_LOG",
         "VLLM_NIXL_ABORT_REQUEST_TIMEOUT",
-        "VLLM_NIXL_SIDE_CHANNEL_HOST",
-        "VLLM_NIXL_SIDE_CHANNEL_PORT",
         "VLLM_P2P_SIDE_CHANNEL_HOST",
         "VLLM_PORT",
         "VLLM_PP_LAYER_PARTITION",
         "VLLM_ROCM_SHUFFLE_KV_CACHE_LAYOUT",
         "VLLM_RPC_TIMEOUT",
-        "VLLM_SERVER_DEV_MODE",
         "VLLM_TARGET_DEVICE",
         "VLLM_TEST_FORCE_FP8_MARLIN",
         "VLLM_TORCH_PROFILER_DIR",

@@ -9,9 +9,17 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
-__all__ = ["ForwardContext", "get_forward_context", "set_forward_context"]
+__all__ = ["ForwardContext", "KVLayerHook", "get_forward_context", "set_forward_context"]
+
+
+class KVLayerHook(Protocol):
+    """Who wants to know when a layer is about to read its cache, and when it has written it."""
+
+    def before(self, layer_name: str) -> None: ...
+
+    def after(self, layer_name: str, kv_cache: Any, attn_metadata: Any) -> None: ...
 
 
 @dataclass(slots=True)
@@ -22,6 +30,8 @@ class ForwardContext:
     no_compile_layers: dict[str, Any] = field(default_factory=dict)
     slot_mapping: dict[str, Any] = field(default_factory=dict)
     additional_kwargs: dict[str, Any] = field(default_factory=dict)
+    kv_layer_hook: KVLayerHook | None = None
+    """A connector that works layer by layer; None where none does."""
 
 
 _forward_context: ForwardContext | None = None

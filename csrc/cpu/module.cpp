@@ -7,10 +7,12 @@
 #include <Python.h>
 
 #include <new>
+#include <vector>
 
 #include "decoder_layer.h"
 #include "dispatch.h"
 #include "pool.h"
+#include "sha256.h"
 
 namespace {
 
@@ -53,6 +55,8 @@ class Reader {
     size = length;
     return data;
   }
+
+  PyObject* object() { return ok_ ? args_[next_++] : nullptr; }
 
   bool ok() const { return ok_; }
 
@@ -175,7 +179,7 @@ ENTRY(embedding) {
 }
 
 ENTRY(attention) {
-  Reader r(argv, argc, 27);
+  Reader r(argv, argc, 29);
   AttentionArgs a;
   a.query = r.pointer<void>();
   a.query_token_stride = r.number();
@@ -198,6 +202,8 @@ ENTRY(attention) {
   a.num_kv_heads = r.number();
   a.head_size = r.number();
   a.block_size = r.number();
+  a.value_offset = r.number();
+  a.value_size = r.number();
   a.scale = r.real();
   a.soft_cap = r.real();
   a.window = r.number();
@@ -345,6 +351,46 @@ ENTRY(argmax) {
   return run(r, kernels().argmax, a);
 }
 
+ENTRY(linear_attention) {
+  Reader r(argv, argc, 34);
+  LinearAttentionArgs a;
+  a.query = r.pointer<void>();
+  a.query_token_stride = r.number();
+  a.query_head_stride = r.number();
+  a.key = r.pointer<void>();
+  a.key_token_stride = r.number();
+  a.key_head_stride = r.number();
+  a.value = r.pointer<void>();
+  a.value_token_stride = r.number();
+  a.value_head_stride = r.number();
+  a.gate = r.pointer<void>();
+  a.gate_stride = r.number();
+  a.beta = r.pointer<void>();
+  a.beta_stride = r.number();
+  a.rates = r.pointer<float>();
+  a.biases = r.pointer<float>();
+  a.out = r.pointer<void>();
+  a.out_token_stride = r.number();
+  a.state = r.pointer<void>();
+  a.state_block_stride = r.number();
+  a.state_head_stride = r.number();
+  a.token_starts = r.pointer<int32_t>();
+  a.request_starts = r.pointer<int32_t>();
+  a.sources = r.pointer<int32_t>();
+  a.targets = r.pointer<int32_t>();
+  a.num_tokens = r.number();
+  a.num_requests = r.number();
+  a.num_heads = r.number();
+  a.num_key_heads = r.number();
+  a.key_size = r.number();
+  a.value_size = r.number();
+  a.scale = r.real();
+  a.normalize = r.number() != 0;
+  a.dtype = static_cast<int>(r.number());
+  a.state_dtype = static_cast<int>(r.number());
+  return run(r, kernels().linear_attention, a);
+}
+
 ENTRY(packed_size) {
   Reader r(argv, argc, 3);
   const int64_t n = r.number();
@@ -385,6 +431,66 @@ ENTRY(set_spin) {
   Py_RETURN_NONE;
 }
 
+// The items of a list as 32-bit words; false with an exception set where one of them is none.
+bool read_words(PyObject* list, std::vector<uint32_t>& words) {
+  for (size_t i = 0; i < words.size(); ++i) {
+    const unsigned long value = PyLong_AsUnsignedLong(PyList_GetItem(list, i));
+    if (value == static_cast<unsigned long>(-1) && PyErr_Occurred()) return false;
+    if (value > UINT32_MAX) {
+      PyErr_Format(PyExc_OverflowError, "%lu needs more than 32 bits", value);
+      return false;
+    }
+    words[i] = static_cast<uint32_t>(value);
+  }
+  return true;
+}
+
+// sha256_chain(parent, [token id, ...], tokens of a block) -> [digest of each block]
+ENTRY(sha256_chain) {
+  Reader r(argv, argc, 3);
+  int64_t parent_size = 0;
+  const auto* parent = static_cast<const uint8_t*>(r.bytes(parent_size));
+  PyObject* tokens = r.object();
+  const int64_t block_size = r.number();
+  if (!r.ok()) return nullptr;
+  const Py_ssize_t num_tokens = PyList_Check(tokens) ? PyList_Size(tokens) : -1;
+  if (parent_size != kDigestBytes || num_tokens < 0 || block_size <= 0 || !has_sha256()) {
+    PyErr_SetString(PyExc_ValueError, "32 bytes, a list and a positive number expected");
+    return nullptr;
+  }
+  const int64_t count = num_tokens / block_size;
+  std::vector<uint32_t> words;
+  std::vector<uint8_t> digests;
+  try {
+    words.resize(count * block_size);
+    digests.resize(count * kDigestBytes);
+  } catch (const std::bad_alloc&) {
+    return PyErr_NoMemory();
+  }
+  if (!read_words(tokens, words)) return nullptr;
+  bool out_of_memory = false;
+  Py_BEGIN_ALLOW_THREADS
+  try {
+    vllm_cpu::sha256_chain(parent, words.data(), block_size, count, digests.data());
+  } catch (const std::bad_alloc&) {
+    out_of_memory = true;
+  }
+  Py_END_ALLOW_THREADS
+  if (out_of_memory) return PyErr_NoMemory();
+  PyObject* list = PyList_New(count);
+  for (int64_t i = 0; list && i < count; ++i) {
+    const auto* digest = reinterpret_cast<const char*>(digests.data() + i * kDigestBytes);
+    PyObject* bytes = PyBytes_FromStringAndSize(digest, kDigestBytes);
+    if (!bytes || PyList_SetItem(list, i, bytes) != 0) {
+      Py_DECREF(list);
+      return nullptr;
+    }
+  }
+  return list;
+}
+
+PyObject* sha256_available(PyObject*, PyObject*) { return PyBool_FromLong(has_sha256()); }
+
 PyObject* isa(PyObject*, PyObject*) { return PyUnicode_FromString(kernels().name); }
 
 PyObject* isas(PyObject*, PyObject*) {
@@ -422,10 +528,13 @@ PyMethodDef methods[] = {
     FAST(silu_mul),
     FAST(gated_mul),
     FAST(argmax),
+    FAST(linear_attention),
     FAST(packed_size),
     FAST(set_threads),
     FAST(get_threads),
     FAST(set_spin),
+    FAST(sha256_chain),
+    {"has_sha256", sha256_available, METH_NOARGS, nullptr},
     {"isa", isa, METH_NOARGS, nullptr},
     {"isas", isas, METH_NOARGS, nullptr},
     {"set_isa", set_isa, METH_O, nullptr},

@@ -7,6 +7,7 @@ import sys
 
 import pytest
 
+from vllm.config import KVTransferConfig
 from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
 from vllm.errors import CapacityError, ConfigError, UnsupportedError
 
@@ -183,8 +184,7 @@ def test_a_bad_value_is_one_line_that_names_the_option(model, kwargs, part):
         ({"runner": "pooling"}, "--runner pooling"),
         ({"structured_outputs_config": {"backend": "outlines"}}, "config.backend outlines"),
         ({"speculative_config": {"model": "x"}}, "speculative_config"),
-        ({"kv_transfer_config": {"kv_connector": "X"}}, "kv_transfer_config"),
-        ({"enable_sleep_mode": True}, "enable_sleep_mode"),
+        ({"enable_lora": True}, "enable_lora"),
     ],
 )
 def test_what_is_not_there_yet_is_refused_by_name(model, kwargs, part):
@@ -239,3 +239,30 @@ def test_resolving_imports_neither_torch_nor_transformers():
         [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True
     )
     assert result.stdout == "[]\n"
+
+
+def test_kv_transfer_and_events_come_as_json(model):
+    config = config_of(
+        model(),
+        kv_transfer_config={"kv_connector": "ExampleConnector", "kv_role": "kv_both"},
+        kv_events_config={"enable_kv_cache_events": True, "publisher": "zmq"},
+    )
+    assert config.kv_transfer_config.kv_connector == "ExampleConnector"
+    assert config.kv_transfer_config.engine_id
+    assert config.kv_events_config.publisher == "zmq"
+    assert config_of(model()).kv_transfer_config is None
+    given = KVTransferConfig(kv_connector="ExampleConnector", kv_role="kv_both")
+    assert config_of(model(), kv_transfer_config=given).kv_transfer_config == given
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"kv_conector": "X"}, "--kv-transfer-config has no key 'kv_conector'"),
+        ({"kv_connector": "X", "kv_role": "boss"}, "kv_role must be one of"),
+        ({"kv_connector": "X", "kv_role": "kv_both", "kv_port": "5"}, "kv_port"),
+    ],
+)
+def test_wrong_keys_of_kv_transfer_are_named(model, given, message):
+    with pytest.raises(ConfigError, match=message):
+        config_of(model(), kv_transfer_config=given)

@@ -25,7 +25,7 @@ def test_defaults():
     assert envs.VLLM_API_KEY is None
 
 
-@pytest.mark.parametrize("name", ["VLLM_ATTENTION_BACKEND", "VLLM_NIXL_SIDE_CHANNEL_PORT"])
+@pytest.mark.parametrize("name", ["VLLM_ATTENTION_BACKEND", "VLLM_RPC_TIMEOUT"])
 def test_what_vllm_has_and_this_engine_lacks_is_refused(monkeypatch, name):
     monkeypatch.setenv(name, "1")
     with pytest.raises(UnsupportedError, match=f"{name}: vLLM has this; this engine does not yet"):

@@ -9,6 +9,8 @@ from tests.core.helpers import make_request
 from vllm.errors import ConfigError
 from vllm.utils.hashing import (
     HASH_ALGORITHMS,
+    _native_sha256_chain,
+    _sha256_chain,
     canonical_cbor,
     get_hash_algorithm,
     pack_token_ids,
@@ -95,6 +97,41 @@ def test_cbor_of_many_blocks_is_that_of_each(token_ids, block_size):
         assert found == hashlib.sha256(canonical_cbor((parent, block, None))).digest()
         parent = found
     assert len(hashes) == len(token_ids) // block_size
+
+
+native = pytest.mark.skipif(
+    _native_sha256_chain() is _sha256_chain,
+    reason="no extension here, or the processor has no instructions for SHA-256",
+)
+
+
+@native
+@given(st.lists(st.integers(0, 2**32 - 1), max_size=200), st.integers(1, 70))
+def test_the_extension_and_the_library_give_the_same_digests(token_ids, block_size):
+    """Block sizes from 1 to 70: the padding of SHA-256 falls on every place of its last chunk."""
+    token_ids = token_ids[: len(token_ids) // block_size * block_size]
+    parent = hashlib.sha256(b"before").digest()
+    found = _native_sha256_chain()(parent, token_ids, block_size)
+    assert found == _sha256_chain(parent, token_ids, block_size)
+
+
+@native
+@pytest.mark.parametrize(
+    ("arguments", "error"),
+    [
+        ((b"p" * 32, [-1], 1), OverflowError),
+        ((b"p" * 32, [2**32], 1), OverflowError),
+        ((b"p" * 32, [2**70], 1), OverflowError),
+        ((b"p" * 32, ["1"], 1), TypeError),
+        ((b"p" * 31, [1], 1), ValueError),
+        ((b"p" * 32, (1,), 1), ValueError),
+        ((b"p" * 32, [1], 0), ValueError),
+        ((b"p" * 32, [1]), TypeError),
+    ],
+)
+def test_the_extension_refuses_what_is_no_chain(arguments, error):
+    with pytest.raises(error):
+        _native_sha256_chain()(*arguments)
 
 
 @pytest.mark.parametrize("name", HASH_ALGORITHMS)

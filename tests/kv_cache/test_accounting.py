@@ -3,6 +3,8 @@
 from dataclasses import replace
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from tests.kv_cache.helpers import full, make_config, mamba, sliding
 from vllm.sampling_params import SamplingParams
@@ -55,6 +57,43 @@ def test_managers_hold_what_specs_say(name, num_tokens):
     if hasattr(spec, "state_column"):
         column = spec.state_column(num_tokens)
         assert not row[column].is_null
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    spec=st.sampled_from(
+        [
+            *SPECS.values(),
+            ChunkedLocalAttentionSpec(**ATTENTION, attention_chunk_size=40),
+            ChunkedLocalAttentionSpec(**ATTENTION, attention_chunk_size=5),
+            sliding(window=17),
+            mamba(block_size=16, mamba_cache_mode="align", num_speculative_blocks=2),
+            mamba(block_size=512, num_speculative_blocks=2),
+        ]
+    ),
+    longest=st.integers(1, 512),
+    steps=st.lists(st.integers(1, 130), min_size=1, max_size=40),
+)
+def test_no_request_ever_holds_more_than_the_plan_reserves(spec, longest, steps):
+    """Whatever the steps, the pool that the planner thinks enough for the longest request is."""
+    most = max(steps)
+    config = make_config(max_model_len=longest, max_num_batched_tokens=most)
+    reserved = spec.max_resident_blocks(config)
+    manager = KVCacheManager(
+        KVCacheConfig(1 + reserved, [], [KVCacheGroupSpec(["l.0"], spec)]),
+        longest,
+        enable_caching=False,
+        max_tokens_per_step=most,
+    )
+    assert manager.get_max_request_tokens() == longest
+    request = Request("r", [1] * longest, SamplingParams(max_tokens=1))
+    for count in steps:
+        count = min(count, longest - request.num_computed_tokens)
+        if count:
+            assert manager.allocate_slots(request, count) is not None
+            request.num_computed_tokens += count
+    manager.free(request)
+    manager.check_integrity()
 
 
 def test_payload_is_what_the_next_token_reads():

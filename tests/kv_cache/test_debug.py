@@ -6,6 +6,7 @@ import torch
 from tests.kv_cache.helpers import full, mamba, placed, sliding
 from vllm.v1.kv_cache import allocate_kv_cache
 from vllm.v1.kv_cache.debug import (
+    WINDOW_BYTES,
     KVCacheDebugger,
     NullKVCacheDebugger,
     make_kv_cache_debugger,
@@ -90,6 +91,66 @@ def test_blocks_written_from_outside_are_accepted_by_name(cache):
 def test_what_was_never_written_reads_as_nan(cache):
     KVCacheDebugger(cache)
     assert torch.isnan(cache["l.1"]).all()
+
+
+@pytest.fixture(params=["LBHNC", "LBNHC", "LHBNC", "BLHNC", "BLNHC", "BHLNC"])
+def large(request):
+    """17 MiB in 1,100 blocks: nine windows."""
+    layers = [{f"l.{i}": full(head_size=32) for i in range(2)}]
+    return allocate_kv_cache(placed(layers, KVCacheLayout(request.param), 1100))
+
+
+def test_a_step_costs_what_it_touches_not_the_pool(large):
+    debugger = KVCacheDebugger(large)
+    for _ in range(4):
+        debugger.begin_step({0: [500]})
+        large["l.1"][500] = 1.0
+        debugger.end_step()
+    # Block 500 before; 0, 499, 500 and 501 after; a window before and after.
+    bytes_per_block = large.config.bytes_per_block
+    assert debugger.bytes_compared <= 4 * (5 * bytes_per_block + 2 * WINDOW_BYTES)
+    assert debugger.bytes_compared < 4 * large.backing.numel()
+
+
+@pytest.mark.parametrize("block", [0, 499, 501])
+def test_beside_the_steps_blocks_a_write_is_found_at_once(large, block):
+    debugger = KVCacheDebugger(large)
+    for _ in range(2):
+        debugger.begin_step({0: [500]})
+        debugger.end_step()
+    debugger.begin_step({0: [500]})
+    large["l.0"][block, 1, 15, 63] = 0.0
+    with pytest.raises(AssertionError, match=f"in the step by .*layer l.0 .*block {block} "):
+        debugger.end_step()
+
+
+@pytest.mark.parametrize("block", [2, 300, 1099])
+def test_far_away_a_write_is_found_before_the_window_comes_round_twice(large, block):
+    debugger = KVCacheDebugger(large)
+    large["l.1"][block, 0, 3, 1] = 0.0
+    steps = -(-large.backing.numel() // (2 * WINDOW_BYTES))
+    with pytest.raises(AssertionError, match=rf"layer l.1 of group 0, block {block} "):
+        for _ in range(steps + 1):
+            debugger.begin_step({0: [700]})
+            debugger.end_step()
+
+
+def test_a_block_that_was_changed_before_its_step_is_found_at_its_beginning(large):
+    debugger = KVCacheDebugger(large)
+    debugger.begin_step({0: [1000]})
+    debugger.end_step()
+    large["l.1"][900, 0, 3, 1] = 0.0
+    with pytest.raises(AssertionError, match="block 900"):
+        debugger.begin_step({0: [900]})
+
+
+def test_everything_is_compared_on_demand_until_something_was_found(large):
+    debugger = KVCacheDebugger(large)
+    debugger.check_everything()
+    large["l.1"][900, 0, 3, 1] = 0.0
+    with pytest.raises(AssertionError, match=r"4 bytes .* by now .*block 900"):
+        debugger.check_everything()
+    debugger.check_everything()
 
 
 def test_null_unless_asked_for(cache, monkeypatch):

@@ -150,19 +150,57 @@ def test_a_state_that_its_dtype_does_not_divide_is_refused_by_layer_and_state():
         (lambda: mamba(page_size_padded=76), "smaller than its states' 80"),
         (lambda: mamba(dtypes=("bfloat16",)), "2 state shapes and 1 dtypes"),
         (lambda: mamba(mamba_cache_mode="some"), "none, align or all"),
-        (lambda: full(block_size=0), "block size must be positive"),
-        (lambda: full(heads=0), "must be positive"),
+        (lambda: mamba(shapes=((0, 8), (2, 4))), "size 0 of state 0 must be .* at least 1, not 0"),
+        (lambda: mamba(shapes=((3, 8), (-2, 4))), "size 0 of state 1 must be .*, not -2"),
+        (lambda: mamba(page_size_padded=0), "page_size_padded must be .* at least 1, not 0"),
+        (lambda: mamba(num_speculative_blocks=-1), "num_speculative_blocks must be"),
+        (lambda: mamba(conv_state_layout="DX"), "conv_state_layout must be SD or DS, not 'DX'"),
+        (lambda: mamba(sharded_axes=(0, 2)), r"state \(2, 4\) of mamba2 has no axis 2"),
+        (lambda: full(block_size=0), "block_size must be a whole number of at least 1, not 0"),
+        (lambda: full(block_size=16.0), "block_size must be a whole number .* not 16.0"),
+        (lambda: full(block_size="16"), "block_size must be a whole number .* not '16'"),
+        (lambda: full(heads=True), "num_kv_heads must be a whole number"),
+        (lambda: full(heads=0), "num_kv_heads must be a whole number of at least 1"),
+        (lambda: full(head_size_v=-1), "head_size_v must be a whole number of at least 0"),
+        (lambda: full(num_head_slots=0), "num_head_slots must be"),
+        (lambda: full(state_content_bytes=-4), "state_content_bytes must be"),
+        (lambda: full(tokens_per_state=0), "tokens_per_state must be a positive"),
+        (lambda: full(tokens_per_state=0.5), "tokens_per_state must be .* not 0.5"),
+        (lambda: full(tokens_per_state=3), "not hold a whole number of states of 3 tokens"),
+        (lambda: full(block_stride_alignment=0), "block_stride_alignment must be"),
+        (
+            lambda: full(head_size=6, dtype="int8", kv_quant_mode=M.INT8_PER_TOKEN_HEAD),
+            r"scale behind the data .* multiples of 4, not \(6, 6\)",
+        ),
+        (
+            lambda: full(
+                dtype="int8", kv_quant_mode=M.INT8_PER_TOKEN_HEAD, page_size_padded=2 * 16 * 16 + 2
+            ),
+            "not a multiple of the 4-byte scales",
+        ),
+        (
+            lambda: SinkFullAttentionSpec(
+                block_size=16, num_kv_heads=1, head_size=4, dtype="int8", sink_len=-1
+            ),
+            "sink_len must be",
+        ),
+        (lambda: UniformTypeKVCacheSpecs(block_size=16, kv_cache_specs={}), "no kind at all"),
+        (
+            lambda: UniformTypeKVCacheSpecs(block_size=32, kv_cache_specs={"a": full()}),
+            "blocks of 32 tokens cannot hold layers with blocks of 16",
+        ),
+        (lambda: latent(dtype="bfloat16", cache_dtype_str="fp8_ds_mla"), "dtype uint8"),
         (lambda: full(dtype="int3"), "cannot hold dtype 'int3'"),
         (lambda: full(page_size_padded=16), "smaller than its content"),
         (lambda: full(page_size_padded=1026), "not a multiple of the 4-byte"),
         (lambda: full(kv_quant_mode=M.INT8_PER_TOKEN_HEAD), "single bytes, not float32"),
         (lambda: full(dtype="uint8", kv_quant_mode=M.NVFP4), "multiple of 16"),
-        (lambda: full(head_size=3, dtype="uint8", kv_quant_mode=M.INT4_PER_TOKEN_HEAD), "even"),
+        (lambda: full(head_size=3, dtype="uint8", kv_quant_mode=M.INT4_PER_TOKEN_HEAD), "of 8"),
         (lambda: full(state_content_bytes=6), "whole number of float32"),
-        (lambda: sliding(window=0), "sliding_window must be positive"),
-        (lambda: latent(alignment=0), "alignment must be positive"),
+        (lambda: sliding(window=0), "sliding_window must be .* at least 1"),
+        (lambda: latent(alignment=0), "alignment must be .* at least 1"),
         (lambda: latent(dtype="bfloat16", head_size=577, alignment=3, block_size=1), "multiple"),
-        (lambda: latent(compress_ratio=0), "compress_ratio must be positive"),
+        (lambda: latent(compress_ratio=0), "compress_ratio must be .* at least 1"),
         (lambda: latent(compress_ratio=4, tokens_per_state=8), "contradict"),
         (lambda: MLAAttentionSpec(block_size=1, num_kv_heads=2, head_size=4, dtype="int8"), "one"),
         (
@@ -214,7 +252,7 @@ def test_blocks_that_one_request_holds():
     assert (encoder.page_size_bytes, encoder.max_resident_blocks(config)) == (0, 0)
     assert mamba().max_resident_blocks(config) == 1
     align = mamba(mamba_cache_mode="align", num_speculative_blocks=2, block_size=16)
-    assert align.max_resident_blocks(config) == 4
+    assert align.max_resident_blocks(config) == 6  # twice, at a boundary
     assert align.max_num_blocks_per_req(config, 1000) == 65
     assert mamba(num_speculative_blocks=2).max_num_blocks_per_req(config, 1000) == 3
     assert mamba(mamba_cache_mode="all", block_size=16).max_resident_blocks(config) == 63

@@ -98,7 +98,12 @@ def test_a_connector_is_called_in_order(model_dir):
     output = driver.schedule({"a": 5})
     output.kv_connector_metadata = "step one"
     result = worker.execute_model(output)
-    assert connector.calls == ["preemptions", "load", "saved"]
+    assert connector.calls == [
+        "preemptions",
+        "load",
+        *["layer", "save"] * len(runner.layers),
+        "saved",
+    ]
     assert connector.metadata == ["step one"]
     assert not connector.has_connector_metadata()
     assert result.kv_connector_output is None

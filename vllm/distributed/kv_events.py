@@ -1,7 +1,7 @@
 """What happened to the prefix cache, as messages for routers and outside indexes.
 
-The block pool collects them where KV events are enabled; publishing them is someone else's.
-On the wire they are msgpack arrays tagged by class name, fields in the order below.
+The block pool collects them where KV events are enabled; ``kv_event_publisher`` sends them. On the
+wire they are msgpack arrays tagged by class name, fields in the order below.
 """
 
 from typing import Any

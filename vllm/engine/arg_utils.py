@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 __all__ = ["AsyncEngineArgs", "EngineArgs"]
 
 _Args = TypeVar("_Args")
+_Config = TypeVar("_Config")
 
 
 def _refuses_by_name(cls: type[_Args]) -> type[_Args]:
@@ -178,6 +179,12 @@ class EngineArgs:
         Kind.SWITCH,
         "Never capture or compile graphs.",
     )
+    enable_sleep_mode: bool = arg(
+        False,
+        "ModelConfig",
+        Kind.SWITCH,
+        "Let the engine be put to sleep, which gives back the memory of its KV cache and weights.",
+    )
     max_logprobs: int = arg(
         20,
         "ModelConfig",
@@ -251,9 +258,18 @@ class EngineArgs:
         None,
         "ParallelConfig",
         Kind.STR,
-        "How workers run: uni (in the engine's process).",
-        choices=("uni",),
-        later=("mp", "ray", "external_launcher"),
+        "How workers run: uni (in the engine's process, the only one), mp (processes of this "
+        "host) or ray (actors, on several hosts). Default: uni for one worker, mp for more.",
+        choices=("uni", "mp", "ray"),
+        later=("external_launcher",),
+    )
+    tensor_parallel_size: int = arg(
+        1,
+        "ParallelConfig",
+        Kind.INT,
+        "Workers that share every layer's heads and columns.",
+        short="-tp",
+        minimum=1,
     )
     worker_cls: str = arg(
         "auto",
@@ -467,6 +483,20 @@ class EngineArgs:
         Kind.JSON,
         'Structured outputs: {"backend": "auto" | "xgrammar", "disable_any_whitespace": BOOL}.',
     )
+    kv_transfer_config: dict[str, Any] | None = arg(
+        None,
+        "VllmConfig",
+        Kind.JSON,
+        'What moves KV blocks: {"kv_connector": NAME, "kv_role": "kv_producer" | "kv_consumer" | '
+        '"kv_both", ...}.',
+    )
+    kv_events_config: dict[str, Any] | None = arg(
+        None,
+        "VllmConfig",
+        Kind.JSON,
+        'Publication of stored and removed blocks: {"enable_kv_cache_events": true, "publisher": '
+        '"zmq", "endpoint": URL, ...}.',
+    )
     additional_config: dict[str, Any] = arg(
         {},
         "VllmConfig",
@@ -478,6 +508,11 @@ class EngineArgs:
         if isinstance(self.served_model_name, str):
             self.served_model_name = [self.served_model_name]
         self.hf_overrides = {} if self.hf_overrides is None else self.hf_overrides
+        # Callers of the class may give vLLM's config objects.
+        for name in ("kv_transfer_config", "kv_events_config"):
+            given = getattr(self, name)
+            if dataclasses.is_dataclass(given):
+                setattr(self, name, dataclasses.asdict(given))  # type: ignore[call-overload]
         for name, flag in self.flags().items():
             setattr(self, name, flag.check(getattr(self, name)))
 
@@ -523,6 +558,8 @@ class EngineArgs:
         from vllm.config import (
             AttentionConfig,
             DeviceConfig,
+            KVEventsConfig,
+            KVTransferConfig,
             LoadConfig,
             ObservabilityConfig,
             ParallelConfig,
@@ -535,6 +572,7 @@ class EngineArgs:
         envs.validate_environ()
         load_general_plugins()
         model_config = self._create_model_config()
+        resolve.check_tensor_parallel(self.tensor_parallel_size, model_config.hf_text_config)
         cache_config = self._create_cache_config(model_config)
         model_config = self._fit_max_model_len(model_config, cache_config.kv_cache_memory_bytes)
         max_num_seqs = self.max_num_seqs or resolve.DEFAULT_MAX_NUM_SEQS
@@ -569,7 +607,10 @@ class EngineArgs:
                 watermark=self.watermark,
             ),
             parallel_config=ParallelConfig(
-                distributed_executor_backend=self.distributed_executor_backend or "uni",
+                tensor_parallel_size=self.tensor_parallel_size,
+                distributed_executor_backend=resolve.resolve_executor_backend(
+                    self.distributed_executor_backend, self.tensor_parallel_size
+                ),
                 worker_cls=self.worker_cls,
             ),
             load_config=LoadConfig(
@@ -581,9 +622,18 @@ class EngineArgs:
             attention_config=AttentionConfig(backend=self._attention_backend()),
             structured_outputs_config=self._structured_outputs(),
             observability_config=ObservabilityConfig(disable_log_stats=self.disable_log_stats),
+            kv_transfer_config=_from_json(
+                "kv_transfer_config", self.kv_transfer_config, KVTransferConfig
+            ),
+            kv_events_config=_from_json("kv_events_config", self.kv_events_config, KVEventsConfig),
             additional_config=dict(self.additional_config),
             instance_id=uuid.uuid4().hex,
         )
+        if self.enable_sleep_mode and not current_platform.has_sleep_mode:
+            raise UnsupportedError(
+                "--enable-sleep-mode: vLLM has this; this engine does not yet on this device",
+                parameter="enable_sleep_mode",
+            )
         current_platform.check_config(config)
         return config
 
@@ -640,6 +690,7 @@ class EngineArgs:
             revision=self.revision,
             quantization=self.quantization,
             enforce_eager=self.enforce_eager,
+            enable_sleep_mode=self.enable_sleep_mode,
             max_logprobs=self.max_logprobs,
             logprobs_mode=self.logprobs_mode,
             served_model_name=tuple(self.served_model_name or (self.model,)),
@@ -689,7 +740,7 @@ class EngineArgs:
                 pool,
                 envs.VLLM_CPU_KVCACHE_SPACE,
                 envs.DEFAULT_CPU_KVCACHE_SPACE,
-                current_platform.get_device_available_memory(),
+                current_platform.get_device_available_memory() // self.tensor_parallel_size,
             )
         window = uniform_sliding_window(model_config.hf_text_config)
         return CacheConfig(
@@ -719,7 +770,7 @@ class EngineArgs:
         block = self.block_size or current_platform.default_block_size
         per_token = resolve.kv_bytes_per_token(
             num_layers=model_config.get_num_layers(),
-            num_kv_heads=model_config.get_total_num_kv_heads(),
+            num_kv_heads=max(1, model_config.get_total_num_kv_heads() // self.tensor_parallel_size),
             head_size=model_config.get_head_size(),
             cache_dtype=self.kv_cache_dtype,
             model_dtype=model_config.dtype_name,
@@ -761,6 +812,22 @@ class EngineArgs:
             backend="xgrammar",
             disable_any_whitespace=bool(given.get("disable_any_whitespace", False)),
         )
+
+
+def _from_json(name: str, given: dict[str, Any] | None, config: type[_Config]) -> _Config | None:
+    """The config that a JSON option describes; None where it is empty."""
+    if not given:
+        return None
+    import msgspec
+
+    fields = dataclasses.fields(config)  # type: ignore[arg-type]
+    _only_keys(name, given, tuple(field.name for field in fields))
+    try:
+        return msgspec.convert(given, config)
+    except msgspec.ValidationError as error:
+        if isinstance(error.__cause__, ConfigError):
+            raise error.__cause__ from None
+        raise ConfigError(f"{dash(name)}: {error}", parameter=name, value=given) from None
 
 
 def _only_keys(name: str, given: dict[str, Any], known: tuple[str, ...]) -> None:

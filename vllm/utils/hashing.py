@@ -38,6 +38,8 @@ __all__ = [
     "xxh3_128",
 ]
 
+Chain = Callable[[bytes, Sequence[int], int], list[bytes]]
+
 _PACK_CHUNK = 512
 _pack_chunk = struct.Struct(f"<{_PACK_CHUNK}I").pack
 
@@ -136,7 +138,8 @@ def _cbor_blocks(token_ids: Sequence[int], block_size: int) -> list[bytes]:
     return [encoded[a:b] for a, b in itertools.pairwise(bounds)]
 
 
-def _sha256_chain(parent: bytes, packed: bytes, step: int) -> list[bytes]:
+def _sha256_chain(parent: bytes, token_ids: Sequence[int], block_size: int) -> list[bytes]:
+    packed, step = pack_token_ids(token_ids), 4 * block_size
     hashes: list[bytes] = []
     add, constructor = hashes.append, _sha256
     for start in range(0, len(packed), step):
@@ -145,9 +148,21 @@ def _sha256_chain(parent: bytes, packed: bytes, step: int) -> list[bytes]:
     return hashes
 
 
-def _xxh3_128_chain(parent: bytes, packed: bytes, step: int) -> list[bytes]:
+def _native_sha256_chain() -> Chain:
+    """The extension's, where it was built and the processor has the instructions."""
+    try:
+        from vllm import _C
+    except ImportError:
+        return _sha256_chain
+    # A build of an older source lacks it.
+    has_sha256 = getattr(_C, "has_sha256", None)
+    return _C.sha256_chain if has_sha256 is not None and has_sha256() else _sha256_chain
+
+
+def _xxh3_128_chain(parent: bytes, token_ids: Sequence[int], block_size: int) -> list[bytes]:
     from xxhash import xxh3_128_digest
 
+    packed, step = pack_token_ids(token_ids), 4 * block_size
     hashes: list[bytes] = []
     add = hashes.append
     for start in range(0, len(packed), step):
@@ -165,8 +180,8 @@ class HashAlgorithm:
     digest_size: int
     is_cbor: bool
     is_collision_resistant: bool
-    chain: Callable[[bytes, bytes, int], list[bytes]]
-    """(parent, packed token ids, bytes of a block) to the digest of each block, without CBOR."""
+    chain: Chain
+    """(parent, token ids, tokens of a block) to the digest of each block, without CBOR."""
 
     def hash_block(
         self, parent: bytes, token_ids: Sequence[int], extra_keys: tuple[Any, ...] | None = None
@@ -182,12 +197,13 @@ class HashAlgorithm:
     def hash_blocks(self, parent: bytes, token_ids: Sequence[int], block_size: int) -> list[bytes]:
         """The digests of consecutive blocks without extra keys.
 
-        ``len(token_ids)`` is a multiple of ``block_size``. The tokens are packed once; hashing
-        itself then costs one slice, one concatenation and one digest a block.
+        ``len(token_ids)`` is a multiple of ``block_size``. SHA-256 of 16 tokens costs 0.2 us where
+        the extension does it; elsewhere the tokens are packed once, and a block costs one slice,
+        one concatenation and one digest.
         """
         assert len(token_ids) % block_size == 0
         if not self.is_cbor:
-            return self.chain(parent, pack_token_ids(token_ids), 4 * block_size)
+            return self.chain(parent, list(token_ids), block_size)
         hashes: list[bytes] = []
         before = b"\x83" + _cbor_head(2, len(parent))
         between, after = _cbor_head(4, block_size), canonical_cbor(None)
@@ -226,5 +242,5 @@ def get_hash_algorithm(name: str) -> HashAlgorithm:
         digest_size=32 if is_sha else 16,
         is_cbor=name.endswith("_cbor"),
         is_collision_resistant=is_sha,
-        chain=_sha256_chain if is_sha else _xxh3_128_chain,
+        chain=_native_sha256_chain() if is_sha else _xxh3_128_chain,
     )

@@ -29,6 +29,8 @@ class AttentionLayerBase(ABC):
     impl: Any
     supports_dcp: bool = True
     is_draft_layer: bool = False
+    calls_kv_layer_hook: bool = False
+    """``forward`` tells the forward context's hook when it reads and has written its cache."""
     kv_sharing_target_layer_name: str | None = None
     """Layer whose cache this one reads instead of having its own."""
     kv_cache: Any

@@ -367,7 +367,8 @@ class ChunkedLocalAttentionManager(SingleTypeKVCacheManager):
 
     def get_peak_blocks(self, num_tokens: int, max_tokens_per_step: int) -> int:
         kept = min(self.attention_chunk_size + max_tokens_per_step, num_tokens)
-        return min(cdiv(kept, self.block_size) + 1, cdiv(num_tokens, self.block_size))
+        inside = bool(self.attention_chunk_size % self.block_size)
+        return min(cdiv(kept, self.block_size) + inside, cdiv(num_tokens, self.block_size))
 
     @classmethod
     def find_longest_cache_hit(

@@ -18,6 +18,7 @@ from vllm.v1.kv_cache.strides import compute_layer_kv_cache_shape_bytes, tensor_
 __all__ = [
     "ByteRun",
     "Region",
+    "block_extents",
     "block_runs",
     "fold_axes",
     "heads_of_part",
@@ -202,6 +203,29 @@ def block_runs(
         (run for group in groups for name in group.layer_names for run in by_layer.get(name, ())),
         bridge_gaps and part is None and config.kv_cache_layout.is_block_outermost,
     )
+
+
+def block_extents(config: KVCacheConfig) -> tuple[ByteRun, ...]:
+    """All bytes from one block to the next, paddings too: what nobody but its owner may change."""
+    if config.kv_cache_layout.is_block_outermost:
+        size = config.bytes_per_block
+        return (ByteRun(offset=0, block_stride=size, length=size),)
+    extents = []
+    for tensor in config.kv_cache_tensors:
+        spec = config.layer_spec(tensor.layers[0])
+        # A page, or one head's part of it, is one stride long.
+        apart = not config.kv_cache_layout.is_block_compact
+        strides = tensor_strides(tensor, spec, config.num_blocks, config.kv_cache_layout)
+        extents += [
+            ByteRun(
+                offset=tensor.offset + layer * strides[0] + head * strides[2],
+                block_stride=strides[1],
+                length=strides[1],
+            )
+            for layer in range(len(tensor.layers))
+            for head in range(spec.num_heads if apart else 1)
+        ]
+    return merge_runs(extents)
 
 
 def regions(config: KVCacheConfig) -> tuple[Region, ...]:

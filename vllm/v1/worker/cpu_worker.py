@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import gc
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import vllm.envs as envs
 from vllm.errors import CapacityError
 from vllm.logger import init_logger
 from vllm.platforms import current_platform
+from vllm.utils.memory_pages import drop_pages, trim_heap
 from vllm.v1.worker.device import CPUDeviceLayer
+from vllm.v1.worker.kv_hooks import connector_maker
 from vllm.v1.worker.model_runner import ModelRunner
 from vllm.v1.worker.worker_base import WorkerBase
 
@@ -16,6 +20,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from vllm.config import VllmConfig
+    from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorHandshakeMetadata
     from vllm.v1.core.sched.output import GrammarOutput, SchedulerOutput
     from vllm.v1.kv_cache.planner import BackendConstraints
     from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheSpec
@@ -41,7 +46,9 @@ class CPUWorker(WorkerBase):
         is_driver_worker: bool = True,
     ) -> None:
         super().__init__(vllm_config, local_rank, rank, distributed_init_method, is_driver_worker)
-        self.model_runner = ModelRunner(vllm_config, CPUDeviceLayer())
+        self.model_runner = ModelRunner(vllm_config, CPUDeviceLayer(), connector_maker(vllm_config))
+        self._has_weights = True
+        """Until they are dropped to sleep, and again afterwards."""
 
     def init_device(self) -> None:
         from vllm.distributed.parallel_state import (
@@ -49,8 +56,8 @@ class CPUWorker(WorkerBase):
             initialize_model_parallel,
         )
 
-        self.num_threads = current_platform.init_threads()
         parallel = self.parallel_config
+        self.num_threads = current_platform.init_threads(self.local_rank, parallel.world_size)
         init_distributed_environment(
             world_size=parallel.world_size,
             rank=self.rank,
@@ -71,13 +78,15 @@ class CPUWorker(WorkerBase):
         return self.model_runner.get_kv_cache_constraints()
 
     def determine_available_memory(self) -> int:
-        """``--kv-cache-memory-bytes``, else VLLM_CPU_KVCACHE_SPACE GiB, if the machine has it."""
+        """``--kv-cache-memory-bytes``, else VLLM_CPU_KVCACHE_SPACE GiB, if the machine has it for
+        each of its workers.
+        """
         asked = self.cache_config.kv_cache_memory_bytes
         if asked is None:
             option, wanted = "VLLM_CPU_KVCACHE_SPACE", int(envs.VLLM_CPU_KVCACHE_SPACE * _GIB)
         else:
             option, wanted = "--kv-cache-memory-bytes", asked
-        free = current_platform.get_device_available_memory()
+        free = current_platform.get_device_available_memory() // self.parallel_config.world_size
         room = free - _HEADROOM_BYTES
         if room <= 0:
             raise CapacityError(
@@ -106,6 +115,33 @@ class CPUWorker(WorkerBase):
 
     def sample_tokens(self, grammar_output: GrammarOutput | None) -> ModelRunnerOutput:
         return self.model_runner.sample_tokens(grammar_output)
+
+    def sleep(self, level: int) -> None:
+        self.model_runner.release_kv_cache(drop_pages)
+        if level == 2:
+            self.model_runner.release_model()
+            self._has_weights = False
+            # Parameters and modules refer to each other; start-up froze them.
+            gc.unfreeze()
+            gc.collect()
+        trim_heap()
+
+    def wake_up(self, tags: Sequence[str]) -> None:
+        if "weights" in tags and not self._has_weights:
+            self.model_runner.restore_model()
+            self._has_weights = True
+            gc.collect()
+            gc.freeze()
+        if "kv_cache" in tags:
+            self.model_runner.restore_kv_cache()
+
+    def get_kv_connector_handshake_metadata(
+        self,
+    ) -> tuple[tuple[int, int], KVConnectorHandshakeMetadata] | None:
+        metadata = self.model_runner.get_kv_connector_handshake_metadata()
+        if metadata is None:
+            return None
+        return divmod(self.rank, self.parallel_config.tensor_parallel_size), metadata
 
     def get_model(self) -> nn.Module:
         return self.model_runner.get_model()

@@ -14,11 +14,13 @@ from vllm.platforms import current_platform
 from vllm.utils.system import format_bytes
 from vllm.v1.worker.gpu.device import CUDADeviceLayer
 from vllm.v1.worker.gpu.model_runner import GPUModelRunner
+from vllm.v1.worker.kv_hooks import connector_maker
 from vllm.v1.worker.worker_base import WorkerBase
 
 if TYPE_CHECKING:
     from torch import nn
 
+    from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorHandshakeMetadata
     from vllm.v1.core.sched.output import GrammarOutput, SchedulerOutput
     from vllm.v1.kv_cache.planner import BackendConstraints
     from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheSpec
@@ -55,6 +57,7 @@ class Worker(WorkerBase):
         self.model_runner = GPUModelRunner(
             self.vllm_config,
             CUDADeviceLayer(self.device),
+            connector_maker(self.vllm_config),
             overlapped=self.scheduler_config.async_scheduling,
         )
 
@@ -168,6 +171,14 @@ class Worker(WorkerBase):
         self, grammar_output: GrammarOutput | None
     ) -> ModelRunnerOutput | PendingModelRunnerOutput:
         return self.model_runner.sample_tokens(grammar_output)
+
+    def get_kv_connector_handshake_metadata(
+        self,
+    ) -> tuple[tuple[int, int], KVConnectorHandshakeMetadata] | None:
+        metadata = self.model_runner.get_kv_connector_handshake_metadata()
+        if metadata is None:
+            return None
+        return divmod(self.rank, self.parallel_config.tensor_parallel_size), metadata
 
     def get_model(self) -> nn.Module:
         return self.model_runner.get_model()

@@ -6,13 +6,17 @@ written, the check that nobody writes another's bytes, and the worker half of a 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Collection, Iterable, Mapping
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 import vllm.envs as envs
-from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1
+from vllm.distributed.kv_transfer.kv_connector.v1.base import (
+    KVConnectorBase_V1,
+    KVConnectorHandshakeMetadata,
+    KVConnectorRole,
+)
 from vllm.forward_context import ForwardContext
 from vllm.v1.kv_cache.allocate import AllocatedKVCache
 from vllm.v1.kv_cache.blocks import KVBlockZeroer
@@ -21,6 +25,7 @@ from vllm.v1.kv_cache_interface import KVCacheConfig, MambaSpec
 from vllm.v1.outputs import KVConnectorOutput
 
 if TYPE_CHECKING:
+    from vllm.config import VllmConfig
     from vllm.v1.core.sched.output import SchedulerOutput
     from vllm.v1.worker.block_table import BlockTable
     from vllm.v1.worker.input_batch import InputBatch
@@ -31,6 +36,7 @@ __all__ = [
     "BlockZeroing",
     "ConnectorStep",
     "WriteWatch",
+    "connector_maker",
     "make_block_zeroing",
     "make_write_watch",
 ]
@@ -63,6 +69,9 @@ def make_block_zeroing(caches: AllocatedKVCache, config: KVCacheConfig) -> Block
 class WriteWatch:
     """Nobody checks who writes where."""
 
+    def expect_transfers(self, block_ids: Collection[int]) -> None:
+        """A connector may write these blocks in this step, and until the next one."""
+
     def begin(self, batch: InputBatch, step: StepInputs) -> None:
         """The step is about to write the KV of its tokens."""
 
@@ -73,6 +82,13 @@ class WriteWatch:
             AssertionError: bytes changed that were not the step's to write.
         """
 
+    def close(self) -> None:
+        """No step will follow.
+
+        Raises:
+            AssertionError: bytes changed that nobody was allowed to write.
+        """
+
 
 class _DebugWriteWatch(WriteWatch):
     """VLLM_KV_CACHE_DEBUG: after each step only the blocks of its tokens may have changed."""
@@ -80,8 +96,15 @@ class _DebugWriteWatch(WriteWatch):
     def __init__(self, debugger: NullKVCacheDebugger, config: KVCacheConfig) -> None:
         self._debugger = debugger
         self._config = config
+        self._arriving: set[int] = set()
+        self._arriving_now: set[int] = set()
+
+    def expect_transfers(self, block_ids: Collection[int]) -> None:
+        self._arriving_now = set(block_ids)
+        self._arriving |= self._arriving_now
 
     def begin(self, batch: InputBatch, step: StepInputs) -> None:
+        self._debugger.accept_blocks(sorted(self._arriving))
         written = {}
         for index, group in enumerate(self._config.kv_cache_groups):
             spec = group.kv_cache_spec.manager_spec
@@ -109,7 +132,12 @@ class _DebugWriteWatch(WriteWatch):
         return sorted(blocks - {0})
 
     def end(self) -> None:
+        self._debugger.accept_blocks(sorted(self._arriving))
         self._debugger.end_step()
+        self._arriving = self._arriving_now
+
+    def close(self) -> None:
+        self._debugger.check_everything()
 
 
 def make_write_watch(caches: AllocatedKVCache, config: KVCacheConfig) -> WriteWatch:
@@ -121,8 +149,17 @@ def make_write_watch(caches: AllocatedKVCache, config: KVCacheConfig) -> WriteWa
 class ConnectorStep:
     """No connector is configured: no KV comes or goes."""
 
+    works_between_layers = False
+    """Layers have to call in, so they must run one by one."""
+
     def register(self, kv_caches: Mapping[str, torch.Tensor]) -> None:
         """Once, after allocation: each layer's view in manager blocks, by its name."""
+
+    def unregister(self) -> None:
+        """The caches' memory is about to be given back (sleep)."""
+
+    def restore(self, kv_caches: Mapping[str, torch.Tensor]) -> None:
+        """The caches' memory is there again (wake-up), empty; arguments as of ``register``."""
 
     def begin(self, scheduler_output: SchedulerOutput, context: ForwardContext) -> None:
         """Before the forward pass: start what the step's metadata asks to load."""
@@ -131,8 +168,43 @@ class ConnectorStep:
         """After the forward pass: wait for saves, and report what has ended; None for nothing."""
         return None
 
+    def get_handshake_metadata(self) -> KVConnectorHandshakeMetadata | None:
+        """Once, after registration: what other engines need to connect to this worker."""
+        return None
+
     def close(self) -> None:
         """Stop all transfers."""
+
+
+class _LayerCalls:
+    """Tells a connector of each layer: most layers call in themselves.
+
+    Those that do not (state and latent layers) are waited for before the forward pass and saved
+    after it.
+    """
+
+    def __init__(self, connector: KVConnectorBase_V1, names: Iterable[str]) -> None:
+        self._connector = connector
+        self._names = frozenset(names)
+        self._others: list[str] = []
+
+    def begin(self, context: ForwardContext) -> None:
+        layers = context.no_compile_layers
+        self._others = [name for name in self._names if not layers[name].calls_kv_layer_hook]
+        for name in self._others:
+            self._connector.wait_for_layer_load(name)
+
+    def before(self, layer_name: str) -> None:
+        if layer_name in self._names:
+            self._connector.wait_for_layer_load(layer_name)
+
+    def after(self, layer_name: str, kv_cache: Any, attn_metadata: Any) -> None:
+        if layer_name in self._names:
+            self._connector.save_kv_layer(layer_name, kv_cache, attn_metadata)
+
+    def end(self, kv_caches: Mapping[str, torch.Tensor], metadata: Mapping[str, Any]) -> None:
+        for name in self._others:
+            self._connector.save_kv_layer(name, kv_caches[name], metadata.get(name))
 
 
 class ActiveConnectorStep(ConnectorStep):
@@ -140,18 +212,43 @@ class ActiveConnectorStep(ConnectorStep):
 
     def __init__(self, connector: KVConnectorBase_V1) -> None:
         self._connector = connector
+        self.works_between_layers = connector.works_between_layers
+        self._kv_caches: dict[str, torch.Tensor] = {}
+        self._layers = _LayerCalls(connector, ())
+        self._context: ForwardContext | None = None
 
     def register(self, kv_caches: Mapping[str, torch.Tensor]) -> None:
+        self._kv_caches = dict(kv_caches)
+        self._layers = _LayerCalls(self._connector, kv_caches)
         self._connector.register_kv_caches(dict(kv_caches))
+
+    def unregister(self) -> None:
+        self._connector.unregister_kv_caches()
+
+    def restore(self, kv_caches: Mapping[str, torch.Tensor]) -> None:
+        self._kv_caches = dict(kv_caches)
+        self._layers = _LayerCalls(self._connector, kv_caches)
+        self._connector.restore_kv_caches(dict(kv_caches))
+
+    def get_handshake_metadata(self) -> KVConnectorHandshakeMetadata | None:
+        return self._connector.get_handshake_metadata()
 
     def begin(self, scheduler_output: SchedulerOutput, context: ForwardContext) -> None:
         metadata = scheduler_output.kv_connector_metadata
         self._connector.handle_preemptions(metadata)
         self._connector.bind_connector_metadata(metadata)
         self._connector.start_load_kv(context)
+        self._context = None
+        if self.works_between_layers and context.attn_metadata is not None:
+            self._context = context
+            self._layers.begin(context)
+            context.kv_layer_hook = self._layers
 
     def end(self, scheduler_output: SchedulerOutput) -> KVConnectorOutput | None:
         connector = self._connector
+        if self._context is not None:
+            self._layers.end(self._kv_caches, self._context.attn_metadata or {})
+            self._context = None
         connector.wait_for_save()
         results = connector.get_transfer_results(scheduler_output.finished_req_ids)
         output = KVConnectorOutput(
@@ -168,3 +265,21 @@ class ActiveConnectorStep(ConnectorStep):
 
     def close(self) -> None:
         self._connector.shutdown()
+
+
+def connector_maker(
+    vllm_config: VllmConfig,
+) -> Callable[[KVCacheConfig], KVConnectorBase_V1] | None:
+    """What makes the worker half of the configured connector; None where none is configured."""
+    transfer = vllm_config.kv_transfer_config
+    if transfer is None or transfer.kv_connector is None:
+        return None
+
+    def make(kv_cache_config: KVCacheConfig) -> KVConnectorBase_V1:
+        from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
+
+        return KVConnectorFactory.create_connector(
+            vllm_config, KVConnectorRole.WORKER, kv_cache_config
+        )
+
+    return make

@@ -16,7 +16,10 @@ import torch
 from torch import nn
 
 from vllm.config import VllmConfig
-from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1
+from vllm.distributed.kv_transfer.kv_connector.v1.base import (
+    KVConnectorBase_V1,
+    KVConnectorHandshakeMetadata,
+)
 from vllm.forward_context import ForwardContext, set_forward_context
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.v1.core.sched.output import CachedRequestData, GrammarOutput, SchedulerOutput
@@ -42,6 +45,7 @@ from vllm.v1.worker.input_preparation import InputPreparer, StepInputs
 from vllm.v1.worker.kv_hooks import (
     ActiveConnectorStep,
     ConnectorStep,
+    WriteWatch,
     make_block_zeroing,
     make_write_watch,
 )
@@ -102,6 +106,7 @@ class ModelRunner:
         self._open: OpenStep | None = None
         self._make_connector = make_connector
         self._connector = ConnectorStep()
+        self._write_watch = WriteWatch()
         self.layers: dict[str, AttentionLayerBase] = {}
 
     # ---- start-up -----------------------------------------------------------------------------
@@ -137,19 +142,14 @@ class ModelRunner:
         """Allocate the caches, hand each layer its view, and make the batch for them."""
         config = self.vllm_config
         publish_layout(kv_cache_config.kv_cache_layout, config.instance_id, self)
-        caches = allocate_kv_cache(kv_cache_config, self.device.device)
+        caches = self._caches = allocate_kv_cache(kv_cache_config, self.device.device)
         share_kv_caches(caches, get_kv_sharing_targets(self.layers), kv_cache_config)
         bind_kv_cache(caches, self.layers, self.kv_caches)
         self._zeroing = make_block_zeroing(caches, kv_cache_config)
         self._write_watch = make_write_watch(caches, kv_cache_config)
         if self._make_connector is not None:
             self._connector = ActiveConnectorStep(self._make_connector(kv_cache_config))
-        self._connector.register(
-            {
-                name: group_kernel_blocks(cache, kv_cache_config.num_blocks)
-                for name, cache in caches.items()
-            }
-        )
+        self._connector.register(self._views_in_blocks())
         self.attention_groups = AttentionGroups(
             kv_cache_config, self.layers, config, self.device.device
         )
@@ -180,6 +180,43 @@ class ModelRunner:
             self.device,
         )
 
+    def _views_in_blocks(self) -> dict[str, torch.Tensor]:
+        """Each layer's view in manager blocks, as connectors take it."""
+        num_blocks = self._caches.config.num_blocks
+        return {
+            name: group_kernel_blocks(cache, num_blocks) for name, cache in self._caches.items()
+        }
+
+    # ---- sleep ----------------------------------------------------------------------------------
+
+    def release_kv_cache(self, release: Callable[[torch.Tensor], None]) -> None:
+        """Give the pool's memory back; no request holds blocks.
+
+        Args:
+            release: frees the memory of the 1-D tensor that it gets, whose addresses stay valid.
+        """
+        self._connector.unregister()
+        release(self._caches.backing)
+
+    def restore_kv_cache(self) -> None:
+        """The pool's memory is there again, with nothing in it."""
+        self._caches.debugger.restart()
+        self._connector.restore(self._views_in_blocks())
+
+    def release_model(self) -> None:
+        """Let go of the weights, and of all that was made of them."""
+        self.layers = {}
+        del self.model, self._compute_logits, self.prompt_logprobs, self.attention_groups
+
+    def restore_model(self) -> None:
+        """Load the weights again; caches stay where they are."""
+        self.load_model()
+        self.kv_caches.clear()
+        bind_kv_cache(self._caches, self.layers, self.kv_caches)
+        self.attention_groups = AttentionGroups(
+            self._caches.config, self.layers, self.vllm_config, self.device.device
+        )
+
     @torch.inference_mode()
     def warm_up(self, num_tokens: int) -> None:
         """Run the model once without a cache, so that the first request finds it ready."""
@@ -201,6 +238,7 @@ class ModelRunner:
         assert self._open is None, "the step before this one was not sampled"
         self._update_requests(scheduler_output)
         self._zeroing.zero_new_blocks(scheduler_output)
+        self._write_watch.expect_transfers(scheduler_output.blocks_arriving)
         if scheduler_output.total_num_scheduled_tokens == 0:
             return self._only_transfer(scheduler_output)
         batch = self.batch
@@ -395,11 +433,18 @@ class ModelRunner:
 
     # ---- for others -----------------------------------------------------------------------------
 
+    def get_kv_connector_handshake_metadata(self) -> KVConnectorHandshakeMetadata | None:
+        """What other engines need to connect to this worker's caches."""
+        return self._connector.get_handshake_metadata()
+
     def close(self) -> None:
         """Let go of the caches; the runner cannot run any more."""
         self._connector.close()
-        for layer in self.layers.values():
-            layer.kv_cache = torch.empty(0)
+        try:
+            self._write_watch.close()
+        finally:
+            for layer in self.layers.values():
+                layer.kv_cache = torch.empty(0)
         self.kv_caches.clear()
 
     def get_model(self) -> nn.Module:

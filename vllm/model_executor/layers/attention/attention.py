@@ -51,6 +51,8 @@ class Attention(nn.Module, AttentionLayerBase):
         ConfigError: no backend can serve this layer.
     """
 
+    calls_kv_layer_hook = True
+
     def __init__(
         self,
         num_heads: int,
@@ -161,6 +163,9 @@ class Attention(nn.Module, AttentionLayerBase):
         if context.attn_metadata is None:
             return output.zero_()
         attn_metadata = context.attn_metadata[self.layer_name]
+        hook = context.kv_layer_hook
+        if hook is not None:
+            hook.before(self.layer_name)
         heads = (-1, self.head_size)
         if key is None or value is None:
             assert self.kv_sharing_target_layer_name is not None
@@ -187,6 +192,8 @@ class Attention(nn.Module, AttentionLayerBase):
             attn_metadata,
             output.unflatten(-1, heads),
         )
+        if hook is not None:
+            hook.after(self.layer_name, self.kv_cache, attn_metadata)
         return output
 
     def _rope_and_store(

@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import vllm.envs as envs
+from vllm.forward_context import get_forward_context
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase, register_layer
 from vllm.v1.kv_cache.declare import state_spec
 from vllm.v1.kv_cache.state_shapes import StateShapes
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
     import torch
 
     from vllm.config import VllmConfig
+    from vllm.v1.attention.backend import AttentionBackend
+    from vllm.v1.attention.backends.mamba_attn import StateMetadata
 
 __all__ = ["MambaBase"]
 
@@ -24,14 +27,17 @@ __all__ = ["MambaBase"]
 class MambaBase(AttentionLayerBase):
     """A layer with a convolution state, a recurrent state, or both.
 
-    A subclass calls ``declare_states`` in its constructor and says its backend; after
-    ``bind_kv_cache`` it finds its states in ``self.kv_cache``.
+    A subclass calls ``declare_states`` in its constructor. After ``bind_kv_cache`` it finds its
+    states in ``self.kv_cache``, and those of a convolution and a recurrence, if it has them, in
+    ``conv_state`` and ``ssm_state`` too; ``state_metadata`` tells which blocks a step uses.
     """
 
     kv_cache: tuple[torch.Tensor, ...]
     """Each state of all blocks, ``(B, *shape)``: stride(0) is the block's, inner axes dense."""
     layer_name: str
     state_spec: MambaSpec
+    is_conv: tuple[bool, ...]
+    """Which of the states is a convolution's."""
 
     def declare_states(
         self,
@@ -47,10 +53,21 @@ class MambaBase(AttentionLayerBase):
             ConfigError: the states do not fit into a page with these dtypes.
         """
         self.layer_name = prefix
+        self.is_conv = shapes.is_conv
         self.state_spec = state_spec(
             vllm_config, prefix, shapes, envs.VLLM_SSM_CONV_STATE_LAYOUT, num_speculative_blocks
         )
         register_layer(prefix, self)
+
+    def get_attn_backend(self) -> type[AttentionBackend]:
+        from vllm.v1.attention.backends.mamba_attn import StateAttentionBackend
+
+        return StateAttentionBackend
+
+    def state_metadata(self) -> StateMetadata | None:
+        """The blocks that this step reads and writes; None in a run without a cache."""
+        metadata = get_forward_context().attn_metadata
+        return None if metadata is None else metadata[self.layer_name]
 
     @property
     def mamba_type(self) -> str:
@@ -73,3 +90,14 @@ class MambaBase(AttentionLayerBase):
         from vllm.v1.kv_cache.views import state_views
 
         self.kv_cache = state_views(kv_cache, self.state_spec.shapes, self.state_spec.dtype_names)
+
+    @property
+    def conv_state(self) -> torch.Tensor:
+        """(B, steps, channels), whichever of the two orders the cache has."""
+        state = self.kv_cache[self.is_conv.index(True)]
+        return state.transpose(1, 2) if self.state_spec.conv_state_layout == "DS" else state
+
+    @property
+    def ssm_state(self) -> torch.Tensor:
+        """The recurrent state, (B, *shape)."""
+        return self.kv_cache[self.is_conv.index(False)]

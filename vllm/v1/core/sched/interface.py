@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -89,6 +89,10 @@ class SchedulerInterface(ABC):
 
     @abstractmethod
     def reset_prefix_cache(self) -> bool: ...
+
+    def take_events(self) -> list[Any]:
+        """KV events since the last call."""
+        return []
 
     @abstractmethod
     def check_integrity(self) -> None:

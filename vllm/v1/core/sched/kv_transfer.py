@@ -8,12 +8,13 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import TYPE_CHECKING, Any
 
+import vllm.envs as envs
 from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorBase_V1,
     NullKVConnector,
     SupportsHMA,
 )
-from vllm.v1.core.kv_cache_manager import PrefixCacheStats
+from vllm.v1.core.kv_cache_manager import KVCacheBlocks, PrefixCacheStats
 from vllm.v1.request import Request, RequestStatus
 
 if TYPE_CHECKING:
@@ -55,6 +56,9 @@ class KVTransferTracker:
         self._holding: dict[str, tuple[Request, set[str]]] = {}
         """Ended requests whose blocks must stay, and what for."""
         self._stats = PrefixCacheStats()
+        self._watched = envs.VLLM_KV_CACHE_DEBUG and not self._is_null
+        self._arriving: set[int] = set()
+        """Blocks of the synchronous loads of this step, in debug mode."""
 
     @property
     def num_loading(self) -> int:
@@ -87,10 +91,22 @@ class KVTransferTracker:
         if not self._is_null:
             blocks = self._kv.get_blocks(request.request_id)
             self.connector.update_state_after_alloc(request, blocks, num_external)
+            if self._watched and num_external:
+                self._arriving |= _unshared(blocks)
 
     def start_loading(self, request: Request) -> None:
         request.status = RequestStatus.WAITING_FOR_REMOTE_KVS
         self._loading[request.request_id] = request
+
+    def take_blocks_arriving(self) -> set[int]:
+        """Blocks that the connector may write from now on, in debug mode; nobody else has them."""
+        if not self._watched:
+            return set()
+        arriving, self._arriving = self._arriving, set()
+        held = [rid for rid, (_, reasons) in self._holding.items() if _RECEIVE in reasons]
+        for request_id in (*self._loading, *held):
+            arriving |= _unshared(self._kv.get_blocks(request_id))
+        return arriving
 
     def record(self, num_queried: int, num_found: int) -> None:
         if not self._is_null:
@@ -245,3 +261,13 @@ class KVTransferTracker:
             ]
             if not block.is_null
         }
+
+
+def _unshared(blocks: KVCacheBlocks) -> set[int]:
+    """Ids of the blocks that were not found in the prefix cache."""
+    return {
+        block.block_id
+        for row in blocks.blocks
+        for block in row
+        if not block.is_null and block.ref_cnt == 1
+    }

@@ -3,6 +3,7 @@
 ``block_ids`` everywhere is one list of manager block ids per KV-cache group.
 """
 
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -60,7 +61,8 @@ class SchedulerOutput:
     ``num_scheduled_tokens`` maps request id to how many tokens to compute;
     ``total_num_scheduled_tokens`` is their sum. ``new_block_ids_to_zero`` lists, per group,
     blocks that must be zeroed before the step (state caches). ``num_common_prefix_blocks`` is
-    per group, for cascade attention.
+    per group, for cascade attention. ``blocks_arriving`` are those that a connector may be writing
+    during the step; known in debug mode only.
     """
 
     scheduled_new_reqs: list[NewRequestData]
@@ -74,6 +76,7 @@ class SchedulerOutput:
     new_block_ids_to_zero: tuple[list[int], ...] | None = None
     has_structured_output_requests: bool = False
     kv_connector_metadata: Any = None
+    blocks_arriving: Collection[int] = ()
 
 
 @dataclass(slots=True)

@@ -133,6 +133,7 @@ class Scheduler(SchedulerInterface):
                 "try again later"
             )
         self._check_fits(request)
+        self.kv_transfer.connector.on_new_request(request)
         request.max_total_tokens = min(request.max_total_tokens, self.max_request_tokens)
         if self.block_hasher is not None and not request.has_block_hasher:
             request.set_block_hasher(self.block_hasher)
@@ -149,7 +150,6 @@ class Scheduler(SchedulerInterface):
         self.requests[request.request_id] = request
         self._num_structured += request.use_structured_output
         self._num_needing_tokens += request.needs_known_tokens
-        self.kv_transfer.connector.on_new_request(request)
         if self.log_stats:
             request.record_event(EngineCoreEventType.QUEUED)
 
@@ -519,6 +519,7 @@ class Scheduler(SchedulerInterface):
         self.finished_req_ids = set()
         self._preempted_req_ids = set()
         output.kv_connector_metadata = self.kv_transfer.connector.build_connector_meta(output)
+        output.blocks_arriving = self.kv_transfer.take_blocks_arriving()
         step.advance()
         if self._overlaps:
             step.expect_tokens()

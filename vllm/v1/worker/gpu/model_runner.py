@@ -125,6 +125,7 @@ class GPUModelRunner(ModelRunner):
         return (
             self.device.device.type == "cuda"
             and not self.vllm_config.model_config.enforce_eager
+            and not self._connector.works_between_layers
             and all(layer.get_attn_backend().fits_cuda_graphs for layer in self.layers.values())
             and not any(getattr(m, "waits_for_device", False) for m in self.model.modules())
         )
@@ -167,8 +168,9 @@ class GPUModelRunner(ModelRunner):
                     [0] * -(-(length + 2) // table.block_size)
                     for table in self.batch.block_table.tables
                 )
-                limits = {"top_k": 5, "top_p": 0.9} if computed else {}
-                params = SamplingParams(temperature=1.0, seed=0, **limits)
+                params = SamplingParams(temperature=1.0, seed=0)
+                if computed:
+                    params = SamplingParams(temperature=1.0, seed=0, top_k=5, top_p=0.9)
                 new.append(NewRequestData(name, [0] * length, params, blocks, 0))
                 computed[name] = 0
             else:

@@ -101,6 +101,10 @@ def supports_hma(connector: Any) -> bool:
 class KVConnectorBase_V1(ABC):
     """Base of all connectors. Methods with a default are optional."""
 
+    works_between_layers: bool = True
+    """False: ``wait_for_layer_load`` and ``save_kv_layer`` do nothing, so layers may be fused and
+    steps captured. A connector from outside is taken to mean what it defines."""
+
     def __init__(
         self,
         vllm_config: VllmConfig,
