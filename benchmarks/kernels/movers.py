@@ -29,7 +29,7 @@ POOL_BYTES = 8 << 30
 
 
 def seconds(call: Callable[[], object]) -> float:
-    """Median time on the device alone: several calls behind work that hides their launches."""
+    """Median time, the upload of the ids included; work before it hides what the host prepares."""
     call()
     times = []
     for _ in range(7):
