@@ -35,6 +35,8 @@ CLASSES = {
 }
 
 KINDS: dict[str, dict[str, Any]] = {
+    # Wide enough that a few requests fill a small pool: every layer forgets what is out of it.
+    "mistral": {"sliding_window": 200},
     "gemma2": {
         "num_hidden_layers": 4,
         "head_dim": 16,

@@ -24,7 +24,7 @@ from tests.models.parity import (
     metric,
 )
 
-ARCHITECTURES = [name for name in CLASSES if name not in ("llama", "mistral", "qwen2", "qwen3")]
+ARCHITECTURES = [name for name in CLASSES if name not in ("llama", "qwen2", "qwen3")]
 MIXED = ("gemma3_text", "gpt_oss", "llama4_text")
 """With caches of two kinds, that is of two groups."""
 LAYOUTS = ("LBHNC", "LBNHC", "LHBNC", "BLHNC", "BLNHC", "BHLNC")
