@@ -34,6 +34,12 @@ VARIANTS = {
         "no bias": {"use_expert_bias": False},
         "weights as they are": {"norm_topk_prob": False, "routed_scaling_factor": 1.7},
     },
+    "kimi_linear": {
+        "plain": {},
+        "low-rank queries": {"q_lora_rank": 24},
+        "weights as they are": {"norm_topk_prob": False, "n_group": 1, "topk_group": 1},
+        "wide kernel": {"linear_conv_kernel_dim": 6},
+    },
     "minimax": {
         "plain": {},
         "as many heads as a power of two": {"num_attention_heads": 4},
