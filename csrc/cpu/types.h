@@ -20,10 +20,11 @@ enum DType : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
 // Columns of a panel of packed weights; see gemm.cpp for the layout.
 constexpr int kPanel = 32;
 
-enum Epilogue : int { kNone = 0, kSiluMul = 1 };
+enum Epilogue : int { kNone = 0, kSiluMul = 1, kFloatOut = 2 };
 
 // out (m, n) = x (m, k) @ w.T (+ bias). Strides in elements. With kSiluMul, w has 2 * n rows, gate
-// over up, n is a multiple of kPanel, and out = silu(x @ gate.T) * (x @ up.T).
+// over up, n is a multiple of kPanel, and out = silu(x @ gate.T) * (x @ up.T). With kFloatOut, out
+// is of floats, whatever the dtype of the others.
 struct GemmArgs {
   const void* x;
   int64_t x_stride;

@@ -232,11 +232,12 @@ def _jamba(model: _Declaring) -> Specs:
 
 def _mamba2_or_attention(model: _Declaring) -> Specs:
     """Bamba and Granite 4: ``layer_types`` or ``attn_layer_indices`` say which layers attend."""
-    kinds = model.kinds("layer_types", "full_attention", "linear_attention")
+    attention = ("attention", "full_attention")
+    kinds = model.kinds("layer_types", *attention, "mamba", "mamba2", "linear_attention")
     attending = model.get("attn_layer_indices", default=())
     inner = model.need("mamba_expand") * model.need("hidden_size")
     for i in range(model.num_layers):
-        if (kinds[i] == "full_attention") if kinds else (i in attending):
+        if (kinds[i] in attention) if kinds else (i in attending):
             yield model.attention(f"model.layers.{i}.self_attn.attn")
         else:
             heads, width = model.need("mamba_n_heads"), model.need("mamba_d_head")
