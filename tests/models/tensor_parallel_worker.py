@@ -52,7 +52,8 @@ def main() -> None:
     for checkpoint in checkpoints:
         paged = PagedModel(make_config(checkpoint, tensor_parallel_size=size))
         logits.append(paged.logits(TOKENS, chunk=40))
-        heads.append([layer.num_kv_heads for layer in paged.layers.values()])
+        # Layers with states have none.
+        heads.append([getattr(layer, "num_kv_heads", None) for layer in paged.layers.values()])
     torch.save({"logits": logits, "kv_heads": heads}, f"{output}.{rank}")
     destroy_model_parallel()
     destroy_distributed_environment()
