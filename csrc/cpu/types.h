@@ -20,10 +20,11 @@ enum DType : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
 // Columns of a panel of packed weights; see gemm.cpp for the layout.
 constexpr int kPanel = 32;
 
-enum Epilogue : int { kNone = 0, kSiluMul = 1 };
+enum Epilogue : int { kNone = 0, kSiluMul = 1, kFloatOut = 2 };
 
 // out (m, n) = x (m, k) @ w.T (+ bias). Strides in elements. With kSiluMul, w has 2 * n rows, gate
-// over up, n is a multiple of kPanel, and out = silu(x @ gate.T) * (x @ up.T).
+// over up, n is a multiple of kPanel, and out = silu(x @ gate.T) * (x @ up.T). With kFloatOut, out
+// is of floats, whatever the dtype of the others.
 struct GemmArgs {
   const void* x;
   int64_t x_stride;
@@ -69,7 +70,9 @@ struct EmbeddingArgs {
   int dtype;
 };
 
-// Attention of R requests over the paged cache (B, K, N, 2 * D). Strides in elements.
+// Attention of R requests over the paged cache (B, K, N, C). Strides in elements. Of the content of
+// a (head, token), the first head_size elements are its key; its value is value_size elements from
+// value_offset on: behind the key as a rule, within it where both are one latent.
 struct AttentionArgs {
   const void* query;
   int64_t query_token_stride, query_head_stride;
@@ -84,6 +87,7 @@ struct AttentionArgs {
   const float* alibi_slopes;
   const float* sinks;
   int64_t num_requests, num_heads, num_kv_heads, head_size, block_size;
+  int64_t value_offset, value_size;
   float scale, soft_cap;
   int64_t window;
   int causal;

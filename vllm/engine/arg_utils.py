@@ -179,6 +179,12 @@ class EngineArgs:
         Kind.SWITCH,
         "Never capture or compile graphs.",
     )
+    enable_sleep_mode: bool = arg(
+        False,
+        "ModelConfig",
+        Kind.SWITCH,
+        "Let the engine be put to sleep, which gives back the memory of its KV cache and weights.",
+    )
     max_logprobs: int = arg(
         20,
         "ModelConfig",
@@ -382,6 +388,7 @@ class EngineArgs:
         Kind.INT,
         f"Requests in one step, at most; default {resolve.DEFAULT_MAX_NUM_SEQS}.",
         minimum=1,
+        maximum=65_536,
     )
     max_num_batched_tokens: int | None = arg(
         None,
@@ -493,10 +500,15 @@ class EngineArgs:
         # Callers of the class may give vLLM's config objects.
         for name in ("kv_transfer_config", "kv_events_config"):
             given = getattr(self, name)
-            if dataclasses.is_dataclass(given):
-                setattr(self, name, dataclasses.asdict(given))  # type: ignore[call-overload]
+            if dataclasses.is_dataclass(given) and not isinstance(given, type):
+                setattr(self, name, dataclasses.asdict(given))
         for name, flag in self.flags().items():
             setattr(self, name, flag.check(getattr(self, name)))
+        if self.served_model_name is not None and not all(self.served_model_name):
+            raise ConfigError(
+                "--served-model-name must not be empty; leave it out for the name of --model",
+                parameter="served_model_name",
+            )
 
     @classmethod
     def flags(cls) -> Mapping[str, Flag]:
@@ -611,6 +623,11 @@ class EngineArgs:
             additional_config=dict(self.additional_config),
             instance_id=uuid.uuid4().hex,
         )
+        if self.enable_sleep_mode and not current_platform.has_sleep_mode:
+            raise UnsupportedError(
+                "--enable-sleep-mode: vLLM has this; this engine does not yet on this device",
+                parameter="enable_sleep_mode",
+            )
         current_platform.check_config(config)
         return config
 
@@ -667,6 +684,7 @@ class EngineArgs:
             revision=self.revision,
             quantization=self.quantization,
             enforce_eager=self.enforce_eager,
+            enable_sleep_mode=self.enable_sleep_mode,
             max_logprobs=self.max_logprobs,
             logprobs_mode=self.logprobs_mode,
             served_model_name=tuple(self.served_model_name or (self.model,)),
@@ -712,6 +730,13 @@ class EngineArgs:
 
         pool = self.kv_cache_memory_bytes
         if current_platform.is_cpu():
+            if self.gpu_memory_utilization != type(self).flags()["gpu_memory_utilization"].default:
+                raise ConfigError(
+                    "--gpu-memory-utilization is a share of a GPU's memory, and this engine runs "
+                    "on the CPU: set --kv-cache-memory-bytes instead",
+                    parameter="gpu_memory_utilization",
+                    value=self.gpu_memory_utilization,
+                )
             pool = resolve.kv_pool_bytes(
                 pool,
                 envs.VLLM_CPU_KVCACHE_SPACE,

@@ -11,12 +11,20 @@ from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import JSONResponse, Response
 from pydantic.json_schema import models_json_schema
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
 import vllm
+import vllm.envs as envs
 from vllm.entrypoints.openai.chat_prompts import ChatPrompts
 from vllm.entrypoints.openai.cli_args import FrontendArgs
+from vllm.entrypoints.openai.dev_routes import add_dev_routes
 from vllm.entrypoints.openai.errors import APIError, ErrorResponse, error_response
-from vllm.entrypoints.openai.http import parse_request, read_object, validate
+from vllm.entrypoints.openai.http import (
+    CLIENT_CLOSED_REQUEST,
+    parse_request,
+    read_object,
+    validate,
+)
 from vllm.entrypoints.openai.metrics import HTTPMetricsMiddleware, metrics_response
 from vllm.entrypoints.openai.middleware import (
     AuthenticationMiddleware,
@@ -44,7 +52,7 @@ from vllm.entrypoints.openai.serving_engine import ServerContext
 from vllm.entrypoints.openai.serving_tokenization import OpenAIServingTokenization
 from vllm.errors import EngineDeadError, VLLMError, VLLMValidationError
 from vllm.logger import init_logger
-from vllm.v1.metrics.prometheus import get_prometheus_registry
+from vllm.v1.metrics.prometheus import get_process_registry, get_prometheus_registry
 
 __all__ = ["make_app"]
 
@@ -200,6 +208,10 @@ def _add_error_handlers(app: FastAPI, log_stack: bool) -> None:
         logger.error("%s %s met %s", request.method, request.url.path, type(exc).__name__)
         return error_response(exc)
 
+    async def client_gone(_: Request, __: Exception) -> Response:
+        # In the middle of its body; nobody reads this.
+        return Response(status_code=CLIENT_CLOSED_REQUEST)
+
     async def http_error(request: Request, exc: Exception) -> Response:
         assert isinstance(exc, HTTPException)
         path = request.url.path
@@ -216,6 +228,7 @@ def _add_error_handlers(app: FastAPI, log_stack: bool) -> None:
 
     for kind in (APIError, VLLMValidationError, VLLMError):
         app.add_exception_handler(kind, expected)
+    app.add_exception_handler(ClientDisconnect, client_gone)
     app.add_exception_handler(HTTPException, http_error)
     app.add_exception_handler(Exception, unexpected)
 
@@ -244,7 +257,7 @@ def _add_layers(app: FastAPI, context: ServerContext) -> None:
         app.add_middleware(RequestIdMiddleware)
     limit = frontend.h11_max_header_count or _DEFAULT_HEADER_LIMIT
     app.add_middleware(HeaderLimitMiddleware, limit=limit)
-    app.add_middleware(HTTPMetricsMiddleware, registry=get_prometheus_registry())
+    app.add_middleware(HTTPMetricsMiddleware, registry=get_process_registry())
 
 
 class _App(FastAPI):
@@ -293,6 +306,8 @@ def make_app(context: ServerContext) -> FastAPI:
     _add_model_routes(app, context)
     _add_generation_routes(app, context, prompts)
     _add_tokenizer_routes(app, context, prompts)
+    if envs.VLLM_SERVER_DEV_MODE:
+        add_dev_routes(app, context)
     _add_error_handlers(app, frontend.log_error_stack)
     _add_layers(app, context)
     for route in app.routes:

@@ -20,23 +20,41 @@ from vllm.v1.engine import EngineFacts
 from vllm.v1.engine.failures import exception_of
 from vllm.v1.engine.serial import LaunchConfig, read_status
 
-__all__ = ["EngineProcess"]
+__all__ = ["EngineAddresses", "EngineProcess"]
 
 _ENTRY = "vllm.v1.engine.core_proc:main"
 
 
-class EngineProcess:
+class EngineAddresses:
+    """Where an engine and its front ends meet: sockets in a private directory."""
+
+    def __init__(self, socket_dir: str) -> None:
+        self.socket_dir = socket_dir
+
+    @property
+    def input_address(self) -> str:
+        """The engine's, for all front ends."""
+        return f"ipc://{self.socket_dir}/in"
+
+    def output_address(self, client_index: int) -> str:
+        return f"ipc://{self.socket_dir}/out{client_index}"
+
+
+class EngineProcess(EngineAddresses):
     """An engine process, from its start to its end.
 
     The constructor only starts it: it imports what it needs while the caller goes on to resolve
     the configuration that ``configure`` hands over.
     """
 
+    ends_with_client = True
+    """It has one client, which ends it when it is closed."""
+
     def __init__(self) -> None:
         from vllm.platforms import current_platform
 
         current_platform.prepare_environment()
-        self.socket_dir = private_directory()
+        super().__init__(private_directory())
         config_read, self._config_fd = os.pipe()
         self.status_fd, status_write = os.pipe()
         """Readable once the process has ended (or failed); after ``wait_ready``."""
@@ -60,18 +78,12 @@ class EngineProcess:
     def pid(self) -> int:
         return self._process.pid
 
-    @property
-    def input_address(self) -> str:
-        return f"ipc://{self.socket_dir}/in"
-
-    @property
-    def output_address(self) -> str:
-        return f"ipc://{self.socket_dir}/out"
-
-    def configure(self, vllm_config: VllmConfig, *, log_stats: bool) -> None:
+    def configure(self, vllm_config: VllmConfig, *, log_stats: bool, num_clients: int = 1) -> None:
         """Hand over the configuration; the process goes on to load the model."""
         config = LaunchConfig(
-            vllm_config=vllm_config, log_stats=log_stats, output_addresses=[self.output_address]
+            vllm_config=vllm_config,
+            log_stats=log_stats,
+            output_addresses=[self.output_address(index) for index in range(num_clients)],
         )
         pipe = os.fdopen(self._config_fd, "wb")
         self._config_fd = -1
@@ -87,8 +99,7 @@ class EngineProcess:
             EngineDeadError: it ended without a word.
         """
         timeout = envs.VLLM_ENGINE_READY_TIMEOUT_S
-        readable, _, _ = select.select([self.status_fd], [], [], timeout)
-        if not readable:
+        if not self.has_status(timeout):
             self.kill()
             raise VLLMError(
                 f"the engine was not ready after {timeout} s; raise VLLM_ENGINE_READY_TIMEOUT_S"
@@ -98,9 +109,16 @@ class EngineProcess:
             raise EngineDeadError(f"the engine process ended while starting ({self._how()})")
         if status.failure is not None:
             failure = status.failure
-            raise exception_of(failure, RuntimeError(f"the engine could not start: {failure}"))
+            raise exception_of(failure, VLLMError(f"the engine could not start: {failure}"))
         assert status.facts is not None
         return status.facts
+
+    def has_status(self, timeout: float | None) -> bool:
+        """Whether the process reports something, its end included, within ``timeout`` seconds."""
+        # Not select(), which refuses descriptors above 1,023.
+        poller = select.poll()
+        poller.register(self.status_fd, select.POLLIN)
+        return bool(poller.poll(None if timeout is None else timeout * 1000))
 
     def forget_sockets(self) -> None:
         """Remove the directory of the sockets; what is connected stays connected."""

@@ -97,14 +97,13 @@ class _DebugWriteWatch(WriteWatch):
         self._debugger = debugger
         self._config = config
         self._arriving: set[int] = set()
-        self._arriving_now: set[int] = set()
 
     def expect_transfers(self, block_ids: Collection[int]) -> None:
-        self._arriving_now = set(block_ids)
-        self._arriving |= self._arriving_now
+        # What ended with the last step may still be written until this one begins.
+        self._debugger.expect_outside_writes(self._arriving | set(block_ids))
+        self._arriving = set(block_ids)
 
     def begin(self, batch: InputBatch, step: StepInputs) -> None:
-        self._debugger.accept_blocks(sorted(self._arriving))
         written = {}
         for index, group in enumerate(self._config.kv_cache_groups):
             spec = group.kv_cache_spec.manager_spec
@@ -132,9 +131,8 @@ class _DebugWriteWatch(WriteWatch):
         return sorted(blocks - {0})
 
     def end(self) -> None:
-        self._debugger.accept_blocks(sorted(self._arriving))
         self._debugger.end_step()
-        self._arriving = self._arriving_now
+        self._debugger.expect_outside_writes(self._arriving)
 
     def close(self) -> None:
         self._debugger.check_everything()
@@ -154,6 +152,12 @@ class ConnectorStep:
 
     def register(self, kv_caches: Mapping[str, torch.Tensor]) -> None:
         """Once, after allocation: each layer's view in manager blocks, by its name."""
+
+    def unregister(self) -> None:
+        """The caches' memory is about to be given back (sleep)."""
+
+    def restore(self, kv_caches: Mapping[str, torch.Tensor]) -> None:
+        """The caches' memory is there again (wake-up), empty; arguments as of ``register``."""
 
     def begin(self, scheduler_output: SchedulerOutput, context: ForwardContext) -> None:
         """Before the forward pass: start what the step's metadata asks to load."""
@@ -215,6 +219,14 @@ class ActiveConnectorStep(ConnectorStep):
         self._kv_caches = dict(kv_caches)
         self._layers = _LayerCalls(self._connector, kv_caches)
         self._connector.register_kv_caches(dict(kv_caches))
+
+    def unregister(self) -> None:
+        self._connector.unregister_kv_caches()
+
+    def restore(self, kv_caches: Mapping[str, torch.Tensor]) -> None:
+        self._kv_caches = dict(kv_caches)
+        self._layers = _LayerCalls(self._connector, kv_caches)
+        self._connector.restore_kv_caches(dict(kv_caches))
 
     def get_handshake_metadata(self) -> KVConnectorHandshakeMetadata | None:
         return self._connector.get_handshake_metadata()
