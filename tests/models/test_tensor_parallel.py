@@ -40,14 +40,8 @@ LINEAR_MODELS = {
 }
 
 
-@pytest.fixture(scope="module")
-def ranks(tmp_path_factory):
-    """What each of two ranks saved, and the models of transformers, by name."""
-    folder = tmp_path_factory.mktemp("tensor_parallel")
-    models = {name: make_hf_model(kind, **options) for name, (kind, options) in MODELS.items()}
-    models |= {
-        name: make_linear_model(kind, **options) for name, (kind, options) in LINEAR_MODELS.items()
-    }
+def run_ranks(models, folder):
+    """What each of two ranks makes of these models, by name."""
     for name, model in models.items():
         save(model, folder / name)
     command = [sys.executable, "-m", "tests.models.tensor_parallel_worker"]
@@ -64,7 +58,17 @@ def ranks(tmp_path_factory):
     finally:
         for process in processes:
             process.kill()
-    return [torch.load(f"{folder}/out.{rank}") for rank in range(2)], models
+    return [torch.load(f"{folder}/out.{rank}") for rank in range(2)]
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory):
+    """What each of two ranks saved, and the models of transformers, by name."""
+    models = {name: make_hf_model(kind, **options) for name, (kind, options) in MODELS.items()}
+    models |= {
+        name: make_linear_model(kind, **options) for name, (kind, options) in LINEAR_MODELS.items()
+    }
+    return run_ranks(models, tmp_path_factory.mktemp("tensor_parallel")), models
 
 
 @pytest.mark.parametrize("name", [*MODELS, *LINEAR_MODELS])
