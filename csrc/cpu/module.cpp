@@ -179,7 +179,7 @@ ENTRY(embedding) {
 }
 
 ENTRY(attention) {
-  Reader r(argv, argc, 27);
+  Reader r(argv, argc, 29);
   AttentionArgs a;
   a.query = r.pointer<void>();
   a.query_token_stride = r.number();
@@ -202,6 +202,8 @@ ENTRY(attention) {
   a.num_kv_heads = r.number();
   a.head_size = r.number();
   a.block_size = r.number();
+  a.value_offset = r.number();
+  a.value_size = r.number();
   a.scale = r.real();
   a.soft_cap = r.real();
   a.window = r.number();

@@ -69,7 +69,9 @@ struct EmbeddingArgs {
   int dtype;
 };
 
-// Attention of R requests over the paged cache (B, K, N, 2 * D). Strides in elements.
+// Attention of R requests over the paged cache (B, K, N, C). Strides in elements. Of the content of
+// a (head, token), the first head_size elements are its key; its value is value_size elements from
+// value_offset on: behind the key as a rule, within it where both are one latent.
 struct AttentionArgs {
   const void* query;
   int64_t query_token_stride, query_head_stride;
@@ -84,6 +86,7 @@ struct AttentionArgs {
   const float* alibi_slopes;
   const float* sinks;
   int64_t num_requests, num_heads, num_kv_heads, head_size, block_size;
+  int64_t value_offset, value_size;
   float scale, soft_cap;
   int64_t window;
   int causal;

@@ -56,6 +56,7 @@ OTHERS = {
     "deepseek_v2": _GQA
     | {
         "kv_lora_rank": 32,
+        "num_experts_per_tok": 2,
         "num_key_value_heads": 4,
         "q_lora_rank": None,
         "qk_nope_head_dim": 16,

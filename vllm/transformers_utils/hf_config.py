@@ -235,7 +235,8 @@ def _set_rope_parameters(values: dict[str, Any]) -> None:
 
     A model whose kinds of layers have a RoPE each has them by kind in ``rope_parameters``.
     """
-    if isinstance((values.get("rope_parameters") or {}).get("full_attention"), dict):
+    by_kind = values.get("rope_parameters") or {}
+    if isinstance(by_kind.get("full_attention") or by_kind.get("main"), dict):
         values["rope_scaling"] = None
         return
     given = values.get("rope_parameters") or values.get("rope_scaling") or {}

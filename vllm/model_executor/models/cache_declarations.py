@@ -24,7 +24,12 @@ from vllm.v1.kv_cache.declare import (
     latent_spec,
     state_spec,
 )
-from vllm.v1.kv_cache.latent_specs import MLAAttentionSpec, SlidingWindowMLASpec
+from vllm.v1.kv_cache.declare_compressed import (
+    compressed_latent_spec,
+    compressor_spec,
+    index_key_spec,
+    window_latent_spec,
+)
 from vllm.v1.kv_cache.state_shapes import MambaStateShapeCalculator, StateShapes
 
 if TYPE_CHECKING:
@@ -160,21 +165,11 @@ def _latent_decoder(model: _Declaring) -> Specs:
         )
 
 
-# Of the caches of a compressed layer: tokens of a block, and bytes that pages are aligned to.
-_LATENT_BLOCK, _WINDOW_BLOCK, _ROW_ALIGNMENT = 256, 64, 576
-
-
 def _deepseek_v4(model: _Declaring) -> Specs:
     """Window in every layer; where ``compress_ratios`` is not 0, compressed latents and the window
     of uncompressed states that they are made from; at ratio 4 an indexer with both of its own.
     """
-    width = model.head_dim
-    window = model.need("sliding_window")
-    packed: dict[str, Any] = {
-        "dtype": "uint8",
-        "cache_dtype_str": "fp8_ds_mla",
-        "model_version": "deepseek_v4",
-    }
+    config, width = model.vllm_config, model.head_dim
     ratios = model.need("compress_ratios")
     if len(ratios) < model.num_layers:
         raise ConfigError(
@@ -184,52 +179,31 @@ def _deepseek_v4(model: _Declaring) -> Specs:
         )
     for i, ratio in enumerate(ratios[: model.num_layers]):
         prefix = f"model.layers.{i}.attn"
-        yield SlidingWindowMLASpec(
-            block_size=_WINDOW_BLOCK,
-            num_kv_heads=1,
-            head_size=width,
-            sliding_window=window,
-            alignment=_ROW_ALIGNMENT,
-            layer_name=f"{prefix}.swa_cache",
-            **packed,
+        yield window_latent_spec(
+            config, f"{prefix}.swa_cache", width=width, window=model.need("sliding_window")
         )
         if not ratio:
             continue
-        yield MLAAttentionSpec(
-            block_size=_LATENT_BLOCK,
-            num_kv_heads=1,
-            head_size=width,
-            compress_ratio=ratio,
-            alignment=_ROW_ALIGNMENT,
-            layer_name=f"{prefix}.mla_cache",
-            **packed,
+        overlaps = ratio == 4
+        yield compressed_latent_spec(config, f"{prefix}.mla_cache", width=width, ratio=ratio)
+        yield compressor_spec(
+            f"{prefix}.compressor.state_cache", width=width, ratio=ratio, overlaps=overlaps
         )
-        yield _compressor(f"{prefix}.compressor.state_cache", ratio, width)
-        if ratio == 4:
-            indexer = model.need("index_head_dim")
-            yield MLAAttentionSpec(
-                block_size=_LATENT_BLOCK,
-                num_kv_heads=1,
-                head_size=indexer + 4,
-                dtype="uint8",
-                compress_ratio=ratio,
-                layer_name=f"{prefix}.indexer.k_cache",
+        if overlaps:
+            index = model.need("index_head_dim")
+            yield index_key_spec(
+                config,
+                f"{prefix}.indexer.k_cache",
+                width=index,
+                ratio=ratio,
+                latent_width=width,
             )
-            yield _compressor(f"{prefix}.indexer.compressor.state_cache", ratio, indexer)
-
-
-def _compressor(name: str, ratio: int, width: int) -> KVCacheSpec:
-    """Windows overlap at ratio 4: two of them, and the states of both."""
-    overlap = 2 if ratio == 4 else 1
-    return SlidingWindowMLASpec(
-        block_size=4 if ratio == 4 else 8,
-        num_kv_heads=1,
-        head_size=2 * overlap * width,
-        dtype="float32",
-        sliding_window=overlap * ratio,
-        alignment=_ROW_ALIGNMENT if width == 512 else None,
-        layer_name=name,
-    )
+            yield compressor_spec(
+                f"{prefix}.indexer.compressor.state_cache",
+                width=index,
+                ratio=ratio,
+                overlaps=overlaps,
+            )
 
 
 def _mamba1(model: _Declaring) -> Specs:

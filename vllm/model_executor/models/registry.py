@@ -18,6 +18,9 @@ _MODELS = "vllm.model_executor.models"
 _BUILT_IN: dict[str, str] = {
     "BambaForCausalLM": f"{_MODELS}.bamba:BambaForCausalLM",
     "FalconMambaForCausalLM": f"{_MODELS}.mamba:FalconMambaForCausalLM",
+    "DeepseekV2ForCausalLM": f"{_MODELS}.deepseek_v2:DeepseekV2ForCausalLM",
+    "DeepseekV3ForCausalLM": f"{_MODELS}.deepseek_v2:DeepseekV3ForCausalLM",
+    "DeepseekV4ForCausalLM": f"{_MODELS}.deepseek_v4:DeepseekV4ForCausalLM",
     "Gemma2ForCausalLM": f"{_MODELS}.gemma2:Gemma2ForCausalLM",
     "Gemma3ForCausalLM": f"{_MODELS}.gemma3:Gemma3ForCausalLM",
     "Gemma3ForConditionalGeneration": f"{_MODELS}.gemma3:Gemma3ForConditionalGeneration",

@@ -58,6 +58,9 @@ class NullKVCacheDebugger:
     def expect_outside_writes(self, block_ids: Collection[int]) -> None:
         """A transfer may write all of these blocks, paddings too, until the next call."""
 
+    def restart(self) -> None:
+        """The pool is as good as new: nobody owns any of it."""
+
     def check_everything(self) -> None:
         """Compare the whole pool, whatever that costs."""
 
@@ -133,6 +136,13 @@ class KVCacheDebugger(NullKVCacheDebugger):
     def _take_arrived(self) -> None:
         if self._arriving:
             self._accept(self._extent_rows, self._arriving)
+
+    def restart(self) -> None:
+        """Fill the pool with the canary again."""
+        self._backing.fill_(CANARY)
+        self._expected.fill_(CANARY)
+        self._owner = {}
+        self._arriving = []
 
     def check_everything(self) -> None:
         """Compare the whole pool, whatever that costs; not again after an error.
