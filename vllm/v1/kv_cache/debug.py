@@ -128,6 +128,14 @@ class KVCacheDebugger(NullKVCacheDebugger):
         """Take what any group may own of these blocks as it is now."""
         self._accept(self._any_rows, block_ids)
 
+    def restart(self) -> None:
+        """Fill the pool with the canary again."""
+        self._backing.fill_(CANARY)
+        self._expected.fill_(CANARY)
+        self._owner = {}
+        self._writing = {}
+        self._arriving = []
+
     def expect_outside_writes(self, block_ids: Collection[int]) -> None:
         """A transfer may write all of these blocks, paddings too, until the next call."""
         self._take_arrived()
@@ -136,13 +144,6 @@ class KVCacheDebugger(NullKVCacheDebugger):
     def _take_arrived(self) -> None:
         if self._arriving:
             self._accept(self._extent_rows, self._arriving)
-
-    def restart(self) -> None:
-        """Fill the pool with the canary again."""
-        self._backing.fill_(CANARY)
-        self._expected.fill_(CANARY)
-        self._owner = {}
-        self._arriving = []
 
     def check_everything(self) -> None:
         """Compare the whole pool, whatever that costs; not again after an error.
