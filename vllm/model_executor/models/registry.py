@@ -16,6 +16,7 @@ __all__ = ["ModelRegistry"]
 
 _MODELS = "vllm.model_executor.models"
 _BUILT_IN: dict[str, str] = {
+    "BartForConditionalGeneration": f"{_MODELS}.bart:BartForConditionalGeneration",
     "DeepseekV2ForCausalLM": f"{_MODELS}.deepseek_v2:DeepseekV2ForCausalLM",
     "DeepseekV3ForCausalLM": f"{_MODELS}.deepseek_v2:DeepseekV3ForCausalLM",
     "DeepseekV4ForCausalLM": f"{_MODELS}.deepseek_v4:DeepseekV4ForCausalLM",
