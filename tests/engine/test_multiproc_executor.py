@@ -72,6 +72,7 @@ def make_step(*counts: int, structured: bool = False, metadata: Any = None) -> S
         finished_req_ids={"gone"},
         has_structured_output_requests=structured,
         kv_connector_metadata=metadata,
+        blocks_arriving=[5],
     )
 
 

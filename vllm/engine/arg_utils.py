@@ -179,6 +179,12 @@ class EngineArgs:
         Kind.SWITCH,
         "Never capture or compile graphs.",
     )
+    enable_sleep_mode: bool = arg(
+        False,
+        "ModelConfig",
+        Kind.SWITCH,
+        "Let the engine be put to sleep, which gives back the memory of its KV cache and weights.",
+    )
     max_logprobs: int = arg(
         20,
         "ModelConfig",
@@ -611,6 +617,11 @@ class EngineArgs:
             additional_config=dict(self.additional_config),
             instance_id=uuid.uuid4().hex,
         )
+        if self.enable_sleep_mode and not current_platform.has_sleep_mode:
+            raise UnsupportedError(
+                "--enable-sleep-mode: vLLM has this; this engine does not yet on this device",
+                parameter="enable_sleep_mode",
+            )
         current_platform.check_config(config)
         return config
 
@@ -667,6 +678,7 @@ class EngineArgs:
             revision=self.revision,
             quantization=self.quantization,
             enforce_eager=self.enforce_eager,
+            enable_sleep_mode=self.enable_sleep_mode,
             max_logprobs=self.max_logprobs,
             logprobs_mode=self.logprobs_mode,
             served_model_name=tuple(self.served_model_name or (self.model,)),

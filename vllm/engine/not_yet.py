@@ -20,7 +20,7 @@ _SWITCHES: dict[str, str] = {
     ),
     "ModelConfig": (
         "allow-deprecated-quantization enable-cumem-allocator enable-nccl-comm-suspend "
-        "enable-prompt-embeds enable-return-routed-experts enable-sleep-mode enable-trace-replay "
+        "enable-prompt-embeds enable-return-routed-experts enable-trace-replay "
         "return-sampling-mask sleep-mode-offload-cudagraph sleep-preserve-parameter-names "
         "use-fp64-gumbel"
     ),
@@ -57,7 +57,6 @@ _SWITCHES: dict[str, str] = {
 # group -> option -> values that ask for nothing, separated by "|".
 _VALUES: dict[str, dict[str, str]] = {
     "top level": {
-        "api-server-count": "1",
         "gdn-prefill-backend": "auto",
         "kda-decode-backend": "auto",
         "kda-prefill-backend": "auto",
@@ -244,7 +243,6 @@ _PASSING_SWITCHES: dict[str, tuple[str, tuple[str, ...]]] = {
 }
 
 _SHORT = {
-    "api-server-count": "-asc",
     "compilation-config": "-cc",
     "data-parallel-address": "-dpa",
     "data-parallel-rank": "-dpn",

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 from vllm.errors import ConfigError, UnsupportedError
+from vllm.transformers_utils.state_model_types import STATE_DEFAULTS, STATE_FINISHERS
 
 __all__ = ["DEFAULTS", "FINISHERS"]
 
@@ -283,6 +284,7 @@ DEFAULTS: dict[str, Values] = {
     "qwen3_moe": _QWEN3_MOE,
     "gpt_oss": _GPT_OSS,
     "llama4_text": _LLAMA4,
+    **STATE_DEFAULTS,
 }
 """Defaults of the transformers configuration class of each model type."""
 
@@ -512,5 +514,6 @@ FINISHERS: dict[str, Callable[[Values], None]] = {
     "qwen3_moe": _finish_qwen3_moe,
     "gpt_oss": _finish_gpt_oss,
     "llama4_text": _finish_llama4,
+    **STATE_FINISHERS,
 }
 """Complete a configuration of this model type, in place, before its rotary settings are."""

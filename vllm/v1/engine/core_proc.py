@@ -171,8 +171,8 @@ class _Receiver:
         self._socket.setsockopt(zmq.RCVHWM, 0)
         self._socket.bind(address)
         self._inputs = inputs
-        self.connected = threading.Event()
-        """Set by the front end's HELLO: the way in works."""
+        self.hellos = threading.Semaphore(0)
+        """Released by each front end's HELLO: its way in works."""
         self._preprocess: Callable[[Any], Any] | None = None
         self._thread = threading.Thread(target=self._run, name="engine-receive", daemon=True)
         self._thread.start()
@@ -192,7 +192,7 @@ class _Receiver:
         frames = self._socket.recv_multipart()
         kind = EngineCoreRequestType(frames[0])
         if kind is EngineCoreRequestType.HELLO:
-            self.connected.set()
+            self.hellos.release()
             return True
         payload: Any = None
         if kind is EngineCoreRequestType.ADD:
@@ -272,7 +272,8 @@ def _serve(arguments: _Arguments) -> None:
     # An empty message on the way out, so that the front end knows that it works.
     for client_index in range(len(config.output_addresses)):
         sender.put(client_index, EngineCoreOutputs())
-    receiver.connected.wait()
+    for _ in config.output_addresses:
+        receiver.hellos.acquire()
     write_status(arguments.status_fd, EngineStatus(facts=core.facts))
     try:
         EngineLoop(core, inputs, sender.put).run()

@@ -20,23 +20,41 @@ from vllm.v1.engine import EngineFacts
 from vllm.v1.engine.failures import exception_of
 from vllm.v1.engine.serial import LaunchConfig, read_status
 
-__all__ = ["EngineProcess"]
+__all__ = ["EngineAddresses", "EngineProcess"]
 
 _ENTRY = "vllm.v1.engine.core_proc:main"
 
 
-class EngineProcess:
+class EngineAddresses:
+    """Where an engine and its front ends meet: sockets in a private directory."""
+
+    def __init__(self, socket_dir: str) -> None:
+        self.socket_dir = socket_dir
+
+    @property
+    def input_address(self) -> str:
+        """The engine's, for all front ends."""
+        return f"ipc://{self.socket_dir}/in"
+
+    def output_address(self, client_index: int) -> str:
+        return f"ipc://{self.socket_dir}/out{client_index}"
+
+
+class EngineProcess(EngineAddresses):
     """An engine process, from its start to its end.
 
     The constructor only starts it: it imports what it needs while the caller goes on to resolve
     the configuration that ``configure`` hands over.
     """
 
+    ends_with_client = True
+    """It has one client, which ends it when it is closed."""
+
     def __init__(self) -> None:
         from vllm.platforms import current_platform
 
         current_platform.prepare_environment()
-        self.socket_dir = private_directory()
+        super().__init__(private_directory())
         config_read, self._config_fd = os.pipe()
         self.status_fd, status_write = os.pipe()
         """Readable once the process has ended (or failed); after ``wait_ready``."""
@@ -60,18 +78,12 @@ class EngineProcess:
     def pid(self) -> int:
         return self._process.pid
 
-    @property
-    def input_address(self) -> str:
-        return f"ipc://{self.socket_dir}/in"
-
-    @property
-    def output_address(self) -> str:
-        return f"ipc://{self.socket_dir}/out"
-
-    def configure(self, vllm_config: VllmConfig, *, log_stats: bool) -> None:
+    def configure(self, vllm_config: VllmConfig, *, log_stats: bool, num_clients: int = 1) -> None:
         """Hand over the configuration; the process goes on to load the model."""
         config = LaunchConfig(
-            vllm_config=vllm_config, log_stats=log_stats, output_addresses=[self.output_address]
+            vllm_config=vllm_config,
+            log_stats=log_stats,
+            output_addresses=[self.output_address(index) for index in range(num_clients)],
         )
         pipe = os.fdopen(self._config_fd, "wb")
         self._config_fd = -1
