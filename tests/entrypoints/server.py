@@ -34,10 +34,10 @@ def serve_command(*options: str, model: str = MODEL) -> list[str]:
 
 
 class Server:
-    """``vllm serve smollm2`` on a free port; a context manager that leaves nothing behind."""
+    """``vllm serve`` on a free port; a context manager that leaves nothing behind."""
 
     def __init__(
-        self, log: Path, *options: str, api_key: str | None = None, model: str = MODEL
+        self, log: Path, *options: str, model: str = MODEL, api_key: str | None = None
     ) -> None:
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
