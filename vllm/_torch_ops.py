@@ -226,7 +226,8 @@ def paged_attention(
         if logits_soft_cap > 0:
             scores = logits_soft_cap * torch.tanh(scores / logits_soft_cap)
         key_pos = torch.arange(seq_len, device=query.device)
-        query_pos = key_pos[seq_len - (last - first) :]
+        # An encoder's output may be shorter than the queries: they have no position in it.
+        query_pos = torch.arange(seq_len - (last - first), seq_len, device=query.device)
         distance = key_pos[None, :] - query_pos[:, None]
         if alibi_slopes is not None:
             scores = scores + alibi_slopes.to(wide)[:, None, None] * distance

@@ -38,6 +38,17 @@ SHAPE = {
     "num_key_value_heads": 4,
     "max_position_embeddings": 4096,
 }
+LATENT = {
+    "num_key_value_heads": 8,
+    "kv_lora_rank": 256,
+    "qk_nope_head_dim": 64,
+    "qk_rope_head_dim": 32,
+    "v_head_dim": 64,
+    "n_routed_experts": 32,
+    "num_experts_per_tok": 4,
+    "moe_intermediate_size": 256,
+    "first_k_dense_replace": 1,
+}
 FAMILIES: dict[str, tuple[Any, Any, dict[str, Any]]] = {
     "llama": (transformers.LlamaConfig, transformers.LlamaForCausalLM, {}),
     "gemma2": (
@@ -217,6 +228,44 @@ FAMILIES: dict[str, tuple[Any, Any, dict[str, Any]]] = {
             "layers_block_type": (["linear_attention"] * 3 + ["hybrid"]) * 3,
             "n_mamba_heads": 24,
             "num_mem_blocks": 2,
+        },
+    ),
+    "deepseek_v2": (
+        transformers.DeepseekV2Config,
+        transformers.DeepseekV2ForCausalLM,
+        {**LATENT, "q_lora_rank": None, "n_shared_experts": 2},
+    ),
+    "deepseek_v3": (
+        transformers.DeepseekV3Config,
+        transformers.DeepseekV3ForCausalLM,
+        {**LATENT, "q_lora_rank": 256, "n_shared_experts": 1, "n_group": 4, "topk_group": 2},
+    ),
+    "deepseek_v4": (
+        transformers.DeepseekV4Config,
+        transformers.DeepseekV4ForCausalLM,
+        {
+            "num_key_value_heads": 1,
+            "head_dim": 128,
+            "q_lora_rank": 256,
+            "o_groups": 2,
+            "o_lora_rank": 256,
+            "index_n_heads": 8,
+            "index_head_dim": 64,
+            "index_topk": 128,
+            "n_routed_experts": 32,
+            "num_experts_per_tok": 4,
+            "moe_intermediate_size": 256,
+        },
+    ),
+    "bart": (
+        transformers.BartConfig,
+        transformers.BartForConditionalGeneration,
+        {
+            "decoder_layers": 8,
+            "decoder_attention_heads": 8,
+            "encoder_ffn_dim": 2048,
+            "decoder_ffn_dim": 2048,
+            "forced_eos_token_id": None,
         },
     ),
 }

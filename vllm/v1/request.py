@@ -103,6 +103,7 @@ class Request:
         "block_hashes",
         "cache_salt",
         "client_index",
+        "encoder_token_ids",
         "error",
         "error_type",
         "events",
@@ -143,8 +144,10 @@ class Request:
         cache_salt: str | None = None,
         kv_transfer_params: dict[str, Any] | None = None,
         block_hasher: BlockHasher | None = None,
+        encoder_token_ids: list[int] | None = None,
     ) -> None:
         self.request_id = request_id
+        self.encoder_token_ids = encoder_token_ids
         self.client_index = client_index
         self.priority = priority
         self.sampling_params = sampling_params
@@ -210,6 +213,7 @@ class Request:
             cache_salt=request.cache_salt,
             kv_transfer_params=request.kv_transfer_params,
             block_hasher=block_hasher,
+            encoder_token_ids=request.encoder_token_ids,
         )
 
     def set_block_hasher(self, block_hasher: BlockHasher) -> None:
@@ -240,6 +244,11 @@ class Request:
     def append_output_token_ids(self, token_ids: list[int] | int) -> None:
         for token_id in (token_ids,) if isinstance(token_ids, int) else token_ids:
             self.append_output_token_id(token_id)
+
+    @property
+    def num_encoder_tokens(self) -> int:
+        """Size of the cross-attention cache."""
+        return len(self.encoder_token_ids or ())
 
     @property
     def num_output_tokens(self) -> int:

@@ -17,11 +17,12 @@ __all__ = ["ModelRegistry"]
 _MODELS = "vllm.model_executor.models"
 _BUILT_IN: dict[str, str] = {
     "BambaForCausalLM": f"{_MODELS}.bamba:BambaForCausalLM",
-    "FalconH1ForCausalLM": f"{_MODELS}.falcon_h1:FalconH1ForCausalLM",
-    "FalconMambaForCausalLM": f"{_MODELS}.mamba:FalconMambaForCausalLM",
+    "BartForConditionalGeneration": f"{_MODELS}.bart:BartForConditionalGeneration",
     "DeepseekV2ForCausalLM": f"{_MODELS}.deepseek_v2:DeepseekV2ForCausalLM",
     "DeepseekV3ForCausalLM": f"{_MODELS}.deepseek_v2:DeepseekV3ForCausalLM",
     "DeepseekV4ForCausalLM": f"{_MODELS}.deepseek_v4:DeepseekV4ForCausalLM",
+    "FalconH1ForCausalLM": f"{_MODELS}.falcon_h1:FalconH1ForCausalLM",
+    "FalconMambaForCausalLM": f"{_MODELS}.mamba:FalconMambaForCausalLM",
     "Gemma2ForCausalLM": f"{_MODELS}.gemma2:Gemma2ForCausalLM",
     "Gemma3ForCausalLM": f"{_MODELS}.gemma3:Gemma3ForCausalLM",
     "Gemma3ForConditionalGeneration": f"{_MODELS}.gemma3:Gemma3ForConditionalGeneration",

@@ -41,6 +41,8 @@ class CachedRequestState:
     output_token_ids: list[int] = field(default_factory=list)
     history: TokenHistory | None = None
     """Only for a request with penalties."""
+    encoder_token_ids: list[int] | None = None
+    """Only where the model has an encoder."""
 
     @property
     def num_tokens(self) -> int:
@@ -70,6 +72,7 @@ class InputBatch:
         num_tokens: int64 ``(max_num_reqs,)``, how many of ``token_ids`` are known.
         num_computed: int64 ``(max_num_reqs,)``, how many of them are in the cache.
         num_prompt: int64 ``(max_num_reqs,)``.
+        num_encoder: int64 ``(max_num_reqs,)``, tokens that an encoder reads.
     """
 
     def __init__(
@@ -93,6 +96,7 @@ class InputBatch:
         self.num_tokens = np.zeros(max_num_reqs, dtype=np.int64)
         self.num_prompt = np.zeros(max_num_reqs, dtype=np.int64)
         self.num_computed = np.zeros(max_num_reqs, dtype=np.int64)
+        self.num_encoder = np.zeros(max_num_reqs, dtype=np.int64)
 
         self.temperature = np.zeros(max_num_reqs, dtype=np.float32)
         self.top_k = np.zeros(max_num_reqs, dtype=np.int64)
@@ -105,6 +109,7 @@ class InputBatch:
             self.num_tokens,
             self.num_prompt,
             self.num_computed,
+            self.num_encoder,
             self.temperature,
             self.top_k,
             self.top_p,
@@ -160,6 +165,7 @@ class InputBatch:
         self.num_prompt[row] = num_prompt
         self.num_tokens[row] = num_tokens
         self.num_computed[row] = state.num_computed_tokens
+        self.num_encoder[row] = len(state.encoder_token_ids or ())
         self.block_table.set_row(row, state.block_ids)
 
         self.temperature[row] = params.temperature

@@ -40,6 +40,7 @@ from vllm.v1.structured_output.bitmask import GrammarMask
 from vllm.v1.worker.attention_groups import AttentionGroups
 from vllm.v1.worker.block_table import BlockTable, MultiGroupBlockTable
 from vllm.v1.worker.device import DeviceLayer
+from vllm.v1.worker.encoder_step import make_encoder_step
 from vllm.v1.worker.input_batch import CachedRequestState, InputBatch
 from vllm.v1.worker.input_preparation import InputPreparer, StepInputs
 from vllm.v1.worker.kv_hooks import (
@@ -174,6 +175,7 @@ class ModelRunner:
             MultiGroupBlockTable(tables),
             self.logits_processors.make_batch_update_builder(),
         )
+        self._encoder = make_encoder_step(kv_cache_config, self.model, self.device)
         self._preparer = self.preparer_class(
             scheduler_config.max_num_batched_tokens,
             scheduler_config.max_num_seqs,
@@ -250,6 +252,7 @@ class ModelRunner:
                 map(scheduled.__getitem__, batch.req_ids), dtype=np.int64, count=batch.num_reqs
             ),
         )
+        self._encoder.prepare(batch, step)
         hidden, transferred = self._forward(scheduler_output, step)
         prompt_logprobs = self.prompt_logprobs.collect(batch, step, hidden)
         logits = self._logits(step, hidden) if step.sample_rows.size else None
@@ -276,6 +279,7 @@ class ModelRunner:
         self._write_watch.begin(self.batch, step)
         self._connector.begin(scheduler_output, context)
         with set_forward_context(context):
+            self._encoder.run()
             hidden = self.model(step.input_ids, step.positions)
         transferred = self._connector.end(scheduler_output)
         self._write_watch.end()
@@ -385,6 +389,7 @@ class ModelRunner:
                 block_ids=tuple(list(ids) for ids in new.block_ids),
                 num_computed_tokens=new.num_computed_tokens,
                 seed=int(seed) if params.seed is None else params.seed % (1 << 64),
+                encoder_token_ids=new.encoder_token_ids,
             )
             requests[new.req_id] = state
             self.prompt_logprobs.track(state)

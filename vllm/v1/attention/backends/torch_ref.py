@@ -201,5 +201,9 @@ class TorchRefBackend(AttentionBackend):
         return [MultipleOf(1)]
 
     @classmethod
+    def supports_attn_type(cls, attn_type: str) -> bool:
+        return attn_type in (AttentionType.DECODER, AttentionType.ENCODER_DECODER)
+
+    @classmethod
     def supports_sink(cls) -> bool:
         return True
