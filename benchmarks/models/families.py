@@ -103,6 +103,40 @@ FAMILIES: dict[str, tuple[Any, Any, dict[str, Any]]] = {
             "attention_chunk_size": 1024,
         },
     ),
+    "qwen3_next": (
+        transformers.Qwen3NextConfig,
+        transformers.Qwen3NextForCausalLM,
+        {
+            "head_dim": 64,
+            "linear_num_key_heads": 4,
+            "linear_num_value_heads": 8,
+            "linear_key_head_dim": 64,
+            "linear_value_head_dim": 64,
+            "num_experts": 32,
+            "num_experts_per_tok": 4,
+            "moe_intermediate_size": 256,
+            "shared_expert_intermediate_size": 256,
+        },
+    ),
+    "lfm2": (
+        transformers.Lfm2Config,
+        transformers.Lfm2ForCausalLM,
+        {
+            "num_hidden_layers": 16,
+            "layer_types": ["conv", "conv", "full_attention", "conv"] * 4,
+            "block_auto_adjust_ff_dim": False,
+        },
+    ),
+    "minimax": (
+        transformers.MiniMaxConfig,
+        transformers.MiniMaxForCausalLM,
+        {
+            "head_dim": 64,
+            "intermediate_size": 1024,
+            "num_local_experts": 8,
+            "layer_types": [*["linear_attention"] * 3, "full_attention"] * 2,
+        },
+    ),
 }
 BATCH, SHORT, LONG = 8, 16, 2048
 OUTPUT = 16
