@@ -88,7 +88,7 @@ class CpuPlatform(Platform):
     # 16 tokens at the speed of larger ones.
     default_block_size = 32
     has_sleep_mode = sys.platform == "linux"
-    attention_backend_priority = ("CPU_ATTN", "TORCH_REF")
+    attention_backend_priority = ("CPU_ATTN", "CPU_MLA", "TORCH_REF", "TORCH_REF_MLA")
 
     @classmethod
     def prepare_environment(cls) -> None:
