@@ -87,7 +87,7 @@ class BlockHasher(Protocol):
 class Request:
     """A request inside the engine core.
 
-    ``all_token_ids`` is prompt then output; treat both lists as read-only and add tokens with
+    ``all_token_ids`` is prompt then output; treat it as read-only and add tokens with
     ``append_output_token_ids``. ``num_computed_tokens`` counts tokens whose KV is in the cache
     or is being computed by a step already scheduled. ``num_expected_tokens`` is ``num_tokens``
     and the tokens that such steps are going to sample, where the next one is scheduled before
@@ -119,7 +119,6 @@ class Request:
         "num_preemptions",
         "num_prompt_tokens",
         "num_tokens",
-        "output_token_ids",
         "priority",
         "prompt_token_ids",
         "request_id",
@@ -163,7 +162,6 @@ class Request:
 
         self.prompt_token_ids = prompt_token_ids
         self.num_prompt_tokens = len(prompt_token_ids)
-        self.output_token_ids: list[int] = []
         self.all_token_ids = prompt_token_ids.copy()
         self.num_tokens = self.num_expected_tokens = self.num_prompt_tokens
 
@@ -232,14 +230,15 @@ class Request:
         self.block_hashes.extend(hasher(self))
         self._next_hash_at = (len(self.block_hashes) + 1) * hasher.block_size
 
-    def append_output_token_id(self, token_id: int) -> None:
-        self.output_token_ids.append(token_id)
+    def append_output_token_id(self, token_id: int) -> int:
+        """Returns the number of tokens there are then."""
         self.all_token_ids.append(token_id)
-        self.num_tokens += 1
-        if self.num_tokens > self.num_expected_tokens:
-            self.num_expected_tokens = self.num_tokens
-        if self.num_tokens >= self._next_hash_at:
+        self.num_tokens = num_tokens = self.num_tokens + 1
+        if num_tokens > self.num_expected_tokens:
+            self.num_expected_tokens = num_tokens
+        if num_tokens >= self._next_hash_at:
             self._hash_new_blocks()
+        return num_tokens
 
     def append_output_token_ids(self, token_ids: list[int] | int) -> None:
         for token_id in (token_ids,) if isinstance(token_ids, int) else token_ids:
@@ -249,6 +248,11 @@ class Request:
     def num_encoder_tokens(self) -> int:
         """Size of the cross-attention cache."""
         return len(self.encoder_token_ids or ())
+
+    @property
+    def output_token_ids(self) -> list[int]:
+        """A copy of what comes after the prompt."""
+        return self.all_token_ids[self.num_prompt_tokens :]
 
     @property
     def num_output_tokens(self) -> int:
