@@ -313,6 +313,6 @@ def test_the_port_reaches_registered_memory_only():
     rows = np.array([[memory.ctypes.data, 16, 16, 4]], dtype=np.int64)
     one.prepare("two", rows)
     with pytest.raises(PortError, match="is not registered by two"):
-        one.prepare("two", rows + [[1, 0, 0, 0]])
+        one.prepare("two", rows + np.array([[1, 0, 0, 0]]))
     with pytest.raises(PortError, match="is not registered by one"):
         one.prepare(None, rows)

@@ -241,6 +241,7 @@ class ActiveConnectorStep(ConnectorStep):
             finished_sending=results.finished_sending or None,
             finished_recving=results.finished_recving or None,
             failed_recving=set(results.failed_recving or ()),
+            stuck_recving=set(results.stuck_recving or ()),
             invalid_block_ids=connector.get_block_ids_with_load_errors(),
             kv_connector_stats=connector.get_kv_connector_stats(),
             kv_cache_events=connector.get_kv_connector_kv_cache_events(),

@@ -46,8 +46,11 @@ class TransferPort(ABC):
         """Forget a peer; its transfers are over."""
 
     @abstractmethod
-    def prepare(self, peer: str | None, rows: np.ndarray) -> Any:
-        """A list of descriptors of ``peer``, or of our own where None; (rows, 4) int64."""
+    def prepare(self, peer: str | None, rows: np.ndarray, *, on_host: bool = False) -> Any:
+        """A list of descriptors of ``peer``, or of our own where None; (rows, 4) int64.
+
+        ``on_host``: of memory that was registered as the host's, beside a device's.
+        """
 
     @abstractmethod
     def forget(self, prepared: Any) -> None:

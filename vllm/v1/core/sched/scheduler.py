@@ -598,6 +598,7 @@ class Scheduler(SchedulerInterface):
         return (
             bool(self.requests)
             or self.has_finished_requests()
+            or self.kv_transfer.waits_for_blocks
             or self.kv_transfer.connector.has_pending_push_work()
         )
 
