@@ -137,6 +137,7 @@ class _DebugWriteWatch(WriteWatch):
         self._arriving = self._arriving_now
 
     def close(self) -> None:
+        self._debugger.accept_blocks(sorted(self._arriving))
         self._debugger.check_everything()
 
 

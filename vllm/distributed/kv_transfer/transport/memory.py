@@ -125,9 +125,7 @@ class MemoryPort(TransferPort):
     def disconnect(self, peer: str) -> None:
         self._peers.discard(peer)
 
-    def prepare(
-        self, peer: str | None, rows: np.ndarray, *, on_host: bool = False
-    ) -> _Prepared:
+    def prepare(self, peer: str | None, rows: np.ndarray, *, on_host: bool = False) -> _Prepared:
         owner = self if peer is None else self._alive(peer)
         for address, length, stride, count in rows.tolist():
             end = address + stride * (count - 1) + length

@@ -48,14 +48,15 @@ class NixlPort(TransferPort):
         config = api.nixl_agent_config(
             enable_prog_thread=False, num_threads=num_threads, backends=list(backends)
         )
-        try:
+        with self._calling("making an agent"):
             self._agent = api.nixl_agent(name, config)
-        except (*self._error, RuntimeError, KeyError) as error:
+        missing = sorted(set(backends) - set(self._agent.backends))
+        if missing:
             raise ConfigError(
-                f"NIXL has no backends {list(backends)}: {error}",
+                f"NIXL has no backends {', '.join(missing)} here",
                 parameter="kv_connector_extra_config",
                 value=list(backends),
-            ) from None
+            )
         self._registered: list[Any] = []
         self._peers: set[str] = set()
         self._kind = "DRAM"

@@ -58,6 +58,7 @@ class KVTransferTracker:
         self._quarantined: dict[str, str] = {}
         """Requests that go on without their load -> the row that its blocks are in."""
         self._stats = PrefixCacheStats()
+        self._counted: dict[str, float] = {}
         self._watched = envs.VLLM_KV_CACHE_DEBUG and not self._is_null
         self._arriving: set[int] = set()
         """Blocks of the synchronous loads of this step, in debug mode."""
@@ -125,6 +126,11 @@ class KVTransferTracker:
         stats, self._stats = self._stats, PrefixCacheStats()
         return stats
 
+    def take_counted(self) -> dict[str, float]:
+        """What the connector's worker halves have counted since the last call."""
+        counted, self._counted = self._counted, {}
+        return counted
+
     # A request ends
 
     def leave_loading(self, request: Request) -> None:
@@ -162,6 +168,9 @@ class KVTransferTracker:
 
     def update(self, output: KVConnectorOutput) -> None:
         """Take in which transfers have ended."""
+        if isinstance(output.kv_connector_stats, dict):
+            for name, value in output.kv_connector_stats.items():
+                self._counted[name] = self._counted.get(name, 0) + value
         self.connector.update_connector_output(output)
         for request_id in output.stuck_recving:
             self._give_up(request_id)

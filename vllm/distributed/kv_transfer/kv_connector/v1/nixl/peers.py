@@ -58,6 +58,7 @@ class Peer:
     engine_id: str
     session: str
     address: tuple[str, int]
+    tp_size: int
     ranks: dict[int, PeerRank]
     lease_seconds: float
     last_used: float = field(default_factory=time.monotonic)
@@ -162,7 +163,7 @@ class PeerBook:
     def _connect(self, engine_id: str, address: tuple[str, int], answers: _Answers) -> Peer:
         self.retire(engine_id)
         first = next(iter(answers.metadata.values()))
-        peer = Peer(engine_id, first.session, address, {}, first.lease_seconds)
+        peer = Peer(engine_id, first.session, address, first.tp_size, {}, first.lease_seconds)
         topology = self._topology(first.tp_size)
         sources = topology.source_ranks()
         for rank, metadata in answers.metadata.items():

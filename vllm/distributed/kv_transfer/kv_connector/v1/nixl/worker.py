@@ -129,6 +129,7 @@ class TransferWorker:
         self._loads: dict[str, _Load] = {}
         self._releases: list[tuple[float, RemoteParams]] = []
         self._expected: dict[str, RemoteParams] = {}
+        self._broken: Exception | None = None
         self._thread: threading.Thread | None = None
         if threaded:
             self._thread = threading.Thread(target=self._run, name="kv-transfer", daemon=True)
@@ -141,6 +142,13 @@ class TransferWorker:
         self._inbox.put(metadata)
 
     def take_results(self) -> KVConnectorTransferResults:
+        """What has ended since the last call.
+
+        Raises:
+            KVTransferError: the transfer thread has ended by an error of ours.
+        """
+        if self._broken is not None:
+            raise KVTransferError("the KV transfer thread has ended") from self._broken
         with self._lock:
             results, self._results = (
                 self._results,
@@ -163,12 +171,17 @@ class TransferWorker:
     # The thread
 
     def _run(self) -> None:
+        try:
+            self._loop()
+        except Exception as error:  # noqa: BLE001 - raised again in the thread of the steps
+            self._broken = error
+
+    def _loop(self) -> None:
         while True:
             busy = bool(self._loads or self._waiting or self._releases)
-            idle = not (busy or self._leases or self._expected)
             try:
-                timeout = _ACTIVE_WAIT if busy else _IDLE_WAIT
-                metadata = self._inbox.get() if idle else self._inbox.get(timeout=timeout)
+                # An idle agent is turned too: what peers read of us goes on only then.
+                metadata = self._inbox.get(timeout=_ACTIVE_WAIT if busy else _IDLE_WAIT)
             except queue.Empty:
                 self.turn()
                 continue
@@ -253,6 +266,8 @@ class TransferWorker:
                 f"the peer names blocks of {len(params.remote_block_ids)} cache groups, this "
                 f"engine has {len(receive.block_ids)}"
             )
+        if params.tp_size != peer.tp_size:
+            raise KVTransferError(f"the peer has {peer.tp_size} ranks, not {params.tp_size}")
         for number, rank in peer.ranks.items():
             if params.remote_lease_slot >= rank.num_leases:
                 raise KVTransferError(f"the peer has no lease {params.remote_lease_slot}")
@@ -393,6 +408,11 @@ class TransferWorker:
                 continue
             self._count(failed_handshakes=1)
             logger.warning("Handshake with engine %s failed: %s", engine_id, answer)
+            self._releases = [
+                (deadline, params)
+                for deadline, params in self._releases
+                if params.remote_engine_id != engine_id
+            ]
             self._fail_waiting(engine_id, list(self._waiting.get(engine_id, ())), str(answer))
 
     def _lost(self, engine_id: str) -> None:
