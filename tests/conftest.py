@@ -1,8 +1,18 @@
-"""Set before anything imports triton: without a GPU its kernels run in the interpreter."""
+"""What every test stands on."""
 
+import importlib.util
 import os
 
 import torch
 
+# Tests of kernels run where hypothesis is not installed.
+if importlib.util.find_spec("hypothesis") is not None:
+    import hypothesis
+
+    # A busy machine is no failure.
+    hypothesis.settings.register_profile("untimed", deadline=None)
+    hypothesis.settings.load_profile("untimed")
+
+# Before anything imports triton: without a GPU its kernels run in the interpreter.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")

@@ -45,6 +45,7 @@ __all__ = [
     "has_extension",
     "isa",
     "linear",
+    "linear_into",
     "pack_experts",
     "pack_weight",
     "paged_attention",
@@ -55,6 +56,7 @@ __all__ = [
     "set_num_threads",
     "silu_and_mul",
     "store_kv_cache",
+    "store_latent",
     "supported_isas",
     "swiglu_oai_and_mul",
 ]
@@ -66,7 +68,8 @@ _PLAIN, _SILU_MUL = 0, 1
 _GELU_TANH, _SWIGLU_OAI = 1, 2
 # Columns of a panel of packed weights.
 _PANEL = 32
-MAX_HEAD_SIZE = 256
+# Of keys, and of values: kMaxHead in csrc/cpu/attention_tile.h.
+MAX_HEAD_SIZE = 576
 _MAX_ROTARY = 1024
 
 
@@ -175,7 +178,12 @@ def pack_weight(weight: torch.Tensor) -> PackedWeight:
 
 
 def _product(
-    x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None, n: int, epilogue: int
+    x: torch.Tensor,
+    weight: PackedWeight,
+    bias: torch.Tensor | None,
+    n: int,
+    epilogue: int,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     if x.dim() != 2:
         flat = _product(x.reshape(-1, x.shape[-1]), weight, bias, n, epilogue)
@@ -188,14 +196,17 @@ def _product(
         )
     if x.stride(1) != 1:
         x = x.contiguous()
-    out = torch.empty((m, n), dtype=weight.dtype)
+    if out is None:
+        out = torch.empty((m, n), dtype=weight.dtype)
+    elif out.shape != (m, n) or out.dtype is not weight.dtype or out.stride(1) != 1:
+        raise ValueError(f"{out.dtype} output {tuple(out.shape)} for a product ({m}, {n})")
     _C.gemm(
         x.data_ptr(),
         x.stride(0),
         weight.address,
         0 if bias is None else bias.data_ptr(),
         out.data_ptr(),
-        n,
+        out.stride(0),
         m,
         n,
         k,
@@ -203,6 +214,17 @@ def _product(
         epilogue,
     )
     return out
+
+
+def linear_into(
+    x: torch.Tensor, weight: PackedWeight | torch.Tensor, out: torch.Tensor
+) -> torch.Tensor:
+    """``linear`` of x (m, k) written to ``out`` (m, n), whose rows may be strided."""
+    if isinstance(weight, PackedWeight):
+        if weight.plain is None:
+            return _product(x, weight, None, weight.n, _PLAIN, out)
+        weight = weight.plain
+    return out.copy_(F.linear(x, weight))
 
 
 def linear(
@@ -659,6 +681,22 @@ def store_kv_cache(
         _torch_ops.store_kv_cache(key, value, kv_cache, slot_mapping)
 
 
+def store_latent(latents: torch.Tensor, kv_cache: torch.Tensor, slot_mapping: torch.Tensor) -> None:
+    """Write each token's latent to its slot.
+
+    Args:
+        latents: (T, C), rows may be strided.
+        kv_cache: (B, N, C), any strides with a dense last dim.
+        slot_mapping: as in ``store_kv_cache``.
+    """
+    if latents.shape[1] % 2:
+        _torch_ops.store_latent(latents, kv_cache, slot_mapping)
+        return
+    # As a key and a value of half the width each, which lie side by side as well.
+    key, value = latents.unsqueeze(1).chunk(2, dim=-1)
+    store_kv_cache(key, value, kv_cache.unsqueeze(1), slot_mapping)
+
+
 def rope_and_store(
     positions: torch.Tensor,
     query: torch.Tensor,
@@ -698,13 +736,15 @@ def paged_attention(
     logits_soft_cap: float = 0.0,
     alibi_slopes: torch.Tensor | None = None,
     sinks: torch.Tensor | None = None,
+    value_offset: int | None = None,
 ) -> None:
     """Attention of new tokens over a paged cache that holds their keys and values already.
 
     Args:
         query: (T, Q, D), rows and heads may be strided.
-        kv_cache: (B, K, N, 2 * D), any strides with a dense last dim; Q is a multiple of K.
-        out: (T, Q, D), written for the tokens below ``query_start_loc[-1]``.
+        kv_cache: (B, K, N, C), any strides with a dense last dim; Q is a multiple of K. The first D
+            elements of a content are the key.
+        out: (T, Q, Dv), written for the tokens below ``query_start_loc[-1]``.
         query_start_loc: (R + 1,) int32, first token of each request.
         seq_lens: (R,) int32, tokens of each request in the cache, the new ones included.
         block_table: (R, max blocks) int32.
@@ -715,8 +755,13 @@ def paged_attention(
         logits_soft_cap: c of c * tanh(score / c); 0 for none.
         alibi_slopes: (Q,) float32; adds slope * (key position - query position).
         sinks: (Q,) scores that take part in a head's softmax and have no value.
+        value_offset: where the Dv elements of the value begin in a content; None: after the key. 0
+            for a latent, which is both.
     """
     _, num_heads, head_size = query.shape
+    value_size = out.shape[-1]
+    if value_offset is None:
+        value_offset = head_size
     if (
         _C is None
         or not query.is_cpu
@@ -724,6 +769,7 @@ def paged_attention(
         or kv_cache.dtype not in DTYPE_CODES
         or head_size % 8
         or head_size > MAX_HEAD_SIZE
+        or value_size > MAX_HEAD_SIZE
         or query.stride(2) != 1
         or kv_cache.stride(3) != 1
     ):
@@ -740,8 +786,10 @@ def paged_attention(
             logits_soft_cap=logits_soft_cap,
             alibi_slopes=alibi_slopes,
             sinks=sinks,
+            value_offset=value_offset,
         )
         return
+    assert value_offset + value_size <= kv_cache.shape[3] and head_size <= kv_cache.shape[3]
     assert out.dtype is query.dtype and out.stride(2) == 1
     assert query_start_loc.dtype is torch.int32 and seq_lens.dtype is torch.int32
     assert block_table.dtype is torch.int32 and block_table.stride(1) == 1
@@ -766,6 +814,8 @@ def paged_attention(
         kv_cache.shape[1],
         head_size,
         kv_cache.shape[2],
+        value_offset,
+        value_size,
         scale,
         logits_soft_cap,
         sliding_window,

@@ -124,6 +124,14 @@ def store_kv_cache(
     kv_cache[blocks, :, offsets, head_size:] = value[:num][keep].to(kv_cache.dtype)
 
 
+def store_latent(latents: torch.Tensor, kv_cache: torch.Tensor, slot_mapping: torch.Tensor) -> None:
+    """Write latents (T, C) to slots of ``kv_cache`` (B, N, C); as ``store_kv_cache``."""
+    keep = (slot_mapping >= 0).nonzero().squeeze(-1)
+    slots, block_size = slot_mapping[keep], kv_cache.shape[1]
+    rows = latents[: slot_mapping.shape[0]][keep].to(kv_cache.dtype)
+    kv_cache[slots // block_size, slots % block_size] = rows
+
+
 def rope_and_store(
     positions: torch.Tensor,
     query: torch.Tensor,
@@ -157,13 +165,15 @@ def paged_attention(
     logits_soft_cap: float = 0.0,
     alibi_slopes: torch.Tensor | None = None,
     sinks: torch.Tensor | None = None,
+    value_offset: int | None = None,
 ) -> None:
     """Attention of new tokens over a paged cache that holds their keys and values already.
 
     Args:
         query: (T, Q, D), rows and heads may be strided.
-        kv_cache: (B, K, N, 2 * D), any strides with a dense last dim; Q is a multiple of K.
-        out: (T, Q, D), written for the tokens below ``query_start_loc[-1]``.
+        kv_cache: (B, K, N, C), any strides with a dense last dim; Q is a multiple of K. The first D
+            elements of a content are the key.
+        out: (T, Q, Dv), written for the tokens below ``query_start_loc[-1]``.
         query_start_loc: (R + 1,) int32, first token of each request.
         seq_lens: (R,) int32, tokens of each request in the cache, the new ones included.
         block_table: (R, max blocks) int32.
@@ -173,8 +183,11 @@ def paged_attention(
         logits_soft_cap: c of c * tanh(score / c); 0 for none.
         alibi_slopes: (Q,) float32; adds slope * (key position - query position).
         sinks: (Q,) float32; a score per head that takes part in the softmax and has no value.
+        value_offset: where the Dv elements of the value begin in a content; None: after the key. 0
+            for a latent, which is both.
     """
     block_size, head_size = kv_cache.shape[2], query.shape[-1]
+    value_at = head_size if value_offset is None else value_offset
     group = query.shape[1] // kv_cache.shape[1]
     wide = torch.float64 if query.dtype == torch.float64 else torch.float32
     starts = query_start_loc.tolist()
@@ -186,7 +199,11 @@ def paged_attention(
         pages = kv_cache[block_table[index, :num_blocks].long()]
         states = pages.transpose(1, 2).flatten(0, 1)[:seq_len].to(wide)
         key, value = (
-            part.repeat_interleave(group, dim=1) for part in states.split(head_size, dim=-1)
+            part.repeat_interleave(group, dim=1)
+            for part in (
+                states[..., :head_size],
+                states[..., value_at : value_at + out.shape[-1]],
+            )
         )
         scores = torch.einsum("tqd,sqd->qts", query[first:last].to(wide), key) * scale
         if logits_soft_cap > 0:

@@ -192,8 +192,9 @@ def ssd_scan(
             for start, end, target in runs:
                 for first in range(start, end, _CHUNK):
                     chunk = slice(first, min(first + _CHUNK, end))
-                    parts = (part[chunk] for part in (rows, steps))
-                    sums[chunk], state = _chunk_scan(*parts, a, b[chunk], c[chunk], state)
+                    sums[chunk], state = _chunk_scan(
+                        rows[chunk], steps[chunk], a, b[chunk], c[chunk], state
+                    )
                 ssm_state[target] = state.to(ssm_state.dtype)
     return out.copy_(sums + rows * d.to(wide)[:, None])
 

@@ -120,6 +120,10 @@ variables: dict[str, Callable[[], Any]] = {
     "VLLM_PLUGINS": _str("VLLM_PLUGINS", None),
     "VLLM_HOST_IP": _str("VLLM_HOST_IP", "127.0.0.1"),
     "VLLM_ENGINE_READY_TIMEOUT_S": _int("VLLM_ENGINE_READY_TIMEOUT_S", 600, minimum=1),
+    # Where several processes keep their metrics, for prometheus_client to put together.
+    "PROMETHEUS_MULTIPROC_DIR": _str("PROMETHEUS_MULTIPROC_DIR", None),
+    # Routes for development and training: /sleep, /wake_up, /collective_rpc and the like.
+    "VLLM_SERVER_DEV_MODE": _bool("VLLM_SERVER_DEV_MODE", False),
     "VLLM_LOG_STATS_INTERVAL": _float("VLLM_LOG_STATS_INTERVAL", 10.0),
 }
 
@@ -161,7 +165,6 @@ _NOT_YET = frozenset(
         "VLLM_PP_LAYER_PARTITION",
         "VLLM_ROCM_SHUFFLE_KV_CACHE_LAYOUT",
         "VLLM_RPC_TIMEOUT",
-        "VLLM_SERVER_DEV_MODE",
         "VLLM_TARGET_DEVICE",
         "VLLM_TEST_FORCE_FP8_MARLIN",
         "VLLM_TORCH_PROFILER_DIR",

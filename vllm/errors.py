@@ -11,6 +11,7 @@
             ├── QueueFullError       the waiting queue is at --max-num-queued-reqs
             ├── EngineDeadError      the engine process is gone; nothing more can be served
             ├── EngineGenerateError  one request failed inside the engine; the engine lives
+            ├── WorkerError          a worker process has failed or died, and the engine with it
             └── KVTransferError      a KV transfer failed or was refused
 
 Broken invariants are ``assert``; they are our bugs, never the user's.
@@ -27,6 +28,7 @@ __all__ = [
     "UnsupportedError",
     "VLLMError",
     "VLLMValidationError",
+    "WorkerError",
 ]
 
 
@@ -73,6 +75,10 @@ class EngineDeadError(VLLMError):
 
 class EngineGenerateError(VLLMError):
     """One request failed inside the engine; others go on."""
+
+
+class WorkerError(VLLMError):
+    """A worker process has failed or died; its engine cannot go on without it."""
 
 
 class KVTransferError(VLLMError):

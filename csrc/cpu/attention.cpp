@@ -1,4 +1,4 @@
-// Attention over the paged cache (B, K, N, 2 * D): decode, prefill and any mix in one call.
+// Attention over the paged cache (B, K, N, C): decode, prefill and any mix in one call.
 //
 // The rows of a request and KV head are its (token, query head of the group) pairs, token-major. A
 // task takes up to kTaskRows of them over a range of keys: a tile of keys and one of values are
@@ -30,7 +30,7 @@ class Call {
  public:
   explicit Call(const AttentionArgs& args)
       : a_(args), group_(args.num_heads / args.num_kv_heads),
-        padded_(round_up(args.head_size, kTileCols)) {}
+        padded_(round_up(args.value_size, kTileCols)) {}
 
   void run() {
     int64_t capacity = 0;
@@ -150,7 +150,7 @@ class Call {
   template <typename Form, typename C>
   void work(const Piece& p, int64_t kv_head) const {
     using A = typename Form::A;
-    const Buffers<A> s = buffers<A>(padded_);
+    const Buffers<A> s = buffers<A>(round_up(a_.head_size, kTileCols), padded_);
     Row rows[kTaskRows];
     const int count = rows_of_piece(p, kv_head, rows);
     for (int r = 0; r < count; ++r) {
@@ -214,7 +214,7 @@ class Call {
     }
 #endif
     pack_keys<A>(tokens, coming, here, a_.head_size, s.keys);
-    pack_values<A>(tokens, coming, here, a_.head_size, padded_, s.values);
+    pack_values<A>(tokens, coming, here, a_, padded_, s.values);
     const PackedTile<Form> tile{s.keys, s.values};
     const int groups = static_cast<int>(ceil_div(count, Form::kRows));
     for (int g = 0; g < groups; ++g) {

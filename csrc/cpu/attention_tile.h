@@ -11,7 +11,7 @@ namespace {
 constexpr int kTaskRows = 56;
 constexpr int kTile = 64;        // keys at a time
 constexpr int64_t kMinSplit = 128;  // keys of a part, at least
-constexpr int64_t kMaxHead = 256;
+constexpr int64_t kMaxHead = 576;  // of keys, and of values
 constexpr int kDirectRows = 8;  // up to which keys and values are used where they lie
 constexpr float kLow = -__builtin_inff();
 
@@ -42,20 +42,20 @@ struct Buffers {
   A* query;     // [kTaskRows][kQueryDistance]
   A* probs;     // [kTileRows][kProbDistance]
   A* keys;      // [D / step][kTile][step]
-  A* values;    // [kTile / step][padded D][step]
+  A* values;    // [kTile / step][padded Dv][step]
   float* scores;  // [kTileRows][kTile]
-  float* sums;    // [kTaskRows][padded D]
+  float* sums;    // [kTaskRows][padded Dv]
   float* most;    // [kTaskRows]
   float* total;   // [kTaskRows]
 };
 
 template <typename A>
-Buffers<A> buffers(int64_t padded) {
+Buffers<A> buffers(int64_t padded_keys, int64_t padded) {
   using L = Buffers<A>;
   const size_t a = sizeof(A), f = sizeof(float);
   const size_t sizes[] = {kTaskRows * L::kQueryDistance * a,
                           kTileRows * L::kProbDistance * a,
-                          static_cast<size_t>(padded) * kTile * a,
+                          static_cast<size_t>(padded_keys) * kTile * a,
                           static_cast<size_t>(padded) * kTile * a,
                           kTileRows * kTile * f,
                           kTaskRows * static_cast<size_t>(padded) * f,
@@ -121,13 +121,13 @@ void pack_keys(const TokenPointers<C>& tokens, const TokenPointers<C>& coming, i
 
 #if defined(VLLM_DOT_BF16)
 // Columns [d, d + 32) of the values of two tokens, interleaved; `odd` may be null, for zeros.
-VLLM_INLINE void interleave(const bf16* even, const bf16* odd, int64_t d, int64_t head_size,
+VLLM_INLINE void interleave(const bf16* even, const bf16* odd, int64_t d, int64_t size,
                             __m512i& low, __m512i& high) {
   alignas(64) static constexpr uint16_t kLowHalf[32] = {
       0, 32, 1, 33, 2,  34, 3,  35, 4,  36, 5,  37, 6,  38, 7,  39,
       8, 40, 9, 41, 10, 42, 11, 43, 12, 44, 13, 45, 14, 46, 15, 47};
   const __m512i order = _mm512_load_si512(kLowHalf);
-  const int64_t valid = larger(0, smaller(32, head_size - d));
+  const int64_t valid = larger(0, smaller(32, size - d));
   const __mmask32 mask = _bzhi_u32(0xffffffffu, static_cast<unsigned>(valid));
   const __m512i x = _mm512_maskz_loadu_epi16(mask, even + d);
   const __m512i y = odd ? _mm512_maskz_loadu_epi16(mask, odd + d) : _mm512_setzero_si512();
@@ -138,26 +138,27 @@ VLLM_INLINE void interleave(const bf16* even, const bf16* odd, int64_t d, int64_
 
 template <typename A, typename C>
 void pack_values(const TokenPointers<C>& tokens, const TokenPointers<C>& coming, int count,
-                 int64_t head_size, int64_t padded, A* to) {
+                 const AttentionArgs& a, int64_t padded, A* to) {
+  const int64_t offset = a.value_offset, size = a.value_size;
   if constexpr (sizeof(A) == 4) {
     for (int t = 0; t < count; ++t) {
-      const C* from = tokens[t] + head_size;
+      const C* from = tokens[t] + offset;
       for (int64_t d = 0; d < padded; d += kLanes) {
-        prefetch_l2(coming[t] + head_size + d);
-        const int64_t lanes = larger(0, smaller(kLanes, head_size - d));
+        prefetch_l2(coming[t] + offset + d);
+        const int64_t lanes = larger(0, smaller(kLanes, size - d));
         store(to + t * padded + d, load(from + d, static_cast<int>(lanes)));
       }
     }
   } else {
 #if defined(VLLM_DOT_BF16)
     for (int t = 0; t < count; t += 2) {
-      const C* even = tokens[t] + head_size;
-      const C* odd = t + 1 < count ? tokens[t + 1] + head_size : nullptr;
+      const C* even = tokens[t] + offset;
+      const C* odd = t + 1 < count ? tokens[t + 1] + offset : nullptr;
       for (int64_t d = 0; d < padded; d += 32) {
-        prefetch_l2(coming[t] + head_size + d);
-        prefetch_l2(coming[t + 1] + head_size + d);
+        prefetch_l2(coming[t] + offset + d);
+        prefetch_l2(coming[t + 1] + offset + d);
         __m512i low, high;
-        interleave(even, odd, d, head_size, low, high);
+        interleave(even, odd, d, size, low, high);
         A* out = to + (t / 2 * padded + d) * 2;
         _mm512_storeu_si512(out, low);
         _mm512_storeu_si512(out + 32, high);
@@ -312,11 +313,11 @@ struct DirectTile {
   void add_values(Vec (&acc)[MR][2], const AttentionArgs& a, const bf16* probs, int64_t d, int64_t,
                   int high) const {
     for (int t = 0; t < high; t += 2) {
-      prefetch_l2(coming[t] + a.head_size + d);
-      prefetch_l2(coming[t + 1] + a.head_size + d);
-      const bf16* odd = t + 1 < count ? tokens[t + 1] + a.head_size : nullptr;
+      prefetch_l2(coming[t] + a.value_offset + d);
+      prefetch_l2(coming[t + 1] + a.value_offset + d);
+      const bf16* odd = t + 1 < count ? tokens[t + 1] + a.value_offset : nullptr;
       __m512i low, upper;
-      interleave(tokens[t] + a.head_size, odd, d, a.head_size, low, upper);
+      interleave(tokens[t] + a.value_offset, odd, d, a.value_size, low, upper);
       for (int r = 0; r < MR; ++r) {
         int32_t pair;
         memcpy(&pair, probs + r * Buffers<bf16>::kProbDistance + t, 4);
@@ -404,11 +405,11 @@ void finish_row(const AttentionArgs& a, const Row& row, const float* sums, float
   const int64_t at = row.token * a.out_token_stride + row.head * a.out_head_stride;
   switch (a.query_dtype) {
     case kFloat32:
-      return write_row(static_cast<float*>(a.out) + at, sums, factor, a.head_size);
+      return write_row(static_cast<float*>(a.out) + at, sums, factor, a.value_size);
     case kFloat16:
-      return write_row(static_cast<f16*>(a.out) + at, sums, factor, a.head_size);
+      return write_row(static_cast<f16*>(a.out) + at, sums, factor, a.value_size);
     default:
-      return write_row(static_cast<bf16*>(a.out) + at, sums, factor, a.head_size);
+      return write_row(static_cast<bf16*>(a.out) + at, sums, factor, a.value_size);
   }
 }
 

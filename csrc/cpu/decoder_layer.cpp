@@ -136,7 +136,7 @@ class Layer {
     at.num_requests = s_.num_requests;
     at.num_heads = a_.num_heads;
     at.num_kv_heads = a_.num_kv_heads;
-    at.head_size = d;
+    at.head_size = at.value_offset = at.value_size = d;
     at.block_size = a_.block_size;
     at.scale = static_cast<float>(a_.scale);
     at.soft_cap = static_cast<float>(a_.soft_cap);

@@ -10,6 +10,7 @@ namespace vllm_cpu {
   void fill_gemm(Kernels&);          \
   void fill_elementwise(Kernels&);   \
   void fill_attention(Kernels&);     \
+  void fill_linear_attention(Kernels&); \
   }
 VLLM_DECLARE(generic)
 #if defined(__x86_64__)
@@ -28,6 +29,7 @@ namespace {
     isa::fill_gemm(k);              \
     isa::fill_elementwise(k);       \
     isa::fill_attention(k);         \
+    isa::fill_linear_attention(k);  \
     return k;                       \
   }()
 

@@ -179,7 +179,7 @@ ENTRY(embedding) {
 }
 
 ENTRY(attention) {
-  Reader r(argv, argc, 27);
+  Reader r(argv, argc, 29);
   AttentionArgs a;
   a.query = r.pointer<void>();
   a.query_token_stride = r.number();
@@ -202,6 +202,8 @@ ENTRY(attention) {
   a.num_kv_heads = r.number();
   a.head_size = r.number();
   a.block_size = r.number();
+  a.value_offset = r.number();
+  a.value_size = r.number();
   a.scale = r.real();
   a.soft_cap = r.real();
   a.window = r.number();
@@ -349,6 +351,46 @@ ENTRY(argmax) {
   return run(r, kernels().argmax, a);
 }
 
+ENTRY(linear_attention) {
+  Reader r(argv, argc, 34);
+  LinearAttentionArgs a;
+  a.query = r.pointer<void>();
+  a.query_token_stride = r.number();
+  a.query_head_stride = r.number();
+  a.key = r.pointer<void>();
+  a.key_token_stride = r.number();
+  a.key_head_stride = r.number();
+  a.value = r.pointer<void>();
+  a.value_token_stride = r.number();
+  a.value_head_stride = r.number();
+  a.gate = r.pointer<void>();
+  a.gate_stride = r.number();
+  a.beta = r.pointer<void>();
+  a.beta_stride = r.number();
+  a.rates = r.pointer<float>();
+  a.biases = r.pointer<float>();
+  a.out = r.pointer<void>();
+  a.out_token_stride = r.number();
+  a.state = r.pointer<void>();
+  a.state_block_stride = r.number();
+  a.state_head_stride = r.number();
+  a.token_starts = r.pointer<int32_t>();
+  a.request_starts = r.pointer<int32_t>();
+  a.sources = r.pointer<int32_t>();
+  a.targets = r.pointer<int32_t>();
+  a.num_tokens = r.number();
+  a.num_requests = r.number();
+  a.num_heads = r.number();
+  a.num_key_heads = r.number();
+  a.key_size = r.number();
+  a.value_size = r.number();
+  a.scale = r.real();
+  a.normalize = r.number() != 0;
+  a.dtype = static_cast<int>(r.number());
+  a.state_dtype = static_cast<int>(r.number());
+  return run(r, kernels().linear_attention, a);
+}
+
 ENTRY(packed_size) {
   Reader r(argv, argc, 3);
   const int64_t n = r.number();
@@ -486,6 +528,7 @@ PyMethodDef methods[] = {
     FAST(silu_mul),
     FAST(gated_mul),
     FAST(argmax),
+    FAST(linear_attention),
     FAST(packed_size),
     FAST(set_threads),
     FAST(get_threads),

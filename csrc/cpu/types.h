@@ -69,7 +69,9 @@ struct EmbeddingArgs {
   int dtype;
 };
 
-// Attention of R requests over the paged cache (B, K, N, 2 * D). Strides in elements.
+// Attention of R requests over the paged cache (B, K, N, C). Strides in elements. Of the content of
+// a (head, token), the first head_size elements are its key; its value is value_size elements from
+// value_offset on: behind the key as a rule, within it where both are one latent.
 struct AttentionArgs {
   const void* query;
   int64_t query_token_stride, query_head_stride;
@@ -84,6 +86,7 @@ struct AttentionArgs {
   const float* alibi_slopes;
   const float* sinks;
   int64_t num_requests, num_heads, num_kv_heads, head_size, block_size;
+  int64_t value_offset, value_size;
   float scale, soft_cap;
   int64_t window;
   int causal;
@@ -186,6 +189,33 @@ struct DecoderStep {
   int causal;
 };
 
+// Gated delta rule and lightning attention over states (B, heads, Dv, Dk); formulas in
+// linear_attention.cpp. Strides in elements, last dims are dense. Segments as StateSegments in
+// vllm/_torch_state_ops.py.
+struct LinearAttentionArgs {
+  const void* query;
+  int64_t query_token_stride, query_head_stride;
+  const void* key;
+  int64_t key_token_stride, key_head_stride;
+  const void* value;
+  int64_t value_token_stride, value_head_stride;
+  const void* gate;  // (T, heads), or null: a token's decay is exp(-rate), else
+  int64_t gate_stride;
+  const void* beta;  // (T, heads) before its sigmoid, or null: no delta rule
+  int64_t beta_stride;
+  const float* rates;   // (heads,)
+  const float* biases;  // (heads,): exp(-rate * softplus(gate + bias)); null without a gate
+  void* out;            // (T, heads, Dv)
+  int64_t out_token_stride;
+  void* state;
+  int64_t state_block_stride, state_head_stride;
+  const int32_t *token_starts, *request_starts, *sources, *targets;
+  int64_t num_tokens, num_requests, num_heads, num_key_heads, key_size, value_size;
+  float scale;     // of queries
+  bool normalize;  // queries and keys to length one
+  int dtype, state_dtype;
+};
+
 struct Kernels {
   const char* name;
   void (*gemm)(const GemmArgs&);
@@ -198,6 +228,7 @@ struct Kernels {
   void (*rms_norm)(const NormArgs&);
   void (*silu_mul)(const SiluMulArgs&);
   void (*argmax)(const ArgmaxArgs&);
+  void (*linear_attention)(const LinearAttentionArgs&);
 };
 
 // Bytes of a packed (n, k) weight.

@@ -131,9 +131,10 @@ def test_engine_args_take_the_same_names():
 def test_llm_takes_the_same_names():
     with pytest.raises(UnsupportedError, match="enable_lora: vLLM has this"):
         EngineArgs.from_kwargs(model="m", enable_lora=True)
-    assert EngineArgs.from_kwargs(model="m", enable_lora=False, tensor_parallel_size=1).model == "m"
-    with pytest.raises(UnsupportedError, match="tensor_parallel_size"):
-        EngineArgs.from_kwargs(model="m", tensor_parallel_size=2)
+    args = EngineArgs.from_kwargs(model="m", enable_lora=False, pipeline_parallel_size=1)
+    assert args.model == "m"
+    with pytest.raises(UnsupportedError, match="pipeline_parallel_size"):
+        EngineArgs.from_kwargs(model="m", pipeline_parallel_size=2)
     with pytest.raises(ValueError, match="unknown argument max_modl_len; did you mean max_model_l"):
         EngineArgs.from_kwargs(model="m", max_modl_len=3)
 

@@ -184,7 +184,7 @@ def test_a_bad_value_is_one_line_that_names_the_option(model, kwargs, part):
         ({"runner": "pooling"}, "--runner pooling"),
         ({"structured_outputs_config": {"backend": "outlines"}}, "config.backend outlines"),
         ({"speculative_config": {"model": "x"}}, "speculative_config"),
-        ({"enable_sleep_mode": True}, "enable_sleep_mode"),
+        ({"enable_lora": True}, "enable_lora"),
     ],
 )
 def test_what_is_not_there_yet_is_refused_by_name(model, kwargs, part):

@@ -55,11 +55,21 @@ def test_an_unknown_name_is_met_with_those_there_are() -> None:
         get_attn_backend(64, torch.bfloat16, "auto", 16, backend="CPU_ATN")
 
 
-def test_encoder_layers_and_mla_are_declined() -> None:
+def test_encoder_layers_are_declined() -> None:
     with pytest.raises(ConfigError, match="attention type encoder not supported"):
         get_attn_backend(64, torch.bfloat16, "auto", 16, attn_type="encoder")
-    with pytest.raises(ConfigError, match="MLA not supported"):
-        get_attn_backend(64, torch.bfloat16, "auto", 16, use_mla=True)
+
+
+def test_latents_have_backends_of_their_own() -> None:
+    def chosen(width: int, **options: object) -> str:
+        return get_attn_backend(width, torch.float32, "auto", 16, **options).get_name()
+
+    assert chosen(576, use_mla=True) == "CPU_MLA"
+    assert chosen(584, use_mla=True) == chosen(45, use_mla=True) == "TORCH_REF_MLA"
+    with pytest.raises(ConfigError, match=r"CPU_ATTN: head size 576 .*, MLA not supported"):
+        chosen(576, use_mla=True, backend="CPU_ATTN")
+    with pytest.raises(ConfigError, match="CPU_MLA: only for MLA"):
+        chosen(64, backend="CPU_MLA")
 
 
 def test_every_registered_path_leads_to_a_backend_of_that_name() -> None:

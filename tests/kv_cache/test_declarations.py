@@ -56,6 +56,7 @@ OTHERS = {
     "deepseek_v2": _GQA
     | {
         "kv_lora_rank": 32,
+        "num_experts_per_tok": 2,
         "num_key_value_heads": 4,
         "q_lora_rank": None,
         "qk_nope_head_dim": 16,
@@ -68,6 +69,8 @@ OTHERS = {
     | {"layer_types": ["mamba", "attention", "mamba", "mamba", "attention"]},
     "mamba": _STATES | {"intermediate_size": 64},
     "mamba2": _STATES | {"expand": 2, "head_dim": 16, "n_groups": 1, "num_heads": 4},
+    "lfm2_moe": _GQA | {"full_attn_idxs": [1, 3]},
+    "minimax": _GQA,
     "gemma2": _GQA | {"sliding_window": 32, "head_dim": 16},
     "gemma3_text": _GQA | {"sliding_window": 32, "head_dim": 16, "num_hidden_layers": 8},
     "llama4_text": _GQA | {"attention_chunk_size": 64, "head_dim": 16},
@@ -85,6 +88,8 @@ ARCHITECTURE_OF = {
     "granitemoehybrid": "GraniteMoeHybridForCausalLM",
     "mamba": "MambaForCausalLM",
     "mamba2": "Mamba2ForCausalLM",
+    "lfm2_moe": "Lfm2MoeForCausalLM",
+    "minimax": "MiniMaxForCausalLM",
     "gemma2": "Gemma2ForCausalLM",
     "gemma3_text": "Gemma3ForCausalLM",
     "llama4_text": "Llama4ForCausalLM",

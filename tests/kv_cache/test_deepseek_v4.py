@@ -166,3 +166,19 @@ def test_compressed_states_are_written_and_read_through_strides():
     for index, name in enumerate(("l.0", "l.1", "l.2")):
         assert (cache[name][2, 0, 63] == index + 1).all()
         assert int(torch.count_nonzero(cache[name])) == 584
+
+
+def test_narrow_latents_are_kept_as_they_are_and_never_packed():
+    config, _ = model(4)
+    hf_config = config.model_config.hf_config
+    narrow = fill_in_config({**hf_config.to_dict(), "head_dim": 64})
+    model_config = replace(config.model_config, hf_config=narrow, hf_text_config=narrow)
+    plain = replace(config, model_config=model_config)
+    dtypes = {spec.storage_dtype for spec in declare_kv_caches(plain).values()}
+    assert dtypes == {"bfloat16", "float32"}
+    packed = replace(plain, cache_config=replace(plain.cache_config, cache_dtype="fp8_ds_mla"))
+    with pytest.raises(ConfigError, match="packs latents of 512, this model's have 64: use auto"):
+        declare_kv_caches(packed)
+    other = replace(plain, cache_config=replace(plain.cache_config, cache_dtype="nvfp4"))
+    with pytest.raises(ConfigError, match="nvfp4 is not for compressed latents"):
+        declare_kv_caches(other)

@@ -11,7 +11,7 @@ from tests.kv_cache.test_grouping import hybrid
 from vllm.errors import ConfigError
 from vllm.v1.kv_cache.explain import build_report, render_report
 from vllm.v1.kv_cache.planner import plan_kv_cache
-from vllm.v1.kv_cache.resolver import CacheMovement
+from vllm.v1.kv_cache.resolver import BackendConstraints, CacheMovement
 from vllm.v1.kv_cache_interface import KVCacheConfig
 
 
@@ -37,9 +37,11 @@ def test_what_a_block_costs_to_move():
 
 
 def test_waste_is_counted():
-    vllm_config = make_config(max_model_len=4096, user_specified_block_size=True)
+    """Kernels that read blocks of one token, beside a large state."""
+    vllm_config = make_config(max_model_len=4096, kv_cache_layout="BLHNC")
     specs = {"l.0": full(1, 1, 1, "int8"), "l.1": mamba(page_size_padded=16_000)}
-    report = build_report(plan_kv_cache(vllm_config, specs, 1 << 27), vllm_config)
+    limits = {"l.0": BackendConstraints(backend="X", kernel_block_sizes=(1,))}
+    report = build_report(plan_kv_cache(vllm_config, specs, 1 << 27, limits), vllm_config)
     assert report.bytes_per_block == 16_000
     wasted = {group.kind: group.wasted_bytes for group in report.groups}
     assert wasted == {"full_attention": 15_998, "mamba": 16_000 - 80}

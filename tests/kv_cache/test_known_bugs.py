@@ -43,12 +43,23 @@ CACHE_CODE = [
 ]
 
 
+def subject_of(node: ast.expr) -> str:
+    """The names that a chain of attributes, indices and calls goes through; no arguments."""
+    if isinstance(node, ast.Attribute):
+        return f"{subject_of(node.value)}.{node.attr}"
+    if isinstance(node, ast.Subscript):
+        return subject_of(node.value)
+    if isinstance(node, ast.Call):
+        return subject_of(node.func)
+    return node.id if isinstance(node, ast.Name) else ""
+
+
 def hidden_copies(source: str) -> list[str]:
     """Calls that may copy what is called a cache, a page or a state without saying so."""
     found = []
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
-            subject = ast.unparse(node.func.value)
+            subject = subject_of(node.func.value)
             copies = node.func.attr in ("contiguous", "reshape", "flatten", "ravel")
             flat = node.func.attr == "view" and [ast.unparse(a) for a in node.args] == ["-1"]
             if (copies or flat) and re.search(r"cache|\bpages?\b|conv_state|ssm_state", subject):
@@ -63,10 +74,20 @@ def test_no_cache_is_copied_behind_a_view(path):
 
 @pytest.mark.parametrize(
     "line",
-    ["kv_cache.contiguous()", "key_cache[0].reshape(3, 4)", "self.kv_cache.view(-1)"],
+    [
+        "kv_cache.contiguous()",
+        "key_cache[0].reshape(3, 4)",
+        "self.kv_cache.view(-1)",
+        "self.layers[0].kv_cache.transpose(1, 2)[0].flatten(1)",
+        "self.ssm_state.float().contiguous()",
+    ],
 )
 def test_a_hidden_copy_is_noticed(line):
     assert hidden_copies(f"def f(self, kv_cache, key_cache):\n    return {line}\n")
+
+
+def test_what_is_computed_from_a_cache_may_be_copied():
+    assert not hidden_copies("y = scan(x, self.ssm_state, kv_cache[0]).flatten(1)\n")
 
 
 @pytest.mark.parametrize("name", [member.name for member in AttentionBackendEnum])

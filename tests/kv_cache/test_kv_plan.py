@@ -128,6 +128,32 @@ def test_unknown_models_and_fields(tmp_path):
         kv_plan.plan(args)
 
 
+@pytest.mark.parametrize(
+    ("model", "changes", "message"),
+    [
+        ("llama-3.1-8b", {"layer_types": ["foo"] * 32}, "layer_types names foo; known: full_att"),
+        ("llama-3.1-8b", {"num_key_value_heads": -8}, "num_key_value_heads must be"),
+        ("jamba-v0.1", {"attn_layer_period": 0}, "attn_layer_period must be .* at least 1"),
+        ("nemotron-h-8b", {"hybrid_override_pattern": "XYZ"}, "names X, Y, Z; known: M"),
+        ("nemotron-h-8b", {"hybrid_override_pattern": "M*"}, "names 2 layers, num_hidden_layers"),
+        ("nemotron-h-8b", {"n_groups": 0}, "groups must be a whole number of at least 1"),
+        ("nemotron-h-8b", {"hybrid_override_pattern": "-" * 52}, "keeps no KV cache"),
+        ("falcon-mamba-7b", {"conv_kernel": 1}, "size 0 of state 0 must be"),
+        ("deepseek-v4-like", {"compress_ratios": [4]}, "compress_ratios names 1 layers"),
+        ("deepseek-v4-like", {"compress_ratios": [3] * 61}, "multiple of 3"),
+        ("gpt-oss-20b", {"sliding_window": 0}, "sliding_window must be"),
+    ],
+)
+def test_configurations_that_cannot_be_meant_are_refused_by_field(
+    model, changes, message, tmp_path
+):
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps(json.loads((CONFIGS / f"{model}.json").read_text()) | changes))
+    args = kv_plan.make_parser().parse_args([str(config)])
+    with pytest.raises(ConfigError, match=message):
+        build_report(*kv_plan.plan(args))
+
+
 @pytest.mark.parametrize("dtype", ["fp8", "int8_per_token_head", "nvfp4", "turboquant_4bit_nc"])
 def test_smaller_formats_need_less(dtype):
     plain, small = report("qwen3-30b-a3b"), report("qwen3-30b-a3b", "--kv-cache-dtype", dtype)
@@ -138,6 +164,31 @@ def test_smaller_formats_need_less(dtype):
 def test_states_kept_for_prefix_reuse_stand_for_as_many_tokens_as_attention_blocks():
     result = report("nemotron-h-8b", "--mamba-cache-mode", "align")
     assert len({group.block_size for group in result.groups}) == 1
+
+
+@pytest.mark.parametrize(
+    ("model", "dtype", "size"),
+    [
+        ("minimax-text-01-like", "auto", 16),
+        ("minimax-text-01-like", "auto", 64),
+        ("qwen3-next-80b-a3b", "fp8", 16),
+    ],
+)
+def test_a_block_size_that_would_waste_more_than_equal_pages_is_multiplied(model, dtype, size):
+    result = report(model, "--block-size", str(size), "--kv-cache-dtype", dtype)
+    assert result.request.held_bytes <= result.request.equal_pages_held_bytes
+    blocks = {group.block_size for group in result.groups if group.kind == "full_attention"}
+    assert all(block > size and block % size == 0 for block in blocks)
+    assert any("--block-size multiplied" in note for note in result.notes)
+
+
+@pytest.mark.parametrize("model", sorted({*MODELS} - {"deepseek-v4-like"}))
+def test_else_it_is_kept(model):
+    result = report(model, "--block-size", "32")
+    if not any("--block-size multiplied" in note for note in result.notes):
+        paged = [layer for layer in result.layers if layer.kind != "mamba"]
+        assert {layer.block_size for layer in paged} <= {32}
+    assert result.request.held_bytes <= result.request.equal_pages_held_bytes
 
 
 def test_a_backend_limits_the_choice():

@@ -156,7 +156,8 @@ def test_mixed_pages_are_refused_where_heads_lie_outside_the_page():
 
 def test_every_layers_own_backend_is_asked():
     """A model-private backend that reads one layout only decides for the whole model."""
-    limits = {"l.3": reads(L.LBNHC, backend="PRIVATE")}
+    limits = {name: reads(L.LBHNC, L.LBNHC) for name in UNIFORM}
+    limits["l.3"] = reads(L.LBNHC, backend="PRIVATE")
     assert resolve_layout(UNIFORM, make_config(), limits).layout is L.LBNHC
 
 

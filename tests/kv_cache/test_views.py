@@ -153,6 +153,8 @@ def test_split_into_kernel_blocks(layout, sizes, ratio):
         check(view, oracle, layer, ratio)
         grouped = group_kernel_blocks(view, sizes["B"])
         assert grouped.shape[:2] == (sizes["B"], ratio)
+        for block, part in product(range(sizes["B"]), range(ratio)):
+            assert torch.equal(grouped[block, part], view[block * ratio + part])
         back = map_kv_caches_to_kernel_blocks({"l": grouped}, {"l": ratio})["l"]
         assert (back.stride(), back.shape) == (view.stride(), view.shape)
         assert shares_storage([raw, grouped, back])

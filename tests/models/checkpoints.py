@@ -32,9 +32,81 @@ CLASSES = {
     "qwen3_moe": (transformers.Qwen3MoeConfig, transformers.Qwen3MoeForCausalLM),
     "gpt_oss": (transformers.GptOssConfig, transformers.GptOssForCausalLM),
     "llama4_text": (transformers.Llama4TextConfig, transformers.Llama4ForCausalLM),
+    "deepseek_v2": (transformers.DeepseekV2Config, transformers.DeepseekV2ForCausalLM),
+    "deepseek_v3": (transformers.DeepseekV3Config, transformers.DeepseekV3ForCausalLM),
+    "deepseek_v4": (transformers.DeepseekV4Config, transformers.DeepseekV4ForCausalLM),
 }
 
+_LATENT = {
+    "num_hidden_layers": 4,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 6,
+    "first_k_dense_replace": 2,
+    "q_lora_rank": 40,
+    "kv_lora_rank": 40,
+    "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 12,
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 3,
+    "moe_intermediate_size": 64,
+    "n_group": 4,
+    "topk_group": 2,
+    "rope_parameters": {
+        "rope_type": "yarn",
+        "rope_theta": 1000.0,
+        "factor": 8.0,
+        "beta_fast": 32.0,
+        "beta_slow": 1.0,
+        "mscale": 0.7,
+        "mscale_all_dim": 1.4,
+        "original_max_position_embeddings": 64,
+    },
+    "max_position_embeddings": 512,
+}
 KINDS: dict[str, dict[str, Any]] = {
+    "deepseek_v2": {
+        **_LATENT,
+        "topk_method": "group_limited_greedy",
+        "n_shared_experts": 2,
+        "routed_scaling_factor": 1.5,
+    },
+    "deepseek_v3": {**_LATENT, "n_shared_experts": 1, "routed_scaling_factor": 2.5},
+    "deepseek_v4": {
+        "num_hidden_layers": 6,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 1,
+        "head_dim": 32,
+        "partial_rotary_factor": 0.25,
+        "q_lora_rank": 40,
+        "o_groups": 2,
+        "o_lora_rank": 24,
+        "sliding_window": WINDOW,
+        "layer_types": [
+            "sliding_attention",
+            "compressed_sparse_attention",
+            "heavily_compressed_attention",
+        ]
+        * 2,
+        "compress_rates": {
+            "compressed_sparse_attention": 4,
+            "heavily_compressed_attention": 16,
+        },
+        "index_n_heads": 8,
+        "index_head_dim": 16,
+        "index_topk": 12,
+        "mlp_layer_types": ["hash_moe"] * 2 + ["moe"] * 4,
+        "n_routed_experts": 8,
+        "num_experts_per_tok": 3,
+        "moe_intermediate_size": 64,
+        "swiglu_limit": 1.5,
+        "hc_mult": 3,
+        "hc_sinkhorn_iters": 4,
+        "max_position_embeddings": 512,
+        "num_nextn_predict_layers": 0,
+        # Through its mixed streams larger weights make rounding show.
+        "initializer_range": 0.1,
+    },
     "gemma2": {
         "num_hidden_layers": 4,
         "head_dim": 16,
@@ -119,8 +191,13 @@ def make_hf_model(model_type: str, seed: int = 0, **overrides: Any) -> Any:
             if name.endswith("norm.weight"):
                 # Gemma's are stored less one.
                 param.uniform_(*((-0.5, 0.5) if model_type.startswith("gemma") else (0.5, 1.5)))
-            elif name.endswith(("bias", "sinks")):
+            elif name.endswith(("bias", "sinks", "base")):
                 param.normal_(0, 0.3)
+        for name, buffer in model.named_buffers():
+            if name.endswith("e_score_correction_bias"):
+                buffer.normal_(0, 0.3)
+            elif name.endswith("tid2eid"):
+                buffer.random_(0, config.n_routed_experts)
     return model
 
 

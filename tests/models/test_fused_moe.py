@@ -117,7 +117,7 @@ def test_a_correction_bias_chooses_and_does_not_weigh():
     ("kwargs", "message"),
     [
         ({"top_k": 7}, "num_experts_per_tok 7 must be between 1 and the number of experts, 6"),
-        ({"scoring_func": "tanh"}, "scored by softmax or sigmoid, not 'tanh'"),
+        ({"scoring_func": "tanh"}, "scored by softmax, sigmoid, sqrtsoftplus, not 'tanh'"),
         ({"num_expert_group": 4, "topk_group": 2}, "6 experts in 4 groups"),
         ({"top_k": 4, "num_expert_group": 3, "topk_group": 1}, "fewer than num_experts_per_tok 4"),
     ],

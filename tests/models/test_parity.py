@@ -24,7 +24,9 @@ from tests.models.parity import (
     metric,
 )
 
-ARCHITECTURES = [name for name in CLASSES if name not in ("llama", "mistral", "qwen2", "qwen3")]
+ELSEWHERE = ("llama", "mistral", "qwen2", "qwen3", "deepseek_v4")
+"""Like others, or with tests of their own."""
+ARCHITECTURES = [name for name in CLASSES if name not in ELSEWHERE]
 MIXED = ("gemma3_text", "gpt_oss", "llama4_text")
 """With caches of two kinds, that is of two groups."""
 LAYOUTS = ("LBHNC", "LBNHC", "LHBNC", "BLHNC", "BLNHC", "BHLNC")

@@ -179,6 +179,12 @@ class EngineArgs:
         Kind.SWITCH,
         "Never capture or compile graphs.",
     )
+    enable_sleep_mode: bool = arg(
+        False,
+        "ModelConfig",
+        Kind.SWITCH,
+        "Let the engine be put to sleep, which gives back the memory of its KV cache and weights.",
+    )
     max_logprobs: int = arg(
         20,
         "ModelConfig",
@@ -252,9 +258,18 @@ class EngineArgs:
         None,
         "ParallelConfig",
         Kind.STR,
-        "How workers run: uni (in the engine's process).",
-        choices=("uni",),
-        later=("mp", "ray", "external_launcher"),
+        "How workers run: uni (in the engine's process, the only one), mp (processes of this "
+        "host) or ray (actors, on several hosts). Default: uni for one worker, mp for more.",
+        choices=("uni", "mp", "ray"),
+        later=("external_launcher",),
+    )
+    tensor_parallel_size: int = arg(
+        1,
+        "ParallelConfig",
+        Kind.INT,
+        "Workers that share every layer's heads and columns.",
+        short="-tp",
+        minimum=1,
     )
     worker_cls: str = arg(
         "auto",
@@ -545,6 +560,7 @@ class EngineArgs:
         envs.validate_environ()
         load_general_plugins()
         model_config = self._create_model_config()
+        resolve.check_tensor_parallel(self.tensor_parallel_size, model_config.hf_text_config)
         cache_config = self._create_cache_config(model_config)
         model_config = self._fit_max_model_len(model_config, cache_config.kv_cache_memory_bytes)
         max_num_seqs = self.max_num_seqs or resolve.DEFAULT_MAX_NUM_SEQS
@@ -579,7 +595,10 @@ class EngineArgs:
                 watermark=self.watermark,
             ),
             parallel_config=ParallelConfig(
-                distributed_executor_backend=self.distributed_executor_backend or "uni",
+                tensor_parallel_size=self.tensor_parallel_size,
+                distributed_executor_backend=resolve.resolve_executor_backend(
+                    self.distributed_executor_backend, self.tensor_parallel_size
+                ),
                 worker_cls=self.worker_cls,
             ),
             load_config=LoadConfig(
@@ -598,6 +617,11 @@ class EngineArgs:
             additional_config=dict(self.additional_config),
             instance_id=uuid.uuid4().hex,
         )
+        if self.enable_sleep_mode and not current_platform.has_sleep_mode:
+            raise UnsupportedError(
+                "--enable-sleep-mode: vLLM has this; this engine does not yet on this device",
+                parameter="enable_sleep_mode",
+            )
         current_platform.check_config(config)
         return config
 
@@ -654,6 +678,7 @@ class EngineArgs:
             revision=self.revision,
             quantization=self.quantization,
             enforce_eager=self.enforce_eager,
+            enable_sleep_mode=self.enable_sleep_mode,
             max_logprobs=self.max_logprobs,
             logprobs_mode=self.logprobs_mode,
             served_model_name=tuple(self.served_model_name or (self.model,)),
@@ -703,7 +728,7 @@ class EngineArgs:
                 pool,
                 envs.VLLM_CPU_KVCACHE_SPACE,
                 envs.DEFAULT_CPU_KVCACHE_SPACE,
-                current_platform.get_device_available_memory(),
+                current_platform.get_device_available_memory() // self.tensor_parallel_size,
             )
         window = uniform_sliding_window(model_config.hf_text_config)
         return CacheConfig(
@@ -734,7 +759,7 @@ class EngineArgs:
         dtype = model_config.dtype_name if cache_dtype == "auto" else cache_dtype
         per_token = resolve.kv_bytes_per_token(
             num_layers=model_config.get_num_layers(),
-            num_kv_heads=model_config.get_total_num_kv_heads(),
+            num_kv_heads=max(1, model_config.get_total_num_kv_heads() // self.tensor_parallel_size),
             head_size=model_config.get_head_size(),
             element_size=4 if dtype == "float32" else 2,
         )

@@ -20,7 +20,7 @@ _SWITCHES: dict[str, str] = {
     ),
     "ModelConfig": (
         "allow-deprecated-quantization enable-cumem-allocator enable-nccl-comm-suspend "
-        "enable-prompt-embeds enable-return-routed-experts enable-sleep-mode enable-trace-replay "
+        "enable-prompt-embeds enable-return-routed-experts enable-trace-replay "
         "return-sampling-mask sleep-mode-offload-cudagraph sleep-preserve-parameter-names "
         "use-fp64-gumbel"
     ),
@@ -57,7 +57,6 @@ _SWITCHES: dict[str, str] = {
 # group -> option -> values that ask for nothing, separated by "|".
 _VALUES: dict[str, dict[str, str]] = {
     "top level": {
-        "api-server-count": "1",
         "gdn-prefill-backend": "auto",
         "kda-decode-backend": "auto",
         "kda-prefill-backend": "auto",
@@ -138,7 +137,6 @@ _VALUES: dict[str, dict[str, str]] = {
         "numa-bind-nodes": "",
         "pipeline-parallel-size": "1",
         "prefill-context-parallel-size": "1",
-        "tensor-parallel-size": "1",
         "ubatch-size": "0",
         "worker-extension-cls": "",
     },
@@ -245,7 +243,6 @@ _PASSING_SWITCHES: dict[str, tuple[str, tuple[str, ...]]] = {
 }
 
 _SHORT = {
-    "api-server-count": "-asc",
     "compilation-config": "-cc",
     "data-parallel-address": "-dpa",
     "data-parallel-rank": "-dpn",
@@ -256,7 +253,6 @@ _SHORT = {
     "optimization-level": "-O",
     "pipeline-parallel-size": "-pp",
     "speculative-config": "-sc",
-    "tensor-parallel-size": "-tp",
 }
 
 

@@ -19,11 +19,13 @@ from vllm.utils.system import format_bytes
 __all__ = [
     "DEFAULT_MAX_NUM_BATCHED_TOKENS",
     "DEFAULT_MAX_NUM_SEQS",
+    "check_tensor_parallel",
     "generation_defaults",
     "kv_bytes_per_token",
     "kv_pool_bytes",
     "resolve_async_scheduling",
     "resolve_dtype",
+    "resolve_executor_backend",
     "resolve_max_model_len",
     "resolve_max_num_batched_tokens",
 ]
@@ -170,6 +172,50 @@ def resolve_async_scheduling(
             value=True,
         )
     return requested is not False and not reasons
+
+
+def resolve_executor_backend(requested: str | None, num_workers: int) -> str:
+    """ "uni", "mp" or "ray".
+
+    Raises:
+        ConfigError: "uni" with several workers.
+    """
+    if requested == "uni" and num_workers > 1:
+        raise ConfigError(
+            f"--distributed-executor-backend uni runs one worker, and --tensor-parallel-size "
+            f"{num_workers} needs {num_workers}; use mp",
+            parameter="distributed_executor_backend",
+            value=requested,
+        )
+    return requested or ("uni" if num_workers == 1 else "mp")
+
+
+def check_tensor_parallel(size: int, text_config: Any) -> None:
+    """Refuse a number of workers that the model's attention heads cannot be shared out to.
+
+    Query heads must divide; KV heads must divide too, or be held by several workers each. What
+    else a model has to share out, its layers check.
+
+    Raises:
+        ConfigError: naming the sizes that work.
+    """
+    query_heads = getattr(text_config, "num_attention_heads", None)
+    if size == 1 or not isinstance(query_heads, int):
+        return
+    kv_heads = getattr(text_config, "num_key_value_heads", None) or query_heads
+
+    def works(count: int) -> bool:
+        shared = kv_heads % count == 0 or count % kv_heads == 0
+        return query_heads % count == 0 and shared
+
+    if not works(size):
+        sizes = [str(count) for count in range(1, query_heads + 1) if works(count)]
+        raise ConfigError(
+            f"--tensor-parallel-size {size} cannot share out the {query_heads} attention heads "
+            f"and {kv_heads} KV heads of this model; sizes that can: {', '.join(sizes)}",
+            parameter="tensor_parallel_size",
+            value=size,
+        )
 
 
 def kv_bytes_per_token(

@@ -18,7 +18,7 @@ from vllm.entrypoints.chat_utils import (
     render_chat,
     resolve_chat_template,
 )
-from vllm.errors import UnsupportedError, VLLMValidationError
+from vllm.errors import UnsupportedError, VLLMError, VLLMValidationError
 from vllm.inputs import PromptType
 from vllm.logprobs import Logprob
 from vllm.outputs import RequestOutput
@@ -49,6 +49,7 @@ class LLM:
         self.llm_engine = LLMEngine.from_engine_args(args)
         self._request_ids = itertools.count()
         self._turn = threading.Lock()
+        self._asleep = False
         self._finalizer = weakref.finalize(self, self.llm_engine.shutdown)
 
     def shutdown(self) -> None:
@@ -254,6 +255,8 @@ class LLM:
         use_tqdm: Progress,
         priority: Sequence[int] | None,
     ) -> list[RequestOutput]:
+        if self._asleep:
+            raise VLLMError("the engine sleeps; call wake_up() first")
         engine = self.llm_engine
         request_ids = [str(next(self._request_ids)) for _ in prompts]
         outputs: dict[str, RequestOutput] = {}
@@ -279,6 +282,41 @@ class LLM:
         """Forget cached prefixes; False where running requests still hold blocks."""
         with self._turn:
             return self.llm_engine.reset_prefix_cache()
+
+    def sleep(self, level: int = 1, mode: str = "abort") -> None:
+        """Give back the memory of the KV cache, and at level 2 of the weights, until ``wake_up``.
+
+        Needs ``enable_sleep_mode=True``. Cached prefixes are forgotten.
+
+        Raises:
+            EngineGenerateError: no such level, or the engine has no sleep mode.
+            UnsupportedError: another ``mode`` than "abort": no requests are left between calls.
+        """
+        if mode != "abort":
+            raise UnsupportedError(
+                f"mode {mode!r} is not supported; 'abort' is", parameter="mode", value=mode
+            )
+        with self._turn:
+            self.llm_engine.sleep(level)
+            self._asleep = True
+
+    def wake_up(self, tags: list[str] | None = None) -> None:
+        """Have the memory of ``tags`` ("weights", "kv_cache") again, by default of all.
+
+        Weights are read from the checkpoint again where they were dropped. Generation goes on
+        once everything is there.
+
+        Raises:
+            EngineGenerateError: an unknown tag.
+        """
+        with self._turn:
+            self.llm_engine.wake_up(tags)
+            self._asleep = self.llm_engine.is_sleeping()
+
+    def is_sleeping(self) -> bool:
+        """Whether ``sleep`` has been called, and ``wake_up`` not yet for all."""
+        with self._turn:
+            return self.llm_engine.is_sleeping()
 
     def get_metrics(self) -> list[Metric]:
         """The metrics that a server shows at /metrics, as values.

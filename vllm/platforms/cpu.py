@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform as host
+import sys
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -86,7 +87,8 @@ class CpuPlatform(Platform):
     # Small enough that a shared prefix is found to within 31 tokens; the kernels gather pages of
     # 16 tokens at the speed of larger ones.
     default_block_size = 32
-    attention_backend_priority = ("CPU_ATTN", "TORCH_REF")
+    has_sleep_mode = sys.platform == "linux"
+    attention_backend_priority = ("CPU_ATTN", "CPU_MLA", "TORCH_REF", "TORCH_REF_MLA")
 
     @classmethod
     def prepare_environment(cls) -> None:

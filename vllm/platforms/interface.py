@@ -55,6 +55,8 @@ class Platform:
     units busy, and no more than other requests can wait for."""
     runs_beside_host: ClassVar[bool] = False
     """A step runs while the host prepares the next one."""
+    has_sleep_mode: ClassVar[bool] = False
+    """Its workers can give their memory back and go on later."""
     supported_dtype_names: ClassVar[tuple[str, ...]] = ("bfloat16", "float16", "float32")
     """Model dtypes, best first."""
     attention_backend_priority: ClassVar[tuple[str, ...]] = ()

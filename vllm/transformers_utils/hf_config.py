@@ -12,6 +12,10 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from vllm.errors import ConfigError
+from vllm.transformers_utils.linear_attention_model_types import (
+    LINEAR_ATTENTION_DEFAULTS,
+    LINEAR_ATTENTION_FINISHERS,
+)
 from vllm.transformers_utils.model_types import DEFAULTS, FINISHERS
 
 __all__ = ["HFConfig", "derive_max_model_len", "fill_in_config", "uniform_sliding_window"]
@@ -77,6 +81,7 @@ MODEL_TYPE_DEFAULTS: dict[str, dict[str, Any]] = {
     "qwen2": _QWEN2,
     "qwen3": _QWEN3,
     **DEFAULTS,
+    **LINEAR_ATTENTION_DEFAULTS,
 }
 """Defaults of the transformers configuration class of each model type."""
 
@@ -151,8 +156,9 @@ def _fill_in(values: dict[str, Any]) -> dict[str, Any]:
         values["head_dim"] = _derive_head_dim(values)
     if model_type in ("qwen2", "qwen3"):
         _set_qwen_windows(values)
-    if model_type in FINISHERS:
-        FINISHERS[model_type](values)
+    finish = FINISHERS.get(model_type or "") or LINEAR_ATTENTION_FINISHERS.get(model_type or "")
+    if finish is not None:
+        finish(values)
     if "rope_theta" in values or values.get("rope_parameters"):
         _set_rope_parameters(values)
     dtype = values.get("dtype") or values.get("torch_dtype")
@@ -229,7 +235,8 @@ def _set_rope_parameters(values: dict[str, Any]) -> None:
 
     A model whose kinds of layers have a RoPE each has them by kind in ``rope_parameters``.
     """
-    if isinstance((values.get("rope_parameters") or {}).get("full_attention"), dict):
+    by_kind = values.get("rope_parameters") or {}
+    if isinstance(by_kind.get("full_attention") or by_kind.get("main"), dict):
         values["rope_scaling"] = None
         return
     given = values.get("rope_parameters") or values.get("rope_scaling") or {}

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 from vllm.errors import ConfigError, UnsupportedError
+from vllm.transformers_utils.state_model_types import STATE_DEFAULTS, STATE_FINISHERS
 
 __all__ = ["DEFAULTS", "FINISHERS"]
 
@@ -159,7 +160,102 @@ _LLAMA4: Values = {
     "use_qk_norm": True,
     "vocab_size": 202048,
 }
+_DEEPSEEK: Values = {
+    **_COMMON,
+    "kv_lora_rank": 512,
+    "moe_layer_freq": 1,
+    "num_nextn_predict_layers": None,
+    "q_lora_rank": 1536,
+    "qk_nope_head_dim": 128,
+    "qk_rope_head_dim": 64,
+    "rope_interleave": True,
+    "v_head_dim": 128,
+}
+_DEEPSEEK_V2: Values = {
+    **_DEEPSEEK,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "first_k_dense_replace": 0,
+    "hidden_size": 4096,
+    "intermediate_size": 11008,
+    "max_position_embeddings": 2048,
+    "mlp_bias": False,
+    "moe_intermediate_size": 1407,
+    "n_group": None,
+    "n_routed_experts": 64,
+    "n_shared_experts": 2,
+    "norm_topk_prob": False,
+    "num_attention_heads": 32,
+    "num_experts_per_tok": None,
+    "num_hidden_layers": 32,
+    "routed_scaling_factor": 1.0,
+    "scoring_func": "softmax",
+    "topk_group": None,
+    "topk_method": "greedy",
+    "vocab_size": 102400,
+}
+_DEEPSEEK_V3: Values = {
+    **_DEEPSEEK,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "first_k_dense_replace": 3,
+    "hidden_size": 7168,
+    "intermediate_size": 18432,
+    "max_position_embeddings": 4096,
+    "moe_intermediate_size": 2048,
+    "n_group": 8,
+    "n_routed_experts": 256,
+    "n_shared_experts": 1,
+    "norm_topk_prob": True,
+    "num_attention_heads": 128,
+    "num_experts_per_tok": 8,
+    "num_hidden_layers": 61,
+    "num_key_value_heads": 128,
+    "num_nextn_predict_layers": 1,
+    "routed_scaling_factor": 2.5,
+    "scoring_func": "sigmoid",
+    "topk_group": 4,
+    "topk_method": "noaux_tc",
+    "vocab_size": 129280,
+}
+_DEEPSEEK_V4: Values = {
+    **_COMMON,
+    "bos_token_id": 0,
+    "compress_rope_theta": 160000.0,
+    "eos_token_id": 1,
+    "hc_eps": 1e-6,
+    "hc_mult": 4,
+    "hc_sinkhorn_iters": 20,
+    "head_dim": 512,
+    "hidden_size": 4096,
+    "index_head_dim": 128,
+    "index_n_heads": 64,
+    "index_topk": 512,
+    "max_position_embeddings": 1048576,
+    "mlp_bias": False,
+    "mlp_layer_types": None,
+    "moe_intermediate_size": 2048,
+    "n_routed_experts": 256,
+    "n_shared_experts": 1,
+    "norm_topk_prob": True,
+    "num_attention_heads": 64,
+    "num_experts_per_tok": 6,
+    "num_hidden_layers": 43,
+    "num_key_value_heads": 1,
+    "num_nextn_predict_layers": 1,
+    "o_groups": 8,
+    "o_lora_rank": 1024,
+    "q_lora_rank": 1024,
+    "routed_scaling_factor": 1.5,
+    "scoring_func": "sqrtsoftplus",
+    "sliding_window": 128,
+    "swiglu_limit": 10.0,
+    "vocab_size": 129280,
+}
 DEFAULTS: dict[str, Values] = {
+    "deepseek_v4": _DEEPSEEK_V4,
+    "deepseek_v2": _DEEPSEEK_V2,
+    "deepseek_v3": _DEEPSEEK_V3,
     "gemma2": _GEMMA2,
     "gemma3_text": _GEMMA3,
     "mixtral": _MIXTRAL,
@@ -167,6 +263,7 @@ DEFAULTS: dict[str, Values] = {
     "qwen3_moe": _QWEN3_MOE,
     "gpt_oss": _GPT_OSS,
     "llama4_text": _LLAMA4,
+    **STATE_DEFAULTS,
 }
 """Defaults of the transformers configuration class of each model type."""
 
@@ -282,7 +379,90 @@ def _finish_llama4(values: Values) -> None:
             )
 
 
+def _finish_deepseek(values: Values) -> None:
+    """Attention needs no ``head_dim``; where one is asked for, it is that of RoPE."""
+    values["head_dim"] = values["qk_rope_head_dim"]
+    routed = values.get("num_experts") or values.get("num_local_experts")
+    if routed is not None:
+        values["n_routed_experts"] = routed
+
+
+_COMPRESSIONS = {0: "sliding_attention", 4: "compressed_sparse_attention"}
+_HEAVILY_COMPRESSED = "heavily_compressed_attention"
+
+
+def _finish_deepseek_v4(values: Values) -> None:
+    """Kinds of layers and tokens of a compressed latent from each other; a RoPE for windows and one
+    for compressed latents.
+    """
+    count = values["num_hidden_layers"]
+    ratios = values.get("compress_ratios")
+    rates = {"compressed_sparse_attention": 4, _HEAVILY_COMPRESSED: 128}
+    rates |= values.get("compress_rates") or {}
+    for kind, name in (
+        ("compressed_sparse_attention", "compress_rate_csa"),
+        (_HEAVILY_COMPRESSED, "compress_rate_hca"),
+    ):
+        rates[kind] = values.get(name) or rates[kind]
+    if values["layer_types"] is None and ratios is not None:
+        values["layer_types"] = [_COMPRESSIONS.get(r, _HEAVILY_COMPRESSED) for r in ratios]
+    if values["layer_types"] is None:
+        values["layer_types"] = [
+            "compressed_sparse_attention" if i % 2 and i > 1 else _HEAVILY_COMPRESSED
+            for i in range(count)
+        ]
+    values["layer_types"] = values["layer_types"][:count]
+    values["compress_rates"] = rates
+    values["compress_ratios"] = [rates.get(kind, 0) for kind in values["layer_types"]]
+    if rates["compressed_sparse_attention"] != 4:
+        raise UnsupportedError(
+            "config.json: compress_rates.compressed_sparse_attention must be 4", parameter="model"
+        )
+    if values["mlp_layer_types"] is None:
+        hashed = values.get("num_hash_layers", 3)
+        values["mlp_layer_types"] = ["hash_moe" if i < hashed else "moe" for i in range(count)]
+    for name in ("layer_types", "mlp_layer_types"):
+        if len(values[name]) < count:
+            raise ConfigError(
+                f"config.json: {name} names {len(values[name])} layers, but num_hidden_layers is "
+                f"{count}"
+            )
+    rotated = values.get("qk_rope_head_dim")
+    share = values.get("partial_rotary_factor")
+    if share is None:
+        share = rotated / values["head_dim"] if rotated else 64 / 512
+    values["partial_rotary_factor"] = share
+    values["qk_rope_head_dim"] = int(values["head_dim"] * share)
+    _set_compressed_ropes(values, share)
+
+
+def _set_compressed_ropes(values: Values, share: float) -> None:
+    given = dict(values.get("rope_parameters") or values.get("rope_scaling") or {})
+    if "main" not in given or "compress" not in given:
+        if "type" in given:
+            given["rope_type"] = given.pop("type")
+        scaled = {
+            "rope_type": "default",
+            **given,
+            "rope_theta": values["compress_rope_theta"],
+            "partial_rotary_factor": share,
+        }
+        if scaled["rope_type"] == "yarn":
+            scaled.setdefault("attention_factor", 1.0)
+            scaled.setdefault("original_max_position_embeddings", values["max_position_embeddings"])
+        plain = {
+            "rope_type": "default",
+            "rope_theta": values["rope_theta"],
+            "partial_rotary_factor": share,
+        }
+        given = {"main": plain, "compress": scaled}
+    values["rope_parameters"] = {name: dict(given[name]) for name in ("main", "compress")}
+
+
 FINISHERS: dict[str, Callable[[Values], None]] = {
+    "deepseek_v4": _finish_deepseek_v4,
+    "deepseek_v2": _finish_deepseek,
+    "deepseek_v3": _finish_deepseek,
     "gemma2": _finish_gemma2,
     "gemma3_text": _finish_gemma3,
     "mixtral": _set_experts,
@@ -290,5 +470,6 @@ FINISHERS: dict[str, Callable[[Values], None]] = {
     "qwen3_moe": _finish_qwen3_moe,
     "gpt_oss": _finish_gpt_oss,
     "llama4_text": _finish_llama4,
+    **STATE_FINISHERS,
 }
 """Complete a configuration of this model type, in place, before its rotary settings are."""

@@ -45,7 +45,11 @@ class KvPlanArgs:
         [], _GROUP, Kind.LIST, "Names of layers that keep the model's dtype."
     )
     block_size: int | None = arg(
-        None, _GROUP, Kind.INT, "Tokens of a block; kept as it is, or refused.", minimum=1
+        None,
+        _GROUP,
+        Kind.INT,
+        "Tokens of a block; multiplied only where states beside it need it.",
+        minimum=1,
     )
     memory: int = arg(
         _DEFAULT_MEMORY,
@@ -227,7 +231,7 @@ def plan(args: argparse.Namespace) -> tuple[KVCacheConfig, VllmConfig]:
     specs = declare_kv_caches(vllm_config)
     movement: CacheMovement | None = movement_of(args.connector) if args.connector else None
     limits = _constraints(args.attention_backend, specs)
-    if args.max_model_len is None:
+    if args.max_model_len is None and any(spec.page_size_bytes for spec in specs.values()):
         resolved = resolve_layout(specs, vllm_config, limits, movement)
         num_blocks = args.memory // resolved.grouping.bytes_per_block
         fits = longest_that_fits(resolved, vllm_config, num_blocks)

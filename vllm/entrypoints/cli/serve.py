@@ -26,6 +26,15 @@ class ServeArgs:
         Kind.STR,
         "YAML file of options, such as 'max-model-len: 4096'; options given here win over it.",
     )
+    api_server_count: int | None = arg(
+        None,
+        "top level",
+        Kind.INT,
+        "API server processes that share the port, in front of one engine; default 1. Several "
+        "log no statistics: each sees a part; /metrics shows all.",
+        short="-asc",
+        minimum=1,
+    )
     log_level: str | None = arg(
         None,
         "LoggingConfig",

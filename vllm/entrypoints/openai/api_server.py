@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
     from vllm.v1.engine.async_llm import AsyncLLM
 
-__all__ = ["StartupStop", "build_app", "run_server"]
+__all__ = ["StartupStop", "build_app", "check_options", "run_server"]
 
 logger = init_logger(__name__)
 
@@ -112,7 +112,7 @@ def build_app(engine: AsyncLLM, frontend: FrontendArgs | None = None) -> FastAPI
     return make_app(make_context(engine, frontend or FrontendArgs()))
 
 
-def _check_options(frontend: FrontendArgs) -> None:
+def check_options(frontend: FrontendArgs) -> None:
     """Refuse what cannot work before anything is loaded.
 
     Raises:
@@ -169,7 +169,7 @@ def run_server(args: argparse.Namespace) -> int:
     """
     begin = time.monotonic()
     frontend = FrontendArgs.from_namespace(args)
-    _check_options(frontend)
+    check_options(frontend)
     sock = (
         _bind_unix(frontend.uds)
         if frontend.uds
@@ -181,6 +181,16 @@ def run_server(args: argparse.Namespace) -> int:
         logger.info("Starting the server for %s%s", address, where)
         stop = StartupStop()
         previous = signal.signal(signal.SIGTERM, stop)
+        count = getattr(args, "api_server_count", None) or 1
+        if count > 1:
+            from vllm.entrypoints.openai.api_server_group import run_group
+
+            try:
+                return run_group(
+                    AsyncEngineArgs.from_cli_args(args), frontend, count, sock, address, begin
+                )
+            finally:
+                signal.signal(signal.SIGTERM, previous)
         imports = threading.Thread(target=import_module, args=(_HTTP_STACK,), daemon=True)
         imports.start()
         from vllm.v1.engine.async_llm import AsyncLLM

@@ -13,8 +13,10 @@ from pydantic.json_schema import models_json_schema
 from starlette.exceptions import HTTPException
 
 import vllm
+import vllm.envs as envs
 from vllm.entrypoints.openai.chat_prompts import ChatPrompts
 from vllm.entrypoints.openai.cli_args import FrontendArgs
+from vllm.entrypoints.openai.dev_routes import add_dev_routes
 from vllm.entrypoints.openai.errors import APIError, ErrorResponse, error_response
 from vllm.entrypoints.openai.http import parse_request, read_object, validate
 from vllm.entrypoints.openai.metrics import HTTPMetricsMiddleware, metrics_response
@@ -44,7 +46,7 @@ from vllm.entrypoints.openai.serving_engine import ServerContext
 from vllm.entrypoints.openai.serving_tokenization import OpenAIServingTokenization
 from vllm.errors import EngineDeadError, VLLMError, VLLMValidationError
 from vllm.logger import init_logger
-from vllm.v1.metrics.prometheus import get_prometheus_registry
+from vllm.v1.metrics.prometheus import get_process_registry, get_prometheus_registry
 
 __all__ = ["make_app"]
 
@@ -244,7 +246,7 @@ def _add_layers(app: FastAPI, context: ServerContext) -> None:
         app.add_middleware(RequestIdMiddleware)
     limit = frontend.h11_max_header_count or _DEFAULT_HEADER_LIMIT
     app.add_middleware(HeaderLimitMiddleware, limit=limit)
-    app.add_middleware(HTTPMetricsMiddleware, registry=get_prometheus_registry())
+    app.add_middleware(HTTPMetricsMiddleware, registry=get_process_registry())
 
 
 class _App(FastAPI):
@@ -293,6 +295,8 @@ def make_app(context: ServerContext) -> FastAPI:
     _add_model_routes(app, context)
     _add_generation_routes(app, context, prompts)
     _add_tokenizer_routes(app, context, prompts)
+    if envs.VLLM_SERVER_DEV_MODE:
+        add_dev_routes(app, context)
     _add_error_handlers(app, frontend.log_error_stack)
     _add_layers(app, context)
     for route in app.routes:

@@ -8,6 +8,7 @@ import contextlib
 import copy
 import gc
 import logging
+import os
 import signal
 import socket
 import ssl
@@ -66,22 +67,36 @@ class _Lifetime:
     at once.
     """
 
-    def __init__(self, server: _Server, context: ServerContext) -> None:
+    def __init__(
+        self, server: _Server, context: ServerContext, control_fd: int | None = None
+    ) -> None:
         self._server = server
         self._context = context
+        self._control_fd = control_fd
         self._tasks: set[asyncio.Task[None]] = set()
         self.exit_status = 0
 
     def begin(self) -> None:
         loop = asyncio.get_running_loop()
-        for signum in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(signum, self._on_signal, signum)
+        if self._control_fd is not None:
+            loop.add_reader(self._control_fd, self._on_control, self._control_fd)
+        else:
+            for signum in (signal.SIGTERM, signal.SIGINT):
+                loop.add_signal_handler(signum, self._on_signal, signum)
         self._start(self._watch_engine())
 
     def _start(self, work: Any) -> None:
         task = asyncio.ensure_future(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+
+    def _on_control(self, fd: int) -> None:
+        """The parent passes signals on, a byte each."""
+        numbers = os.read(fd, 16)
+        if not numbers:
+            asyncio.get_running_loop().remove_reader(fd)
+        for signum in numbers:
+            self._on_signal(signum)
 
     def _on_signal(self, signum: int) -> None:
         name = signal.Signals(signum).name
@@ -147,7 +162,12 @@ def _uvicorn_config(app: Any, frontend: FrontendArgs) -> uvicorn.Config:
 
 
 async def _serve(
-    engine: AsyncLLM, frontend: FrontendArgs, sock: socket.socket, address: str, begin: float
+    engine: AsyncLLM,
+    frontend: FrontendArgs,
+    sock: socket.socket,
+    address: str,
+    begin: float,
+    control_fd: int | None,
 ) -> int:
     context = make_context(engine, frontend)
     config = _uvicorn_config(make_app(context), frontend)
@@ -157,7 +177,7 @@ async def _serve(
     # uvicorn's own lines at start and end say less than ours.
     logging.getLogger("uvicorn.error").addFilter(_is_worth_a_line)
     server = _Server(config)
-    lifetime = _Lifetime(server, context)
+    lifetime = _Lifetime(server, context, control_fd)
     lifetime.begin()
     # What start-up made stays; the collector need not look at it again.
     gc.collect()
@@ -175,16 +195,24 @@ def _is_worth_a_line(record: logging.LogRecord) -> bool:
 
 
 def serve(
-    engine: AsyncLLM, frontend: FrontendArgs, sock: socket.socket, address: str, begin: float
+    engine: AsyncLLM,
+    frontend: FrontendArgs,
+    sock: socket.socket,
+    address: str,
+    begin: float,
+    *,
+    control_fd: int | None = None,
 ) -> int:
     """Serve ``engine`` on ``sock`` until a signal or its death; returns the exit status.
 
     Args:
         address: ``sock``'s, for the log.
         begin: ``time.monotonic()`` when the command began.
+        control_fd: where signals come from instead of the system, a byte each: the server is one
+            of several, and their parent decides what a signal means.
 
     Raises:
         ConfigError: an option cannot be used.
     """
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        return runner.run(_serve(engine, frontend, sock, address, begin))
+        return runner.run(_serve(engine, frontend, sock, address, begin, control_fd))

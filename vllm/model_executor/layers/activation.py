@@ -9,7 +9,7 @@ from torch import nn
 from vllm import _custom_ops as ops
 from vllm.errors import UnsupportedError
 
-__all__ = ["GeluAndMul", "SiluAndMul", "SwigluOAI", "get_gated_activation"]
+__all__ = ["ClampedSiluAndMul", "GeluAndMul", "SiluAndMul", "SwigluOAI", "get_gated_activation"]
 
 
 class SiluAndMul(nn.Module):
@@ -17,6 +17,21 @@ class SiluAndMul(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return ops.silu_and_mul(x)
+
+
+class ClampedSiluAndMul(nn.Module):
+    """``silu(gate) * up``: the gate at most ``limit``, ``up`` within ``[-limit, limit]``."""
+
+    def __init__(self, limit: float) -> None:
+        super().__init__()
+        self.limit = limit
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        gate, up = x.chunk(2, dim=-1)
+        return F.silu(gate.clamp(max=self.limit)).mul_(up.clamp(-self.limit, self.limit))
+
+    def extra_repr(self) -> str:
+        return f"limit={self.limit}"
 
 
 class GeluAndMul(nn.Module):

@@ -16,6 +16,7 @@ from vllm.errors import ConfigError
 from vllm.v1.kv_cache.attention_specs import (
     KVCacheSpec,
 )
+from vllm.v1.kv_cache.content import check_counts
 from vllm.v1.kv_cache.declare import (
     attention_spec,
     cross_attention_spec,
@@ -23,7 +24,12 @@ from vllm.v1.kv_cache.declare import (
     latent_spec,
     state_spec,
 )
-from vllm.v1.kv_cache.latent_specs import MLAAttentionSpec, SlidingWindowMLASpec
+from vllm.v1.kv_cache.declare_compressed import (
+    compressed_latent_spec,
+    compressor_spec,
+    index_key_spec,
+    window_latent_spec,
+)
 from vllm.v1.kv_cache.state_shapes import MambaStateShapeCalculator, StateShapes
 
 if TYPE_CHECKING:
@@ -70,6 +76,30 @@ class _Declaring:
         width = self.get("head_dim", "attention_head_dim")
         return width or self.need("hidden_size", "d_model") // self.num_heads
 
+    def kinds(self, field: str, *known: Any) -> list[Any] | None:
+        """What ``field`` says each layer is, one of ``known``; None where it is absent.
+
+        Raises:
+            ConfigError: it names another kind, or too few layers.
+        """
+        values = self.get(field)
+        if values is None:
+            return None
+        unknown = sorted({str(value) for value in values if value not in known})
+        if unknown:
+            raise ConfigError(
+                f"config.json: {field} names {', '.join(unknown)}; known: "
+                f"{', '.join(map(str, known))}",
+                parameter="model",
+            )
+        if len(values) < self.num_layers:
+            raise ConfigError(
+                f"config.json: {field} names {len(values)} layers, num_hidden_layers "
+                f"{self.num_layers}",
+                parameter="model",
+            )
+        return list(values)[: self.num_layers]
+
     @property
     def num_heads(self) -> int:
         return self.need("num_attention_heads", "decoder_attention_heads", "num_heads")
@@ -114,7 +144,7 @@ class _Declaring:
 
 def _decoder(model: _Declaring) -> Specs:
     """Attention in every layer; full, windowed or chunked as ``layer_types`` says."""
-    kinds = model.get("layer_types")
+    kinds = model.kinds("layer_types", "full_attention", "sliding_attention", "chunked_attention")
     window, chunk = model.get("sliding_window"), model.get("attention_chunk_size")
     for i in range(model.num_layers):
         kind = kinds[i] if kinds else "sliding_attention" if window else "full_attention"
@@ -135,69 +165,45 @@ def _latent_decoder(model: _Declaring) -> Specs:
         )
 
 
-# Of the caches of a compressed layer: tokens of a block, and bytes that pages are aligned to.
-_LATENT_BLOCK, _WINDOW_BLOCK, _ROW_ALIGNMENT = 256, 64, 576
-
-
 def _deepseek_v4(model: _Declaring) -> Specs:
     """Window in every layer; where ``compress_ratios`` is not 0, compressed latents and the window
     of uncompressed states that they are made from; at ratio 4 an indexer with both of its own.
     """
-    width = model.head_dim
-    window = model.need("sliding_window")
-    packed: dict[str, Any] = {
-        "dtype": "uint8",
-        "cache_dtype_str": "fp8_ds_mla",
-        "model_version": "deepseek_v4",
-    }
-    for i, ratio in enumerate(model.need("compress_ratios")[: model.num_layers]):
+    config, width = model.vllm_config, model.head_dim
+    ratios = model.need("compress_ratios")
+    if len(ratios) < model.num_layers:
+        raise ConfigError(
+            f"config.json: compress_ratios names {len(ratios)} layers, num_hidden_layers "
+            f"{model.num_layers}",
+            parameter="model",
+        )
+    for i, ratio in enumerate(ratios[: model.num_layers]):
         prefix = f"model.layers.{i}.attn"
-        yield SlidingWindowMLASpec(
-            block_size=_WINDOW_BLOCK,
-            num_kv_heads=1,
-            head_size=width,
-            sliding_window=window,
-            alignment=_ROW_ALIGNMENT,
-            layer_name=f"{prefix}.swa_cache",
-            **packed,
+        yield window_latent_spec(
+            config, f"{prefix}.swa_cache", width=width, window=model.need("sliding_window")
         )
         if not ratio:
             continue
-        yield MLAAttentionSpec(
-            block_size=_LATENT_BLOCK,
-            num_kv_heads=1,
-            head_size=width,
-            compress_ratio=ratio,
-            alignment=_ROW_ALIGNMENT,
-            layer_name=f"{prefix}.mla_cache",
-            **packed,
+        overlaps = ratio == 4
+        yield compressed_latent_spec(config, f"{prefix}.mla_cache", width=width, ratio=ratio)
+        yield compressor_spec(
+            f"{prefix}.compressor.state_cache", width=width, ratio=ratio, overlaps=overlaps
         )
-        yield _compressor(f"{prefix}.compressor.state_cache", ratio, width)
-        if ratio == 4:
-            indexer = model.need("index_head_dim")
-            yield MLAAttentionSpec(
-                block_size=_LATENT_BLOCK,
-                num_kv_heads=1,
-                head_size=indexer + 4,
-                dtype="uint8",
-                compress_ratio=ratio,
-                layer_name=f"{prefix}.indexer.k_cache",
+        if overlaps:
+            index = model.need("index_head_dim")
+            yield index_key_spec(
+                config,
+                f"{prefix}.indexer.k_cache",
+                width=index,
+                ratio=ratio,
+                latent_width=width,
             )
-            yield _compressor(f"{prefix}.indexer.compressor.state_cache", ratio, indexer)
-
-
-def _compressor(name: str, ratio: int, width: int) -> KVCacheSpec:
-    """Windows overlap at ratio 4: two of them, and the states of both."""
-    overlap = 2 if ratio == 4 else 1
-    return SlidingWindowMLASpec(
-        block_size=4 if ratio == 4 else 8,
-        num_kv_heads=1,
-        head_size=2 * overlap * width,
-        dtype="float32",
-        sliding_window=overlap * ratio,
-        alignment=_ROW_ALIGNMENT if width == 512 else None,
-        layer_name=name,
-    )
+            yield compressor_spec(
+                f"{prefix}.indexer.compressor.state_cache",
+                width=index,
+                ratio=ratio,
+                overlaps=overlaps,
+            )
 
 
 def _mamba1(model: _Declaring) -> Specs:
@@ -215,6 +221,7 @@ def _mamba2(model: _Declaring) -> Specs:
 
 def _jamba(model: _Declaring) -> Specs:
     period, offset = model.need("attn_layer_period"), model.need("attn_layer_offset")
+    check_counts("config.json: ", attn_layer_period=period)
     for i in range(model.num_layers):
         if i % period == offset:
             yield model.attention(f"model.layers.{i}.self_attn.attn", model.get("sliding_window"))
@@ -225,10 +232,11 @@ def _jamba(model: _Declaring) -> Specs:
 
 def _mamba2_or_attention(model: _Declaring) -> Specs:
     """Bamba and Granite 4: ``layer_types`` or ``attn_layer_indices`` say which layers attend."""
-    kinds, attending = model.get("layer_types"), model.get("attn_layer_indices", default=())
+    kinds = model.kinds("layer_types", "attention", "mamba", "mamba2")
+    attending = model.get("attn_layer_indices", default=())
     inner = model.need("mamba_expand") * model.need("hidden_size")
     for i in range(model.num_layers):
-        if (kinds[i] == "attention") if kinds else (i in attending):
+        if (kinds[i] in ("attention", "full_attention")) if kinds else (i in attending):
             yield model.attention(f"model.layers.{i}.self_attn.attn")
         else:
             heads, width = model.need("mamba_n_heads"), model.need("mamba_d_head")
@@ -239,7 +247,9 @@ def _mamba2_or_attention(model: _Declaring) -> Specs:
 
 def _nemotron_h(model: _Declaring) -> Specs:
     heads, width = model.need("mamba_num_heads"), model.need("mamba_head_dim")
-    for i, kind in enumerate(model.need("hybrid_override_pattern")):
+    # Layers marked - (an MLP) or E (experts) keep nothing.
+    model.need("hybrid_override_pattern")
+    for i, kind in enumerate(model.kinds("hybrid_override_pattern", *"M*-E") or ()):
         if kind == "*":
             yield model.attention(f"model.layers.{i}.mixer.attn")
         elif kind == "M":
@@ -248,7 +258,8 @@ def _nemotron_h(model: _Declaring) -> Specs:
 
 def _zamba2(model: _Declaring) -> Specs:
     """A state in every layer; hybrid layers attend too, over two hidden states side by side."""
-    kinds = model.need("layers_block_type")
+    model.need("layers_block_type")
+    kinds = model.kinds("layers_block_type", "mamba", "hybrid") or ()
     inner = model.need("mamba_expand") * model.need("hidden_size")
     heads = model.need("n_mamba_heads")
     for i in range(model.num_layers):
@@ -274,11 +285,12 @@ def _falcon_h1(model: _Declaring) -> Specs:
 
 def _qwen3_next(model: _Declaring) -> Specs:
     interval = model.get("full_attention_interval", default=4)
-    kinds = model.get("layer_types") or [
+    check_counts("config.json: ", full_attention_interval=interval)
+    kinds = model.kinds("layer_types", "full_attention", "linear_attention") or [
         "linear_attention" if (i + 1) % interval else "full_attention"
         for i in range(model.num_layers)
     ]
-    for i, kind in enumerate(kinds[: model.num_layers]):
+    for i, kind in enumerate(kinds):
         if kind == "full_attention":
             yield model.attention(f"model.layers.{i}.self_attn.attn")
             continue
@@ -295,10 +307,10 @@ def _qwen3_next(model: _Declaring) -> Specs:
 
 def _lfm2(model: _Declaring) -> Specs:
     attending = model.get("full_attn_idxs", default=())
-    kinds = model.get("layer_types") or [
+    kinds = model.kinds("layer_types", "full_attention", "conv") or [
         "full_attention" if i in attending else "conv" for i in range(model.num_layers)
     ]
-    for i, kind in enumerate(kinds[: model.num_layers]):
+    for i, kind in enumerate(kinds):
         if kind == "full_attention":
             yield model.attention(f"model.layers.{i}.self_attn.attn")
             continue
@@ -312,10 +324,12 @@ def _lfm2(model: _Declaring) -> Specs:
 
 def _minimax(model: _Declaring) -> Specs:
     """Linear attention but for the layers that ``attn_type_list`` (or ``layer_types``) names."""
-    kinds = model.get("attn_type_list")
+    kinds = model.kinds("attn_type_list", 0, 1)
     if kinds is None:
-        kinds = [int(kind == "full_attention") for kind in model.need("layer_types")]
-    for i, kind in enumerate(kinds[: model.num_layers]):
+        model.need("layer_types")
+        named = model.kinds("layer_types", "full_attention", "linear_attention") or ()
+        kinds = [int(kind == "full_attention") for kind in named]
+    for i, kind in enumerate(kinds):
         if kind == 1:
             yield model.attention(f"model.layers.{i}.self_attn.attn")
             continue
@@ -355,6 +369,7 @@ _DECLARATIONS: dict[str, Callable[[_Declaring], Specs]] = {
     "GraniteMoeHybridForCausalLM": _mamba2_or_attention,
     "JambaForCausalLM": _jamba,
     "Lfm2ForCausalLM": _lfm2,
+    "Lfm2MoeForCausalLM": _lfm2,
     "Llama4ForCausalLM": _decoder,
     "Llama4ForConditionalGeneration": _decoder,
     "LlamaForCausalLM": _decoder,

@@ -286,7 +286,7 @@ class LlamaModel(HotModule):
         *,
         vllm_config: VllmConfig,
         prefix: str = "",
-        layer_cls: type[LlamaDecoderLayer] = LlamaDecoderLayer,
+        layer_cls: type[nn.Module] = LlamaDecoderLayer,
     ) -> None:
         super().__init__()
         config = vllm_config.model_config.hf_text_config
@@ -346,7 +346,7 @@ class LlamaForCausalLM(HotModule):
     """A ``LlamaModel`` with its output head."""
 
     model_cls: type[LlamaModel] = LlamaModel
-    layer_cls: type[LlamaDecoderLayer] = LlamaDecoderLayer
+    layer_cls: type[nn.Module] = LlamaDecoderLayer
     packed_modules_mapping = {
         "qkv_proj": ["q_proj", "k_proj", "v_proj"],
         "gate_up_proj": ["gate_proj", "up_proj"],

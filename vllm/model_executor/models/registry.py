@@ -16,19 +16,31 @@ __all__ = ["ModelRegistry"]
 
 _MODELS = "vllm.model_executor.models"
 _BUILT_IN: dict[str, str] = {
+    "BambaForCausalLM": f"{_MODELS}.bamba:BambaForCausalLM",
+    "FalconMambaForCausalLM": f"{_MODELS}.mamba:FalconMambaForCausalLM",
+    "DeepseekV2ForCausalLM": f"{_MODELS}.deepseek_v2:DeepseekV2ForCausalLM",
+    "DeepseekV3ForCausalLM": f"{_MODELS}.deepseek_v2:DeepseekV3ForCausalLM",
+    "DeepseekV4ForCausalLM": f"{_MODELS}.deepseek_v4:DeepseekV4ForCausalLM",
     "Gemma2ForCausalLM": f"{_MODELS}.gemma2:Gemma2ForCausalLM",
     "Gemma3ForCausalLM": f"{_MODELS}.gemma3:Gemma3ForCausalLM",
     "Gemma3ForConditionalGeneration": f"{_MODELS}.gemma3:Gemma3ForConditionalGeneration",
     "GptOssForCausalLM": f"{_MODELS}.gpt_oss:GptOssForCausalLM",
+    "Lfm2ForCausalLM": f"{_MODELS}.lfm2:Lfm2ForCausalLM",
+    "Lfm2MoeForCausalLM": f"{_MODELS}.lfm2:Lfm2MoeForCausalLM",
     "Llama4ForCausalLM": f"{_MODELS}.llama4:Llama4ForCausalLM",
     "Llama4ForConditionalGeneration": f"{_MODELS}.llama4:Llama4ForConditionalGeneration",
     "LlamaForCausalLM": f"{_MODELS}.llama:LlamaForCausalLM",
+    "Mamba2ForCausalLM": f"{_MODELS}.mamba2:Mamba2ForCausalLM",
+    "MambaForCausalLM": f"{_MODELS}.mamba:MambaForCausalLM",
+    "MiniMaxForCausalLM": f"{_MODELS}.minimax_text_01:MiniMaxForCausalLM",
+    "MiniMaxText01ForCausalLM": f"{_MODELS}.minimax_text_01:MiniMaxText01ForCausalLM",
     "MistralForCausalLM": f"{_MODELS}.llama:MistralForCausalLM",
     "MixtralForCausalLM": f"{_MODELS}.mixtral:MixtralForCausalLM",
     "Qwen2ForCausalLM": f"{_MODELS}.qwen2:Qwen2ForCausalLM",
     "Qwen2MoeForCausalLM": f"{_MODELS}.qwen2_moe:Qwen2MoeForCausalLM",
     "Qwen3ForCausalLM": f"{_MODELS}.qwen3:Qwen3ForCausalLM",
     "Qwen3MoeForCausalLM": f"{_MODELS}.qwen3_moe:Qwen3MoeForCausalLM",
+    "Qwen3NextForCausalLM": f"{_MODELS}.qwen3_next:Qwen3NextForCausalLM",
 }
 
 

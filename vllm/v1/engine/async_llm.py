@@ -57,6 +57,9 @@ class AsyncLLM:
         self.stat_loggers = StatLoggerManager(self.vllm_config, self.client.facts, log=log_stats)
         publish_layout(self.client.facts.kv_cache_layout, self.vllm_config.instance_id, self)
         self._ids = itertools.count()
+        index = self.client.client_index
+        self._id_mark = f"{index}." if index else ""
+        """Two front ends of one engine may be asked for the same id."""
         self._stats_task: asyncio.Task[None] | None = None
         self._closed = False
 
@@ -165,7 +168,7 @@ class AsyncLLM:
         finished = False
         try:
             request, text = self.input_processor.process(
-                f"{request_id}-{next(self._ids):x}",
+                f"{request_id}-{self._id_mark}{next(self._ids):x}",
                 prompt,
                 sampling_params,
                 arrival_time=arrival_time,
@@ -173,6 +176,7 @@ class AsyncLLM:
                 cache_salt=cache_salt,
                 kv_transfer_params=kv_transfer_params,
             )
+            request.client_index = self.client.client_index
             self._add(request_id, request, text, queue, engine_ids)
             while not finished:
                 output = await queue.get()
@@ -291,6 +295,34 @@ class AsyncLLM:
 
     async def is_paused(self) -> bool:
         return await self.client.call_utility("is_paused")
+
+    async def sleep(self, level: int = 1, mode: str = "abort") -> None:
+        """Give memory back until ``wake_up``; new requests wait. See ``EngineCore.sleep``.
+
+        Args:
+            mode: what becomes of requests in flight: "abort" ends them, "wait" lets them end first.
+
+        Raises:
+            VLLMValidationError: an unknown mode.
+            EngineGenerateError: no such level, or an engine without sleep mode.
+        """
+        if mode not in ("abort", "wait"):
+            raise VLLMValidationError(
+                f"mode must be abort or wait, not {mode!r}", parameter="mode", value=mode
+            )
+        if mode == "wait":
+            await self.output_processor.wait_until_idle()
+        await self.client.call_utility("sleep", level)
+        self.stat_loggers.prometheus.record_sleep_state(level)
+
+    async def wake_up(self, tags: list[str] | None = None) -> None:
+        """See ``EngineCore.wake_up``."""
+        await self.client.call_utility("wake_up", tags)
+        if not await self.is_sleeping():
+            self.stat_loggers.prometheus.record_sleep_state(None)
+
+    async def is_sleeping(self) -> bool:
+        return await self.client.call_utility("is_sleeping")
 
     async def collective_rpc(self, method: str, args: tuple[Any, ...] = ()) -> list[Any]:
         """Call a public method of every worker; arguments and answers must be plain data."""

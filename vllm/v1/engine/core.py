@@ -33,9 +33,13 @@ from vllm.v1.executor.abstract import Executor
 from vllm.v1.request import Request, RequestStatus
 from vllm.v1.structured_output import StructuredOutputManager
 
-__all__ = ["EngineCore"]
+__all__ = ["SLEEP_TAGS", "EngineCore"]
 
 logger = init_logger(__name__)
+
+SLEEP_TAGS = ("weights", "kv_cache", "scheduling")
+"""What a wake-up may bring back by itself; the last is implied once the others are there."""
+_ASLEEP_AT = {0: ("scheduling",), 1: SLEEP_TAGS, 2: SLEEP_TAGS}
 
 
 class EngineCore:
@@ -53,9 +57,12 @@ class EngineCore:
             "collective_rpc",
             "get_request_counts",
             "is_paused",
+            "is_sleeping",
             "pause",
             "reset_prefix_cache",
             "resume",
+            "sleep",
+            "wake_up",
         }
     )
     """Methods that a front end may call by name."""
@@ -74,10 +81,21 @@ class EngineCore:
         load_general_plugins()
         self.vllm_config = vllm_config
         self._paused = False
+        self._asleep: set[str] = set()
+        """Of ``SLEEP_TAGS``: what a wake-up has to bring back."""
         self._unscheduled: dict[int, list[EngineCoreOutput]] = {}
         """Outputs that no step makes: refusals and mass aborts, by client."""
+        self.executor = executor_class(vllm_config)
+        try:
+            self._start(phases, log_stats)
+        except BaseException:
+            # The caller may go on without an engine, and nobody else knows of its workers.
+            self.executor.shutdown()
+            raise
+
+    def _start(self, phases: StartupPhases, log_stats: bool) -> None:
+        vllm_config = self.vllm_config
         with phases.phase("preparing the device"):
-            self.executor = executor_class(vllm_config)
             self.executor.init_device()
         with phases.phase("loading the model"):
             self.executor.load_model()
@@ -133,6 +151,7 @@ class EngineCore:
         connector = KVConnectorFactory.create_connector(
             self.vllm_config, KVConnectorRole.SCHEDULER, kv_cache_config
         )
+        self.executor.init_kv_output_aggregator(connector)
         answers = self.executor.get_kv_connector_handshake_metadata()
         metadata = dict(answer for answer in answers if answer is not None)
         if metadata:
@@ -180,7 +199,7 @@ class EngineCore:
         return (
             bool(self._unscheduled)
             or self._stepping.in_flight
-            or (not self._paused and self.scheduler.has_requests())
+            or (not self._halted and self.scheduler.has_requests())
         )
 
     def step(self) -> tuple[dict[int, EngineCoreOutputs], bool]:
@@ -191,7 +210,7 @@ class EngineCore:
         """
         outputs: dict[int, EngineCoreOutputs] = {}
         ran_model = False
-        if not self._paused and self.scheduler.has_requests():
+        if not self._halted and self.scheduler.has_requests():
             outputs, ran_model = self._stepping.step()
         elif self._stepping.in_flight:
             outputs = self._stepping.drain()
@@ -247,6 +266,70 @@ class EngineCore:
 
     def is_paused(self) -> bool:
         return self._paused
+
+    @property
+    def _halted(self) -> bool:
+        return self._paused or bool(self._asleep)
+
+    def sleep(self, level: int = 1) -> None:
+        """End all requests, forget cached prefixes, and give memory back until ``wake_up``.
+
+        Requests that come meanwhile wait.
+
+        Args:
+            level: 0 gives nothing back; 1 the KV cache's memory (and a GPU's copy of the
+                weights); 2 the weights' as well.
+
+        Raises:
+            VLLMValidationError: no such level, or the engine was started without sleep mode.
+            VLLMError: blocks are still being sent elsewhere; try again.
+        """
+        if level not in _ASLEEP_AT:
+            raise VLLMValidationError(
+                f"level must be 0, 1 or 2, not {level!r}", parameter="level", value=level
+            )
+        if not self.vllm_config.model_config.enable_sleep_mode:
+            raise VLLMValidationError(
+                "sleep needs an engine started with --enable-sleep-mode",
+                parameter="enable_sleep_mode",
+            )
+        if self._asleep:
+            return
+        self.abort_all()
+        for client_index, outputs in self._stepping.drain().items():
+            self._unscheduled.setdefault(client_index, []).extend(outputs.outputs)
+        if level > 0:
+            if not self.reset_prefix_cache():
+                raise VLLMError("blocks of the KV cache are still in use by transfers; try again")
+            if level == 2:
+                # What was stored outside belongs to weights that need not come back.
+                self.scheduler.kv_transfer.connector.reset_cache()
+            self.executor.sleep(level)
+        self._asleep = set(_ASLEEP_AT[level])
+
+    def wake_up(self, tags: list[str] | None = None) -> None:
+        """Bring back ``tags`` ("weights", "kv_cache", "scheduling"), by default all; requests run
+        again once nothing is missing.
+
+        Raises:
+            VLLMValidationError: an unknown tag.
+        """
+        unknown = set(tags or ()) - set(SLEEP_TAGS)
+        if unknown:
+            raise VLLMValidationError(
+                f"tags must be among {', '.join(SLEEP_TAGS)}, not {', '.join(sorted(unknown))}",
+                parameter="tags",
+            )
+        missing = self._asleep if tags is None else self._asleep & set(tags)
+        memory = sorted(missing - {"scheduling"}, reverse=True)
+        if memory:
+            self.executor.wake_up(memory)
+        self._asleep = self._asleep - missing
+        if memory and self._asleep == {"scheduling"}:
+            self._asleep = set()
+
+    def is_sleeping(self) -> bool:
+        return bool(self._asleep)
 
     def check_health(self) -> None:
         self.executor.check_health()

@@ -24,6 +24,7 @@ from vllm.v1.engine import (
     EngineFacts,
     UtilityOutput,
 )
+from vllm.v1.engine.attached import AttachedEngine
 from vllm.v1.engine.launch import EngineProcess
 from vllm.v1.engine.phases import StartupPhases
 from vllm.v1.engine.serial import UtilityCall, decode_outputs, encode
@@ -119,14 +120,14 @@ def _result_of(answer: UtilityOutput) -> Any:
 class _Connection:
     """The two sockets to an engine process, and its end."""
 
-    def __init__(self, process: EngineProcess) -> None:
+    def __init__(self, process: EngineProcess | AttachedEngine, client_index: int = 0) -> None:
         self.process = process
         self.error: EngineDeadError | None = None
         self._closed = False
         self._context = zmq.Context()
         self.output = self._context.socket(zmq.PULL)
         self.output.setsockopt(zmq.RCVHWM, 0)
-        self.output.bind(process.output_address)
+        self.output.bind(process.output_address(client_index))
         self.output_fd = int(self.output.getsockopt(zmq.FD))
         self._input = self._context.socket(zmq.PUSH)
         self._input.setsockopt(zmq.SNDHWM, 0)
@@ -179,7 +180,8 @@ class _Connection:
             return
         self._closed = True
         if self.error is None:
-            self._send(EngineCoreRequestType.SHUTDOWN)
+            if self.process.ends_with_client:
+                self._send(EngineCoreRequestType.SHUTDOWN)
             self.error = EngineDeadError("the engine has been shut down")
         else:
             timeout = 0
@@ -248,10 +250,14 @@ class AsyncMPClient:
 
     Outputs go to ``on_outputs`` and the engine's end to ``on_death``, both called in the loop.
     The socket's file descriptor is read straight from the loop: one callback a step, no task.
+
+    Args:
+        client_index: which of the engine's front ends this is.
     """
 
-    def __init__(self, process: EngineProcess) -> None:
-        self._connection = _Connection(process)
+    def __init__(self, process: EngineProcess | AttachedEngine, client_index: int = 0) -> None:
+        self.client_index = client_index
+        self._connection = _Connection(process, client_index)
         self._loop: asyncio.AbstractEventLoop | None = None
         self._calls: dict[int, asyncio.Future[Any]] = {}
         self._call_ids = itertools.count()
@@ -356,7 +362,7 @@ class AsyncMPClient:
         """As ``EngineCoreClient.call_utility``."""
         self.attach()
         call_id = next(self._call_ids)
-        call = UtilityCall(0, call_id, method, list(args))
+        call = UtilityCall(self.client_index, call_id, method, list(args))
         self._connection.send(EngineCoreRequestType.UTILITY, call)
         future = asyncio.get_running_loop().create_future()
         self._calls[call_id] = future

@@ -11,9 +11,6 @@ import gc
 import os
 import pickle
 import queue
-import select
-import shutil
-import signal
 import sys
 import threading
 import time
@@ -24,11 +21,12 @@ from typing import Any, NamedTuple
 import msgspec
 import zmq
 
-from vllm.errors import VLLMError, VLLMValidationError
+from vllm.errors import VLLMValidationError
 from vllm.logger import init_logger
+from vllm.utils.processes import adopt_child_manners, end_with_parent
 from vllm.v1.engine import EngineCoreOutputs, EngineCoreRequest, EngineCoreRequestType
+from vllm.v1.engine.failures import failure_of, is_expected
 from vllm.v1.engine.serial import (
-    EngineFailure,
     EngineStatus,
     LaunchConfig,
     decode_call,
@@ -45,7 +43,6 @@ logger = init_logger("vllm.v1.engine.core_proc")
 # A step that computed nothing (all requests wait for a grammar or a transfer) is tried again
 # after this many seconds, or as soon as a message arrives.
 _RETRY_SECONDS = 0.001
-_PARENT_POLL_SECONDS = 1.0
 
 Message = tuple[EngineCoreRequestType, Any]
 
@@ -174,8 +171,8 @@ class _Receiver:
         self._socket.setsockopt(zmq.RCVHWM, 0)
         self._socket.bind(address)
         self._inputs = inputs
-        self.connected = threading.Event()
-        """Set by the front end's HELLO: the way in works."""
+        self.hellos = threading.Semaphore(0)
+        """Released by each front end's HELLO: its way in works."""
         self._preprocess: Callable[[Any], Any] | None = None
         self._thread = threading.Thread(target=self._run, name="engine-receive", daemon=True)
         self._thread.start()
@@ -195,7 +192,7 @@ class _Receiver:
         frames = self._socket.recv_multipart()
         kind = EngineCoreRequestType(frames[0])
         if kind is EngineCoreRequestType.HELLO:
-            self.connected.set()
+            self.hellos.release()
             return True
         payload: Any = None
         if kind is EngineCoreRequestType.ADD:
@@ -227,47 +224,6 @@ def _parse_arguments() -> _Arguments:
     parser.add_argument("--status-fd", type=int, required=True)
     parser.add_argument("--socket-dir", required=True)
     return _Arguments(**vars(parser.parse_args()))
-
-
-def _watch_parent(parent: int, socket_dir: str) -> None:
-    """End this process at once when ``parent`` does, however it ends.
-
-    A pidfd is used because PR_SET_PDEATHSIG fires when the *thread* that started us ends.
-    """
-
-    def end() -> None:
-        shutil.rmtree(socket_dir, ignore_errors=True)
-        os._exit(1)
-
-    def wait() -> None:
-        try:
-            fd = os.pidfd_open(parent)
-        except (OSError, AttributeError):
-            while os.getppid() == parent:
-                time.sleep(_PARENT_POLL_SECONDS)
-            end()
-            return
-        poller = select.poll()
-        poller.register(fd, select.POLLIN)
-        if os.getppid() == parent:
-            poller.poll()
-        end()
-
-    threading.Thread(target=wait, name="parent-watch", daemon=True).start()
-
-
-def _ignore_signals() -> None:
-    """Ctrl-C and SIGTERM reach the whole process group; the front end decides what they mean.
-
-    Handlers rather than SIG_IGN, which child processes would inherit.
-    """
-
-    def ignore(signum: int, frame: object) -> None:
-        logger.debug("signal %d: waiting for the front end", signum)
-
-    for signum in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(signum, ignore)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT, signal.SIGTERM})
 
 
 def _import_early() -> float:
@@ -311,11 +267,13 @@ def _serve(arguments: _Arguments) -> None:
     gc.collect()
     gc.freeze()
     receiver.accept_requests(core.preprocess)
+    core.executor.register_failure_callback(inputs.put)
     sender = _Sender(context, config.output_addresses)
     # An empty message on the way out, so that the front end knows that it works.
     for client_index in range(len(config.output_addresses)):
         sender.put(client_index, EngineCoreOutputs())
-    receiver.connected.wait()
+    for _ in config.output_addresses:
+        receiver.hellos.acquire()
     write_status(arguments.status_fd, EngineStatus(facts=core.facts))
     try:
         EngineLoop(core, inputs, sender.put).run()
@@ -324,35 +282,21 @@ def _serve(arguments: _Arguments) -> None:
     core.shutdown()
 
 
-def _failure_of(error: BaseException) -> EngineFailure:
-    message = " ".join(str(error).split()) or type(error).__name__
-    return EngineFailure(type(error).__name__, message, getattr(error, "parameter", None))
-
-
 def main() -> None:
     """Run an engine until the front end ends it."""
-    _ignore_signals()
     arguments = _parse_arguments()
-    with contextlib.suppress(OSError), open("/proc/self/comm", "w") as name:
-        name.write("VLLM::EngineCore")
-    for fd in (arguments.config_fd, arguments.status_fd):
-        os.set_inheritable(fd, False)
-    _watch_parent(arguments.parent, arguments.socket_dir)
+    adopt_child_manners("VLLM::EngineCore", (arguments.config_fd, arguments.status_fd))
+    end_with_parent(arguments.parent, arguments.socket_dir)
     code = 0
     try:
         _serve(arguments)
     except BaseException as error:  # noqa: BLE001 - the front end raises it again
         code = 1
-        if not _is_expected(error):
+        if not is_expected(error):
             logger.error("The engine process ends:\n%s", traceback.format_exc().rstrip())
         with contextlib.suppress(OSError):
-            write_status(arguments.status_fd, EngineStatus(failure=_failure_of(error)))
+            write_status(arguments.status_fd, EngineStatus(failure=failure_of(error)))
     sys.stdout.flush()
     sys.stderr.flush()
     # Threads may still wait in sockets; nothing of theirs is worth waiting for.
     os._exit(code)
-
-
-def _is_expected(error: BaseException) -> bool:
-    """Whether ``error`` says all there is to say in its one line."""
-    return isinstance(error, VLLMError | VLLMValidationError)

@@ -1,87 +1,60 @@
 """Starting an engine process and knowing whether it lives.
 
-The child is a fresh interpreter (as multiprocessing's spawn would start, without running the
-user's ``__main__`` again, so scripts need no guard). It gets its configuration by a pipe and
-reports by another, whose end also tells when it dies. Sockets lie in a private directory that is
-removed as soon as both sides are connected, so nothing is left behind however they end.
+The child gets its configuration by a pipe and reports by another, whose end also tells when it
+dies. Sockets lie in a private directory that is removed as soon as both sides are connected, so
+nothing is left behind however they end.
 """
 
-import builtins
 import contextlib
-import json
 import os
 import pickle
 import select
 import shutil
-import signal
 import subprocess
-import sys
-import tempfile
 
 import vllm.envs as envs
-import vllm.errors
 from vllm.config import VllmConfig
-from vllm.errors import EngineDeadError, VLLMError, VLLMValidationError
+from vllm.errors import EngineDeadError, VLLMError
+from vllm.utils.processes import describe_end, private_directory, start_child
 from vllm.v1.engine import EngineFacts
-from vllm.v1.engine.serial import EngineFailure, LaunchConfig, read_status
+from vllm.v1.engine.failures import exception_of
+from vllm.v1.engine.serial import LaunchConfig, read_status
 
-__all__ = ["EngineProcess"]
+__all__ = ["EngineAddresses", "EngineProcess"]
 
-# struct sockaddr_un holds 108 bytes; "/out" and a terminator must fit too.
-_MAX_SOCKET_DIR = 100
-
-
-def _private_directory() -> str:
-    path = tempfile.mkdtemp(prefix="vllm-")
-    if len(path) > _MAX_SOCKET_DIR:
-        os.rmdir(path)
-        path = tempfile.mkdtemp(prefix="vllm-", dir="/tmp")
-    return path
+_ENTRY = "vllm.v1.engine.core_proc:main"
 
 
-def _python_command() -> list[str]:
-    """This interpreter, with its flags and its import path, running ``core_proc``.
+class EngineAddresses:
+    """Where an engine and its front ends meet: sockets in a private directory."""
 
-    The path is handed over rather than made anew, lest the child find other modules than we did
-    (in the current directory, say).
-    """
-    return [
-        sys.executable,
-        *subprocess._args_from_interpreter_flags(),  # type: ignore[attr-defined]
-        "-P",
-        "-c",
-        "import json, sys; sys.path[:] = json.loads(sys.argv.pop(1)); "
-        "from vllm.v1.engine.core_proc import main; main()",
-        json.dumps(sys.path),
-    ]
+    def __init__(self, socket_dir: str) -> None:
+        self.socket_dir = socket_dir
+
+    @property
+    def input_address(self) -> str:
+        """The engine's, for all front ends."""
+        return f"ipc://{self.socket_dir}/in"
+
+    def output_address(self, client_index: int) -> str:
+        return f"ipc://{self.socket_dir}/out{client_index}"
 
 
-def _exception_of(failure: EngineFailure) -> Exception:
-    """The child's exception again, in its own class where that is one of ours or built in."""
-    cls = getattr(vllm.errors, failure.type, None)
-    if isinstance(cls, type) and issubclass(cls, VLLMValidationError):
-        return cls(failure.message, parameter=failure.parameter)
-    if isinstance(cls, type) and issubclass(cls, VLLMError):
-        return cls(failure.message)
-    cls = getattr(builtins, failure.type, None)
-    if isinstance(cls, type) and issubclass(cls, ValueError | OSError | ImportError | MemoryError):
-        with contextlib.suppress(TypeError):  # UnicodeDecodeError and the like want more
-            return cls(failure.message)
-    return RuntimeError(f"the engine could not start: {failure.type}: {failure.message}")
-
-
-class EngineProcess:
+class EngineProcess(EngineAddresses):
     """An engine process, from its start to its end.
 
     The constructor only starts it: it imports what it needs while the caller goes on to resolve
     the configuration that ``configure`` hands over.
     """
 
+    ends_with_client = True
+    """It has one client, which ends it when it is closed."""
+
     def __init__(self) -> None:
         from vllm.platforms import current_platform
 
         current_platform.prepare_environment()
-        self.socket_dir = _private_directory()
+        super().__init__(private_directory())
         config_read, self._config_fd = os.pipe()
         self.status_fd, status_write = os.pipe()
         """Readable once the process has ended (or failed); after ``wait_ready``."""
@@ -91,20 +64,12 @@ class EngineProcess:
             f"--status-fd={status_write}",
             f"--socket-dir={self.socket_dir}",
         ]
-        # Blocked until the child has its handlers: a Ctrl-C now must not kill it half-way.
-        blocked = {signal.SIGINT, signal.SIGTERM}
-        previous = signal.pthread_sigmask(signal.SIG_BLOCK, blocked)
         try:
-            self._process = subprocess.Popen(
-                [*_python_command(), *arguments],
-                pass_fds=(config_read, status_write),
-                stdin=subprocess.DEVNULL,
-            )
+            self._process = start_child(_ENTRY, arguments, (config_read, status_write))
         except BaseException:
             self.forget_sockets()
             raise
         finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, previous)
             os.close(config_read)
             os.close(status_write)
         self._closed = False
@@ -113,18 +78,12 @@ class EngineProcess:
     def pid(self) -> int:
         return self._process.pid
 
-    @property
-    def input_address(self) -> str:
-        return f"ipc://{self.socket_dir}/in"
-
-    @property
-    def output_address(self) -> str:
-        return f"ipc://{self.socket_dir}/out"
-
-    def configure(self, vllm_config: VllmConfig, *, log_stats: bool) -> None:
+    def configure(self, vllm_config: VllmConfig, *, log_stats: bool, num_clients: int = 1) -> None:
         """Hand over the configuration; the process goes on to load the model."""
         config = LaunchConfig(
-            vllm_config=vllm_config, log_stats=log_stats, output_addresses=[self.output_address]
+            vllm_config=vllm_config,
+            log_stats=log_stats,
+            output_addresses=[self.output_address(index) for index in range(num_clients)],
         )
         pipe = os.fdopen(self._config_fd, "wb")
         self._config_fd = -1
@@ -150,7 +109,8 @@ class EngineProcess:
         if status is None:
             raise EngineDeadError(f"the engine process ended while starting ({self._how()})")
         if status.failure is not None:
-            raise _exception_of(status.failure)
+            failure = status.failure
+            raise exception_of(failure, RuntimeError(f"the engine could not start: {failure}"))
         assert status.facts is not None
         return status.facts
 
@@ -162,18 +122,11 @@ class EngineProcess:
         """Why the process is gone; call when ``status_fd`` has become readable."""
         status = read_status(self.status_fd)
         if status is not None and status.failure is not None:
-            failure = status.failure
-            return EngineDeadError(f"the engine process failed: {failure.type}: {failure.message}")
+            return EngineDeadError(f"the engine process failed: {status.failure}")
         return EngineDeadError(f"the engine process has died ({self._how()})")
 
     def _how(self) -> str:
-        try:
-            code = self._process.wait(timeout=5)
-        except subprocess.TimeoutExpired:
-            return "still ending"
-        if code < 0:
-            return f"killed by {signal.Signals(-code).name}"
-        return f"exit code {code}"
+        return describe_end(self._process)
 
     def kill(self) -> None:
         """End the process at once and forget its sockets; may be called twice."""

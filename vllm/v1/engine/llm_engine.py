@@ -129,6 +129,21 @@ class LLMEngine:
     def reset_prefix_cache(self) -> bool:
         return self.client.call_utility("reset_prefix_cache")
 
+    def sleep(self, level: int = 1) -> None:
+        """See ``EngineCore.sleep``."""
+        self.client.call_utility("sleep", level)
+        if self.stat_logger is not None:
+            self.stat_logger.record_sleep_state(level)
+
+    def wake_up(self, tags: list[str] | None = None) -> None:
+        """See ``EngineCore.wake_up``."""
+        self.client.call_utility("wake_up", tags)
+        if self.stat_logger is not None and not self.is_sleeping():
+            self.stat_logger.record_sleep_state(None)
+
+    def is_sleeping(self) -> bool:
+        return self.client.call_utility("is_sleeping")
+
     def collective_rpc(self, method: str, args: tuple[Any, ...] = ()) -> list[Any]:
         """Call a public method of every worker; arguments and answers must be plain data."""
         return self.client.call_utility("collective_rpc", method, list(args))

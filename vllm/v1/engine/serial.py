@@ -11,9 +11,9 @@ import msgspec
 
 from vllm.config import VllmConfig
 from vllm.v1.engine import EngineCoreOutputs, EngineCoreRequest, EngineFacts
+from vllm.v1.engine.failures import EngineFailure
 
 __all__ = [
-    "EngineFailure",
     "EngineStatus",
     "LaunchConfig",
     "UtilityCall",
@@ -44,14 +44,6 @@ class UtilityCall(msgspec.Struct, array_like=True, gc=False):
     call_id: int
     method: str
     args: list[Any]
-
-
-class EngineFailure(msgspec.Struct, array_like=True):
-    """An exception that ended the engine process; ``type`` is the name of its class."""
-
-    type: str
-    message: str
-    parameter: str | None = None
 
 
 class EngineStatus(msgspec.Struct):

@@ -5,19 +5,31 @@ nothing of requests, sockets or front ends.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from importlib import import_module
 from typing import Any
 
 from vllm.config import VllmConfig
+from vllm.distributed.kv_transfer.kv_connector.aggregator import KVOutputAggregator
+from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1
 from vllm.errors import ConfigError
 from vllm.v1.core.sched.output import GrammarOutput, SchedulerOutput
 from vllm.v1.outputs import ModelRunnerOutput, PendingModelRunnerOutput
 
 __all__ = ["Executor"]
 
+_EXECUTORS = {
+    "uni": ("uniproc_executor", "UniProcExecutor"),
+    "mp": ("multiproc_executor", "MultiprocExecutor"),
+    "ray": ("ray_executor", "RayDistributedExecutor"),
+}
+
 
 class Executor(ABC):
     """Runs every call on all workers; lists in answers are in the order of ranks."""
+
+    kv_output_aggregator: KVOutputAggregator | None = None
+    """Where several workers report a connector's transfers: makes one output of theirs."""
 
     def __init__(self, vllm_config: VllmConfig) -> None:
         self.vllm_config = vllm_config
@@ -30,15 +42,18 @@ class Executor(ABC):
             ConfigError: no executor of that name.
         """
         backend = vllm_config.parallel_config.distributed_executor_backend
-        if backend == "uni":
-            from vllm.v1.executor.uniproc_executor import UniProcExecutor
-
-            return UniProcExecutor
+        if backend in _EXECUTORS:
+            module, name = _EXECUTORS[backend]
+            return getattr(import_module(f"vllm.v1.executor.{module}"), name)
         raise ConfigError(
-            f"--distributed-executor-backend {backend} is not available; use uni",
+            f"--distributed-executor-backend {backend} is not available; there are "
+            f"{', '.join(_EXECUTORS)}",
             parameter="distributed_executor_backend",
             value=backend,
         )
+
+    def register_failure_callback(self, callback: Callable[[Exception], None]) -> None:
+        """Have ``callback`` called, from any thread, when a worker has died between calls."""
 
     @abstractmethod
     def collective_rpc(
@@ -67,6 +82,12 @@ class Executor(ABC):
         """Per worker: bytes that the KV cache may take."""
         return self.collective_rpc("determine_available_memory")
 
+    def init_kv_output_aggregator(self, connector: KVConnectorBase_V1) -> None:
+        """Have the reports of ``connector``'s worker halves made one."""
+        self.kv_output_aggregator = KVOutputAggregator.from_connector(
+            connector, self.vllm_config.parallel_config.world_size
+        )
+
     @abstractmethod
     def initialize_from_config(self, kv_cache_configs: list[Any]) -> None:
         """Allocate and bind the caches; one ``KVCacheConfig`` per worker."""
@@ -93,6 +114,14 @@ class Executor(ABC):
         self, grammar_output: GrammarOutput | None
     ) -> ModelRunnerOutput | PendingModelRunnerOutput:
         """Finish the step that ``execute_model`` left open."""
+
+    def sleep(self, level: int) -> None:
+        """See ``WorkerBase.sleep``."""
+        self.collective_rpc("sleep", (level,))
+
+    def wake_up(self, tags: Sequence[str]) -> None:
+        """See ``WorkerBase.wake_up``."""
+        self.collective_rpc("wake_up", (list(tags),))
 
     @abstractmethod
     def check_health(self) -> None:

@@ -27,6 +27,7 @@ from vllm.v1.kv_cache.content import (
     MultipleOf,
     StateSlice,
     cdiv,
+    check_counts,
     dtype_itemsize,
     dtype_name,
     to_torch_dtype,
@@ -54,14 +55,9 @@ class KVCacheSpec:
     """Only used in messages."""
 
     def __post_init__(self) -> None:
-        if self.block_size <= 0:
-            raise ConfigError(
-                f"{self.where}block size must be positive, not {self.block_size}",
-                parameter="block_size",
-            )
+        check_counts(self.where, block_size=self.block_size)
         object.__setattr__(self, "block_stride_alignment", self.stride_alignment)
-        if self.stride_alignment <= 0:
-            raise ConfigError(f"{self.where}block_stride_alignment must be positive")
+        check_counts(self.where, block_stride_alignment=self.block_stride_alignment)
 
     @property
     def stride_alignment(self) -> int:
@@ -302,11 +298,21 @@ class AttentionSpec(KVCacheSpec):
         object.__setattr__(self, "dtype_name", dtype_name(self.dtype))
         width_v = self.head_size if self.head_size_v is None else self.head_size_v
         object.__setattr__(self, "head_size_v", width_v)
-        if self.num_kv_heads <= 0 or self.head_size <= 0 or width_v < 0:
+        check_counts(
+            self.where,
+            num_kv_heads=self.num_kv_heads,
+            head_size=self.head_size,
+            num_head_slots=self.num_head_slots,
+            state_content_bytes=self.state_content_bytes,
+            page_size_padded=self.page_size_padded,
+        )
+        check_counts(self.where, 0, head_size_v=width_v)
+        if not isinstance(self.tokens_per_state, int | Fraction) or self.tokens_per_state <= 0:
             raise ConfigError(
-                f"{self.where}num_kv_heads and head_size must be positive, not "
-                f"{self.num_kv_heads} and {self.head_size}/{width_v}"
+                f"{self.where}tokens_per_state must be a positive whole number or Fraction, not "
+                f"{self.tokens_per_state!r}"
             )
+        self.get_num_kernel_states(self.block_size)
         self._check_quantisation()
         item = dtype_itemsize(self.dtype_name)
         if self.state_content_size_bytes % item:
@@ -314,7 +320,7 @@ class AttentionSpec(KVCacheSpec):
                 f"{self.where}content of {self.state_content_size_bytes} bytes is not a whole "
                 f"number of {self.dtype_name} elements"
             )
-        self._check_page(item)
+        self._check_page()
 
     def _check_quantisation(self) -> None:
         mode = self.kv_quant_mode
@@ -325,8 +331,14 @@ class AttentionSpec(KVCacheSpec):
                 parameter="kv_cache_dtype",
             )
         widths = (self.head_size, self.head_size_v or 0)
-        if mode is KVQuantMode.INT4_PER_TOKEN_HEAD and any(w % 2 for w in widths):
-            raise ConfigError(f"{self.where}int4 needs even head sizes, not {widths}")
+        # Scales are fp32 and lie behind each side's data.
+        step = SCALE_BYTES * (2 if mode is KVQuantMode.INT4_PER_TOKEN_HEAD else 1)
+        if mode.is_per_token_head and any(width % step for width in widths):
+            raise ConfigError(
+                f"{self.where}{mode.name.lower()} keeps a {SCALE_BYTES}-byte scale behind the data "
+                f"of each head, so head sizes must be multiples of {step}, not {widths}",
+                parameter="kv_cache_dtype",
+            )
         if mode.is_nvfp4 and (self.head_size_v != self.head_size or self.head_size % NVFP4_GROUP):
             raise ConfigError(
                 f"{self.where}nvfp4 needs K and V of one width that is a multiple of "
@@ -334,7 +346,7 @@ class AttentionSpec(KVCacheSpec):
                 parameter="kv_cache_dtype",
             )
 
-    def _check_page(self, item: int) -> None:
+    def _check_page(self) -> None:
         padded = self.page_size_padded
         if padded is None:
             return
@@ -343,11 +355,19 @@ class AttentionSpec(KVCacheSpec):
                 f"{self.where}page padded to {padded} bytes is smaller than its content of "
                 f"{self.unpadded_page_size_bytes}"
             )
-        if padded % item:
+        if padded % self.view_alignment:
             raise ConfigError(
                 f"{self.where}page padded to {padded} bytes is not a multiple of the "
-                f"{item}-byte {self.dtype_name}"
+                f"{self.view_alignment}-byte {self._widest}"
             )
+
+    @property
+    def _widest(self) -> str:
+        return "scales" if self.kv_quant_mode.is_per_token_head else self.dtype_name
+
+    @property
+    def view_alignment(self) -> int:
+        return dtype_itemsize("float32" if self._widest == "scales" else self.dtype_name)
 
     def _side_bytes(self, width: int) -> int:
         if width == 0:
@@ -483,6 +503,10 @@ class SinkFullAttentionSpec(FullAttentionSpec):
 
     kind = KVCacheSpecKind.SINK_FULL
 
+    def __post_init__(self) -> None:
+        check_counts(self.where, 0, sink_len=self.sink_len)
+        super().__post_init__()
+
     @property
     def group_key(self) -> tuple[Any, ...]:
         return (self.kind.value, self.block_size, self.sink_len)
@@ -499,8 +523,7 @@ class TQFullAttentionSpec(FullAttentionSpec):
     kind = KVCacheSpecKind.TQ_FULL
 
     def __post_init__(self) -> None:
-        if self.tq_slot_size <= 0:
-            raise ConfigError(f"{self.where}tq_slot_size must be positive")
+        check_counts(self.where, tq_slot_size=self.tq_slot_size)
         super().__post_init__()
 
     @property
@@ -517,10 +540,7 @@ class SlidingWindowSpec(AttentionSpec):
     kind = KVCacheSpecKind.SLIDING_WINDOW
 
     def __post_init__(self) -> None:
-        if self.sliding_window <= 0:
-            raise ConfigError(
-                f"{self.where}sliding_window must be positive, not {self.sliding_window}"
-            )
+        check_counts(self.where, sliding_window=self.sliding_window)
         super().__post_init__()
 
     @property
@@ -549,8 +569,7 @@ class ChunkedLocalAttentionSpec(AttentionSpec):
     kind = KVCacheSpecKind.CHUNKED_LOCAL
 
     def __post_init__(self) -> None:
-        if self.attention_chunk_size <= 0:
-            raise ConfigError(f"{self.where}attention_chunk_size must be positive")
+        check_counts(self.where, attention_chunk_size=self.attention_chunk_size)
         super().__post_init__()
 
     @property

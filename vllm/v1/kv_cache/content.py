@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import enum
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from vllm.errors import ConfigError
 
@@ -72,6 +72,22 @@ def cdiv(a: int, b: int) -> int:
 
 def round_up(a: int, b: int) -> int:
     return cdiv(a, b) * b
+
+
+def check_counts(where: str, least: int = 1, /, **counts: Any) -> None:
+    """Each of these is a whole number of at least ``least``, or None where it was left out.
+
+    Raises:
+        ConfigError: one is not; ``where`` begins the message.
+    """
+    for name, value in counts.items():
+        whole = isinstance(value, int) and not isinstance(value, bool)
+        if value is not None and not (whole and value >= least):
+            raise ConfigError(
+                f"{where}{name} must be a whole number of at least {least}, not {value!r}",
+                parameter=name,
+                value=value,
+            )
 
 
 @dataclass(frozen=True, slots=True)

@@ -49,6 +49,9 @@ class NullKVCacheDebugger:
     def accept_blocks(self, block_ids: Sequence[int]) -> None:
         """These blocks were zeroed, copied to or loaded from outside, and whole."""
 
+    def restart(self) -> None:
+        """The pool is as good as new: nobody owns any of it."""
+
     def check_everything(self) -> None:
         """Compare the whole pool, whatever that costs."""
 
@@ -107,6 +110,12 @@ class KVCacheDebugger(NullKVCacheDebugger):
     def accept_blocks(self, block_ids: Sequence[int]) -> None:
         """Take what any group may own of these blocks as it is now."""
         self._accept(self._any_rows, block_ids)
+
+    def restart(self) -> None:
+        """Fill the pool with the canary again."""
+        self._backing.fill_(CANARY)
+        self._expected.fill_(CANARY)
+        self._owner = {}
 
     def check_everything(self) -> None:
         """Compare the whole pool, whatever that costs; not again after an error.

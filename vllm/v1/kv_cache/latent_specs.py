@@ -9,7 +9,14 @@ from dataclasses import dataclass
 
 from vllm.errors import ConfigError
 from vllm.v1.kv_cache.attention_specs import FullAttentionSpec, SlidingWindowSpec
-from vllm.v1.kv_cache.content import ContentFormat, KVCacheSpecKind, dtype_itemsize, round_up
+from vllm.v1.kv_cache.content import (
+    ContentFormat,
+    KVCacheSpecKind,
+    check_counts,
+    dtype_itemsize,
+    dtype_name,
+    round_up,
+)
 
 # Bytes of one token's latent in the formats that pack data, scales and RoPE parts together:
 # 512 fp8 + 16 scale + 128 RoPE; 448 fp8 + 128 RoPE + 8 scale; nvfp4.
@@ -96,8 +103,14 @@ def _init_latent(spec: LatentSpec) -> None:
     if spec.num_kv_heads != 1:
         raise ConfigError(f"{spec.where}a latent cache has one head slot, not {spec.num_kv_heads}")
     ratio = spec.compress_ratio
-    if ratio < 1:
-        raise ConfigError(f"{spec.where}compress_ratio must be positive, not {ratio}")
+    check_counts(spec.where, compress_ratio=ratio, alignment=spec.alignment)
+    name = spec.cache_dtype_str
+    if name in _MLA_STATE_BYTES and dtype_itemsize(spec.dtype) != 1:
+        raise ConfigError(
+            f"{spec.where}{name} packs single bytes, not {dtype_name(spec.dtype)}: give the spec "
+            "dtype uint8",
+            parameter="kv_cache_dtype",
+        )
     if ratio != 1:
         if spec.tokens_per_state not in (1, ratio):
             raise ConfigError(
@@ -108,8 +121,6 @@ def _init_latent(spec: LatentSpec) -> None:
 
 
 def _check_alignment(spec: LatentSpec) -> None:
-    if spec.alignment is not None and spec.alignment <= 0:
-        raise ConfigError(f"{spec.where}alignment must be positive, not {spec.alignment}")
     item = dtype_itemsize(spec.dtype_name)
     if spec.page_size_bytes % item:
         raise ConfigError(

@@ -8,7 +8,7 @@ the user and the connector asked for. Pure; knows no tensors, no backends' class
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from vllm.errors import ConfigError
@@ -234,8 +234,22 @@ class _Groupings:
         return made
 
     def _make(self, packed: bool) -> Grouping:
+        """With the user's block size, unless that holds more than equal pages for all groups."""
         specs, vllm_config, ceiling = self._arguments
-        may_change = not vllm_config.cache_config.user_specified_block_size
+        if not vllm_config.cache_config.user_specified_block_size:
+            return self._group(packed, True)
+        kept = self._group(packed, False)
+        if kept.is_below(ceiling) or all(spec.uses_slot_mapping for spec in specs.values()):
+            return kept
+        grown = self._group(packed, True)
+        if not grown.is_below(ceiling):
+            return kept
+        times = kept.compared_bytes / ceiling
+        note = f"--block-size multiplied: as it is, a request would hold {times:.1f} times as much"
+        return replace(grown, notes=(*grown.notes, note))
+
+    def _group(self, packed: bool, may_change: bool) -> Grouping:
+        specs, vllm_config, ceiling = self._arguments
         if packed:
             accepts = self._accepts if may_change else None
             return group_packed(specs, vllm_config, accepts, ceiling)

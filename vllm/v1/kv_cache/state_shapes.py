@@ -25,7 +25,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from vllm.errors import ConfigError
-from vllm.v1.kv_cache.content import Segment, dtype_name
+from vllm.v1.kv_cache.content import Segment, check_counts, dtype_name
 
 __all__ = ["MambaStateShapeCalculator", "StateShapes", "state_dtypes"]
 
@@ -86,6 +86,7 @@ def _segment(name: str, what: str, units: int, rows: int, tp_size: int) -> Segme
 
 def _group_segment(name: str, groups: int, rows: int, tp_size: int) -> Segment:
     """Groups are shared out, or copied to one a rank where the ranks don't divide them."""
+    check_counts("", groups=groups, state_size=rows)
     if groups % tp_size == 0:
         return Segment(name=name, units=groups, rows=rows, units_per_rank=groups // tp_size)
     if tp_size % groups:

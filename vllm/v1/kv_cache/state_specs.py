@@ -20,6 +20,7 @@ from vllm.v1.kv_cache.content import (
     Segment,
     StateSlice,
     cdiv,
+    check_counts,
     dtype_itemsize,
     dtype_name,
     round_up,
@@ -66,6 +67,15 @@ class MambaSpec(KVCacheSpec):
             raise ConfigError(
                 f"{self.where}{len(self.shapes)} state shapes and {len(self.dtypes)} dtypes"
             )
+        for i, shape in enumerate(self.shapes):
+            sizes = {f"size {axis} of state {i}": size for axis, size in enumerate(shape)}
+            check_counts(self.where, **sizes)
+        check_counts(self.where, page_size_padded=self.page_size_padded)
+        check_counts(self.where, 0, num_speculative_blocks=self.num_speculative_blocks)
+        if self.conv_state_layout not in ("SD", "DS"):
+            raise ConfigError(
+                f"{self.where}conv_state_layout must be SD or DS, not {self.conv_state_layout!r}"
+            )
         self._check_segments()
         if self.mamba_cache_mode not in ("none", "align", "all"):
             raise ConfigError(
@@ -99,6 +109,11 @@ class MambaSpec(KVCacheSpec):
             if given and len(given) != len(self.shapes):
                 raise ConfigError(
                     f"{self.where}{len(given)} segments or axes for {len(self.shapes)} states"
+                )
+        for axis, shape in zip(self.sharded_axes, self.shapes, strict=False):
+            if not 0 <= axis < len(shape):
+                raise ConfigError(
+                    f"{self.where}state {shape} of {self.mamba_type} has no axis {axis} to share"
                 )
         for i, (parts, shape) in enumerate(zip(self.segments, self.shapes, strict=False)):
             axis = self.sharded_axes[i] if self.sharded_axes else 0
@@ -252,7 +267,13 @@ class UniformTypeKVCacheSpecs(KVCacheSpec):
         super().__post_init__()
         if not self.is_uniform_type(self.kv_cache_specs):
             keys = sorted({str(spec.group_key) for spec in self.kv_cache_specs.values()})
-            raise ConfigError(f"layers of kinds {', '.join(keys)} cannot share a block table")
+            kinds = ", ".join(keys) or "no kind at all"
+            raise ConfigError(f"layers of {kinds} cannot share a block table")
+        if self.block_size != self.manager_spec.block_size:
+            raise ConfigError(
+                f"a group of blocks of {self.block_size} tokens cannot hold layers with blocks of "
+                f"{self.manager_spec.block_size}"
+            )
 
     @classmethod
     def is_uniform_type(cls, kv_cache_specs: Mapping[str, KVCacheSpec]) -> bool:

@@ -8,13 +8,16 @@ from collections.abc import Iterable
 from typing import Any
 
 from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client.multiprocess import MultiProcessCollector
 
+import vllm.envs as envs
 from vllm.config import VllmConfig
 from vllm.v1.engine import FINISH_REASON_STRINGS, EngineFacts, SchedulerStats
 from vllm.v1.metrics.stats import IterationStats
 
 __all__ = [
     "PrometheusStatLogger",
+    "get_process_registry",
     "get_prometheus_registry",
     "one_two_five_buckets",
     "unregister_vllm_metrics",
@@ -36,6 +39,8 @@ _ITERATION_TOKENS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16
 _SMALL_COUNTS = (1, 2, 5, 10, 20)
 _PREEMPTIONS = (0, 1, 2, 5, 10, 20, 50)
 _LABELS = ("model_name", "engine")
+# All processes speak of one engine, and each step's gauges reach one of them.
+_GAUGE_MODE: Any = "mostrecent"
 _SLEEP_STATES = ("awake", "weights_offloaded", "discard_all")
 _WAITING_REASONS = ("capacity", "deferred")
 _SOURCES = ("local_compute", "local_cache_hit", "external_kv_transfer")
@@ -77,9 +82,20 @@ _CACHE_INFO_OFF = {
 }
 
 
-def get_prometheus_registry() -> CollectorRegistry:
-    """The registry that the metrics are in, beside the process's own."""
+def get_process_registry() -> CollectorRegistry:
+    """The registry that this process's metrics are in, beside Python's own."""
     return REGISTRY
+
+
+def get_prometheus_registry() -> CollectorRegistry:
+    """What is to be shown: the process's metrics, or, where PROMETHEUS_MULTIPROC_DIR is set, those
+    of all processes that share the directory, put together.
+    """
+    if not envs.PROMETHEUS_MULTIPROC_DIR:
+        return REGISTRY
+    registry = CollectorRegistry()
+    MultiProcessCollector(registry)
+    return registry
 
 
 def unregister_vllm_metrics() -> None:
@@ -144,11 +160,15 @@ class PrometheusStatLogger:
         self._make_histograms(model_config.max_model_len)
         info = {**cache_config_labels(vllm_config, facts), "engine": str(engine_index)}
         Gauge(
-            "vllm:cache_config_info", "Information of the LLMEngine CacheConfig", sorted(info)
+            "vllm:cache_config_info",
+            "Information of the LLMEngine CacheConfig",
+            sorted(info),
+            multiprocess_mode=_GAUGE_MODE,
         ).labels(**info).set(1)
 
     def _gauge(self, name: str, help_text: str) -> Any:
-        return Gauge(name, help_text, _LABELS).labels(*self._labels)
+        gauge = Gauge(name, help_text, _LABELS, multiprocess_mode=_GAUGE_MODE)
+        return gauge.labels(*self._labels)
 
     def _counter(self, name: str, help_text: str) -> Any:
         return Counter(name, help_text, _LABELS).labels(*self._labels)
@@ -160,7 +180,8 @@ class PrometheusStatLogger:
         self, kind: type, name: str, help_text: str, label: str, values: Iterable[str]
     ) -> dict[str, Any]:
         """One child for each value of a further label."""
-        metric = kind(name, help_text, (*_LABELS, label))
+        options = {"multiprocess_mode": _GAUGE_MODE} if kind is Gauge else {}
+        metric = kind(name, help_text, (*_LABELS, label), **options)
         return {value: metric.labels(*self._labels, value) for value in values}
 
     def _make_gauges(self) -> None:
@@ -304,6 +325,12 @@ class PrometheusStatLogger:
             name: counter(f"vllm:kv_{name}", text)
             for name, text in (_KV_TRANSFER_COUNTERS.items() if transfer is not None else ())
         }
+
+    def record_sleep_state(self, level: int | None) -> None:
+        """The engine sleeps at ``level``; None: it is awake."""
+        self._sleep_state["awake"].set(level is None)
+        self._sleep_state["weights_offloaded"].set(level == 1)
+        self._sleep_state["discard_all"].set(level == 2)
 
     def record(self, scheduler: SchedulerStats | None, iteration: IterationStats | None) -> None:
         """Take in one step."""

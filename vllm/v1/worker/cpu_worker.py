@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import gc
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import vllm.envs as envs
 from vllm.errors import CapacityError
 from vllm.logger import init_logger
 from vllm.platforms import current_platform
+from vllm.utils.memory_pages import drop_pages, trim_heap
 from vllm.v1.worker.device import CPUDeviceLayer
 from vllm.v1.worker.kv_hooks import connector_maker
 from vllm.v1.worker.model_runner import ModelRunner
@@ -44,6 +47,8 @@ class CPUWorker(WorkerBase):
     ) -> None:
         super().__init__(vllm_config, local_rank, rank, distributed_init_method, is_driver_worker)
         self.model_runner = ModelRunner(vllm_config, CPUDeviceLayer(), connector_maker(vllm_config))
+        self._has_weights = True
+        """Until they are dropped to sleep, and again afterwards."""
 
     def init_device(self) -> None:
         from vllm.distributed.parallel_state import (
@@ -51,8 +56,8 @@ class CPUWorker(WorkerBase):
             initialize_model_parallel,
         )
 
-        self.num_threads = current_platform.init_threads()
         parallel = self.parallel_config
+        self.num_threads = current_platform.init_threads(self.local_rank, parallel.world_size)
         init_distributed_environment(
             world_size=parallel.world_size,
             rank=self.rank,
@@ -73,13 +78,15 @@ class CPUWorker(WorkerBase):
         return self.model_runner.get_kv_cache_constraints()
 
     def determine_available_memory(self) -> int:
-        """``--kv-cache-memory-bytes``, else VLLM_CPU_KVCACHE_SPACE GiB, if the machine has it."""
+        """``--kv-cache-memory-bytes``, else VLLM_CPU_KVCACHE_SPACE GiB, if the machine has it for
+        each of its workers.
+        """
         asked = self.cache_config.kv_cache_memory_bytes
         if asked is None:
             option, wanted = "VLLM_CPU_KVCACHE_SPACE", int(envs.VLLM_CPU_KVCACHE_SPACE * _GIB)
         else:
             option, wanted = "--kv-cache-memory-bytes", asked
-        free = current_platform.get_device_available_memory()
+        free = current_platform.get_device_available_memory() // self.parallel_config.world_size
         room = free - _HEADROOM_BYTES
         if room <= 0:
             raise CapacityError(
@@ -108,6 +115,25 @@ class CPUWorker(WorkerBase):
 
     def sample_tokens(self, grammar_output: GrammarOutput | None) -> ModelRunnerOutput:
         return self.model_runner.sample_tokens(grammar_output)
+
+    def sleep(self, level: int) -> None:
+        self.model_runner.release_kv_cache(drop_pages)
+        if level == 2:
+            self.model_runner.release_model()
+            self._has_weights = False
+            # Parameters and modules refer to each other; start-up froze them.
+            gc.unfreeze()
+            gc.collect()
+        trim_heap()
+
+    def wake_up(self, tags: Sequence[str]) -> None:
+        if "weights" in tags and not self._has_weights:
+            self.model_runner.restore_model()
+            self._has_weights = True
+            gc.collect()
+            gc.freeze()
+        if "kv_cache" in tags:
+            self.model_runner.restore_kv_cache()
 
     def get_kv_connector_handshake_metadata(
         self,

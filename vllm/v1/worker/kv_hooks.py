@@ -156,6 +156,12 @@ class ConnectorStep:
     def register(self, kv_caches: Mapping[str, torch.Tensor]) -> None:
         """Once, after allocation: each layer's view in manager blocks, by its name."""
 
+    def unregister(self) -> None:
+        """The caches' memory is about to be given back (sleep)."""
+
+    def restore(self, kv_caches: Mapping[str, torch.Tensor]) -> None:
+        """The caches' memory is there again (wake-up), empty; arguments as of ``register``."""
+
     def begin(self, scheduler_output: SchedulerOutput, context: ForwardContext) -> None:
         """Before the forward pass: start what the step's metadata asks to load."""
 
@@ -216,6 +222,14 @@ class ActiveConnectorStep(ConnectorStep):
         self._kv_caches = dict(kv_caches)
         self._layers = _LayerCalls(self._connector, kv_caches)
         self._connector.register_kv_caches(dict(kv_caches))
+
+    def unregister(self) -> None:
+        self._connector.unregister_kv_caches()
+
+    def restore(self, kv_caches: Mapping[str, torch.Tensor]) -> None:
+        self._kv_caches = dict(kv_caches)
+        self._layers = _LayerCalls(self._connector, kv_caches)
+        self._connector.restore_kv_caches(dict(kv_caches))
 
     def get_handshake_metadata(self) -> KVConnectorHandshakeMetadata | None:
         return self._connector.get_handshake_metadata()

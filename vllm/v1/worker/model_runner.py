@@ -142,19 +142,14 @@ class ModelRunner:
         """Allocate the caches, hand each layer its view, and make the batch for them."""
         config = self.vllm_config
         publish_layout(kv_cache_config.kv_cache_layout, config.instance_id, self)
-        caches = allocate_kv_cache(kv_cache_config, self.device.device)
+        caches = self._caches = allocate_kv_cache(kv_cache_config, self.device.device)
         share_kv_caches(caches, get_kv_sharing_targets(self.layers), kv_cache_config)
         bind_kv_cache(caches, self.layers, self.kv_caches)
         self._zeroing = make_block_zeroing(caches, kv_cache_config)
         self._write_watch = make_write_watch(caches, kv_cache_config)
         if self._make_connector is not None:
             self._connector = ActiveConnectorStep(self._make_connector(kv_cache_config))
-        self._connector.register(
-            {
-                name: group_kernel_blocks(cache, kv_cache_config.num_blocks)
-                for name, cache in caches.items()
-            }
-        )
+        self._connector.register(self._views_in_blocks())
         self.attention_groups = AttentionGroups(
             kv_cache_config, self.layers, config, self.device.device
         )
@@ -183,6 +178,43 @@ class ModelRunner:
             scheduler_config.max_num_seqs,
             len(tables),
             self.device,
+        )
+
+    def _views_in_blocks(self) -> dict[str, torch.Tensor]:
+        """Each layer's view in manager blocks, as connectors take it."""
+        num_blocks = self._caches.config.num_blocks
+        return {
+            name: group_kernel_blocks(cache, num_blocks) for name, cache in self._caches.items()
+        }
+
+    # ---- sleep ----------------------------------------------------------------------------------
+
+    def release_kv_cache(self, release: Callable[[torch.Tensor], None]) -> None:
+        """Give the pool's memory back; no request holds blocks.
+
+        Args:
+            release: frees the memory of the 1-D tensor that it gets, whose addresses stay valid.
+        """
+        self._connector.unregister()
+        release(self._caches.backing)
+
+    def restore_kv_cache(self) -> None:
+        """The pool's memory is there again, with nothing in it."""
+        self._caches.debugger.restart()
+        self._connector.restore(self._views_in_blocks())
+
+    def release_model(self) -> None:
+        """Let go of the weights, and of all that was made of them."""
+        self.layers = {}
+        del self.model, self._compute_logits, self.prompt_logprobs, self.attention_groups
+
+    def restore_model(self) -> None:
+        """Load the weights again; caches stay where they are."""
+        self.load_model()
+        self.kv_caches.clear()
+        bind_kv_cache(self._caches, self.layers, self.kv_caches)
+        self.attention_groups = AttentionGroups(
+            self._caches.config, self.layers, self.vllm_config, self.device.device
         )
 
     @torch.inference_mode()

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
+
+from vllm.errors import UnsupportedError
 
 if TYPE_CHECKING:
     from torch import nn
@@ -99,6 +102,24 @@ class WorkerBase(ABC):
 
     @abstractmethod
     def get_model(self) -> nn.Module: ...
+
+    def sleep(self, level: int) -> None:
+        """Give memory back until ``wake_up``; no request holds blocks, and no step follows.
+
+        Args:
+            level: 1 gives back the KV cache's memory, and moves weights out of the device's where
+                that is not the host's; 2 gives back the weights' too.
+
+        Raises:
+            UnsupportedError: the device has no sleep mode.
+        """
+        raise UnsupportedError(f"{type(self).__name__} has no sleep mode")
+
+    def wake_up(self, tags: Sequence[str]) -> None:
+        """Have the memory of ``tags`` ("weights", "kv_cache") again: weights as they were
+        loaded, the cache empty.
+        """
+        raise UnsupportedError(f"{type(self).__name__} has no sleep mode")
 
     def check_health(self) -> None:
         """Raises where the worker can no longer work."""

@@ -2,5 +2,6 @@
 
 from vllm.model_executor.layers.attention.attention import Attention
 from vllm.model_executor.layers.attention.chunked_local_attention import ChunkedLocalAttention
+from vllm.model_executor.layers.attention.mla_attention import LatentUpProjection, MLAAttention
 
-__all__ = ["Attention", "ChunkedLocalAttention"]
+__all__ = ["Attention", "ChunkedLocalAttention", "LatentUpProjection", "MLAAttention"]

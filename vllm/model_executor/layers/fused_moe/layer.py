@@ -181,9 +181,14 @@ class FusedMoE(nn.Module):
             self.down = ops.pack_experts(self.w2_weight.data)
             del self.w2_weight
 
-    def forward(self, hidden_states: torch.Tensor, router_logits: torch.Tensor) -> torch.Tensor:
-        """(T, hidden) and logits (T, E) -> (T, hidden)."""
-        weights, ids = select_experts(router_logits, self.routing, self.correction_bias)
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        router_logits: torch.Tensor,
+        chosen_ids: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """(T, hidden) and logits (T, E) -> (T, hidden); ``chosen_ids`` as in ``select_experts``."""
+        weights, ids = select_experts(router_logits, self.routing, self.correction_bias, chosen_ids)
         at_once = max(1, _PAIRS_AT_ONCE // self.routing.top_k)
         if hidden_states.shape[0] <= at_once:
             output = self._run_experts(hidden_states, weights, ids)

@@ -1,20 +1,22 @@
 """Which experts compute a token, and with what weight. Knows no expert.
 
-Softmax and sigmoid scores, plain or limited to groups of experts (DeepSeek V2 arXiv:2405.04434,
-V3 arXiv:2412.19437). T tokens, E experts, k experts of a token.
+Scores of each expert or of all, plain or limited to groups of experts (DeepSeek V2
+arXiv:2405.04434, V3 arXiv:2412.19437). T tokens, E experts, k experts of a token.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 
 from vllm.errors import ConfigError
 
 __all__ = ["Routing", "select_experts"]
 
-_SCORES = ("softmax", "sigmoid")
+_SCORES = ("softmax", "sigmoid", "sqrtsoftplus")
 _TINY = 1e-20
 """Keeps the sum of sigmoid scores that all vanish from dividing by zero."""
 
@@ -32,7 +34,7 @@ class Routing:
     renormalize: bool = True
     """The weights of a token sum to one."""
     scoring_func: str = "softmax"
-    """"softmax" over all experts, or "sigmoid" of each."""
+    """"softmax" over all experts; "sigmoid" or "sqrtsoftplus", the root of softplus, of each."""
     num_expert_group: int = 1
     topk_group: int = 1
     """Of ``num_expert_group`` groups of neighbouring experts, so many may be chosen from."""
@@ -42,7 +44,7 @@ class Routing:
     def __post_init__(self) -> None:
         if self.scoring_func not in _SCORES:
             raise ConfigError(
-                f"config.json: experts are scored by {' or '.join(_SCORES)}, not "
+                f"config.json: experts are scored by {', '.join(_SCORES)}, not "
                 f"{self.scoring_func!r}"
             )
         if not 1 <= self.top_k <= self.num_experts:
@@ -63,10 +65,18 @@ class Routing:
             )
 
 
+_SCORE_OF: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "softmax": lambda logits: logits.softmax(-1),
+    "sigmoid": torch.sigmoid,
+    "sqrtsoftplus": lambda logits: F.softplus(logits).sqrt(),
+}
+
+
 def select_experts(
     router_logits: torch.Tensor,
     routing: Routing,
     correction_bias: torch.Tensor | None = None,
+    chosen_ids: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The experts of each token, best first.
 
@@ -74,17 +84,17 @@ def select_experts(
         router_logits: (T, E), any float dtype; scores are computed in float32.
         correction_bias: (E,) added to the scores for the choice, not for the weights. With it, a
             group is as good as its two best experts together; without, as its best one.
+        chosen_ids: (T, k) experts that were chosen already; scores only weigh them.
 
     Returns:
         Weights (T, k) float32 and expert ids (T, k) int64.
     """
-    logits = router_logits.float()
-    scores = logits.softmax(-1) if routing.scoring_func == "softmax" else logits.sigmoid()
+    scores = _SCORE_OF[routing.scoring_func](router_logits.float())
     choice = scores if correction_bias is None else scores + correction_bias.float()
     if routing.topk_group < routing.num_expert_group:
         choice = _within_best_groups(choice, routing, correction_bias is not None)
-    chosen, ids = choice.topk(routing.top_k, dim=-1)
-    weights = chosen if choice is scores else scores.gather(-1, ids)
+    ids = choice.topk(routing.top_k, dim=-1).indices if chosen_ids is None else chosen_ids
+    weights = scores.gather(-1, ids)
     if routing.renormalize:
         weights = weights / (weights.sum(-1, keepdim=True) + _TINY)
     if routing.routed_scaling_factor != 1.0:

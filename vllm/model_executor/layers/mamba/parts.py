@@ -137,6 +137,8 @@ class CausalConv1d(nn.Module):
 
     def process_weights_after_loading(self) -> None:
         """The kernels read taps (K, channels) in float32."""
+        if "weight" not in self._parameters:
+            return
         self.taps = self.weight.data.float().t().contiguous()
         del self.weight
         if self.bias is not None:

@@ -19,7 +19,9 @@ class AttentionBackendEnum(enum.Enum):
     """A member's value is the path of the class that it means unless a plug-in overrides it."""
 
     CPU_ATTN = "vllm.v1.attention.backends.cpu_attn.CPUAttentionBackend"
+    CPU_MLA = "vllm.v1.attention.backends.mla.cpu_mla.CPUMLABackend"
     TORCH_REF = "vllm.v1.attention.backends.torch_ref.TorchRefBackend"
+    TORCH_REF_MLA = "vllm.v1.attention.backends.mla.torch_ref_mla.TorchRefMLABackend"
     TRITON_ATTN = "vllm.v1.attention.backends.triton_attn.TritonAttentionBackend"
 
     def get_path(self) -> str:

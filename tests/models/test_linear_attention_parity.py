@@ -1,0 +1,63 @@
+"""Qwen3-Next, LFM2 and MiniMax-Text-01 generate what transformers generates, whatever the scheduler
+does: the tests of ``test_state_parity``, and every layout and order of states.
+"""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.models.checkpoints import save
+from tests.models.linear_attention_checkpoints import CLASSES, make_linear_model
+from tests.models.parity import assert_equals_transformers, engine, generate, make_prompts
+from tests.models.test_state_parity import (  # noqa: F401 - run with the fixture below
+    BLOCK,
+    Case,
+    test_after_preemption,
+    test_alone_it_equals_transformers,
+    test_in_one_batch_and_again_out_of_the_prefix_cache,
+    test_prompts_in_chunks,
+)
+
+ALIKE = ("lfm2_moe",)
+"""A variant of one that runs each time."""
+MODELS = [pytest.param(name, marks=[pytest.mark.slow] if name in ALIKE else []) for name in CLASSES]
+LAYOUTS = ("LBHNC", "LBNHC", "BLHNC", "BLNHC")
+"""Those that keep a page together, as pages of unlike layers must be."""
+COVERING = {("qwen3_next", "BLNHC", "DS"), ("lfm2", "LBHNC", "SD"), ("minimax", "LBNHC", "DS")}
+"""The others are slow to run each time."""
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def case(request, tmp_path_factory):
+    folder = tmp_path_factory.mktemp(request.param)
+    hf = make_linear_model(request.param)
+    save(hf, folder)
+    with engine(folder, enable_prefix_caching=False) as llm:
+        reference = generate(llm, make_prompts(), one_by_one=True)
+    # Layers may be grouped otherwise where states are kept for reuse.
+    with engine(folder, mamba_cache_mode="all", block_size=BLOCK) as llm:
+        runner = llm.llm_engine.client._core.executor.worker.model_runner
+        num_groups = len(runner.batch.block_table.tables)
+    return Case(folder, hf, reference, num_groups)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "layout", "conv_order"),
+    [
+        pytest.param(*row, marks=[] if row in COVERING else pytest.mark.slow)
+        for row in (
+            (model_type, layout, order)
+            for model_type in CLASSES
+            for layout in LAYOUTS
+            for order in ("SD", "DS")
+        )
+    ],
+)
+def test_in_every_layout(model_type, layout, conv_order, tmp_path, monkeypatch):
+    monkeypatch.setenv("VLLM_KV_CACHE_DEBUG", "1")
+    monkeypatch.setenv("VLLM_KV_CACHE_LAYOUT", layout)
+    monkeypatch.setenv("VLLM_SSM_CONV_STATE_LAYOUT", conv_order)
+    hf = make_linear_model(model_type)
+    settings = {"mamba_cache_mode": "align", "block_size": BLOCK, "enable_prefix_caching": True}
+    with engine(save(hf, tmp_path), **settings) as llm:
+        assert_equals_transformers(generate(llm, make_prompts()), hf)

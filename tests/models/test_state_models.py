@@ -1,0 +1,66 @@
+"""Models with state layers give the logits of transformers, in every variant of their layers."""
+
+import pytest
+
+from tests.models.checkpoints import save
+from tests.models.harness import TOKENS, PagedModel, make_config
+from tests.models.state_checkpoints import make_state_model
+from tests.models.test_llama import assert_logits_equal, reference
+
+VARIANTS = {
+    "mamba": {
+        "plain": {},
+        "biases": {"use_bias": True},
+        "no conv bias": {"use_conv_bias": False},
+        "untied": {"tie_word_embeddings": False},
+        "short kernel": {"conv_kernel": 2},
+        "wide": {"expand": 3, "time_step_rank": 7},
+        "stream in the model's dtype": {"residual_in_fp32": False},
+    },
+    "falcon_mamba": {"plain": {}, "eps": {"mixer_rms_eps": 0.5}},
+    "mamba2": {
+        "plain": {},
+        "biases": {"use_bias": True},
+        "no conv bias": {"use_conv_bias": False},
+        "tied": {"tie_word_embeddings": True},
+        "one group": {"n_groups": 1},
+        "group of each head": {"n_groups": 8},
+        "bounded steps": {"time_step_limit": (0.4, 1.2)},
+        "eps": {"layer_norm_epsilon": 0.3},
+    },
+    "bamba": {
+        "plain": {},
+        "biases": {"attention_bias": True, "mlp_bias": True, "mamba_proj_bias": True},
+        "head width left open": {"mamba_d_head": "auto"},
+        "tied": {"tie_word_embeddings": True},
+    },
+}
+CASES = [(kind, variant) for kind, variants in VARIANTS.items() for variant in variants]
+
+
+@pytest.mark.parametrize(("model_type", "variant"), CASES)
+def test_logits_equal_transformers(model_type, variant, tmp_path):
+    hf = make_state_model(model_type, **VARIANTS[model_type][variant])
+    paged = PagedModel(make_config(save(hf, tmp_path)))
+    assert_logits_equal(paged.logits(TOKENS), reference(hf))
+
+
+@pytest.mark.parametrize("model_type", VARIANTS)
+@pytest.mark.parametrize("chunk", [1, 9])
+def test_chunks_continue_from_the_cached_state(model_type, chunk, tmp_path):
+    hf = make_state_model(model_type)
+    paged = PagedModel(make_config(save(hf, tmp_path)))
+    assert_logits_equal(paged.logits(TOKENS, chunk=chunk), reference(hf))
+
+
+@pytest.mark.parametrize("model_type", VARIANTS)
+def test_a_batch_keeps_its_states_apart(model_type, tmp_path):
+    hf = make_state_model(model_type)
+    paged = PagedModel(make_config(save(hf, tmp_path)))
+    texts = {0: TOKENS[:30], 2: TOKENS[10:11], 3: TOKENS[5:45]}
+    for row, logits in paged.step(texts).items():
+        assert_logits_equal(logits, reference(hf, texts[row]))
+    more = {3: TOKENS[45:46], 0: TOKENS[30:33], 2: TOKENS[11:40]}
+    for row, logits in paged.step(more).items():
+        whole = reference(hf, texts[row] + more[row])
+        assert_logits_equal(logits, whole[len(texts[row]) :])

@@ -1,0 +1,106 @@
+"""Every model with state layers generates what transformers generates, whatever the scheduler does.
+
+As ``test_parity``: greedy tokens and logits of 64 steps for 8 prompts, in float32, through the
+whole engine. States are kept for reuse in two modes; a hit continues a state that another request
+left, and changes no token.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.models.checkpoints import save
+from tests.models.parity import (
+    Generated,
+    assert_equals_transformers,
+    assert_same,
+    engine,
+    generate,
+    make_prompts,
+    metric,
+)
+from tests.models.state_checkpoints import CLASSES, make_state_model
+
+ALIKE = ("falcon_mamba",)
+"""A variant of one that runs each time."""
+MODELS = [pytest.param(name, marks=[pytest.mark.slow] if name in ALIKE else []) for name in CLASSES]
+BLOCK = 32
+"""Of caches that keep states: attention's blocks have as many tokens."""
+LAYOUTS = ("LBHNC", "LBNHC", "LHBNC", "BLHNC", "BLNHC", "BHLNC")
+
+
+@dataclass
+class Case:
+    folder: Path
+    hf: Any
+    reference: Generated
+    num_groups: int
+    """Block tables of a request."""
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def case(request, tmp_path_factory):
+    folder = tmp_path_factory.mktemp(request.param)
+    hf = make_state_model(request.param)
+    save(hf, folder)
+    with engine(folder, enable_prefix_caching=False) as llm:
+        reference = generate(llm, make_prompts(), one_by_one=True)
+        runner = llm.llm_engine.client._core.executor.worker.model_runner
+        num_groups = len(runner.batch.block_table.tables)
+    return Case(folder, hf, reference, num_groups)
+
+
+def possible_hit(length: int, mode: str) -> int:
+    """Tokens of a prompt, computed before, that need not be computed again: at least one must be.
+
+    In mode "align" only the last whole block of a prompt that one step takes has left a state.
+    """
+    if mode == "all":
+        return (length - 1) // BLOCK * BLOCK
+    kept = length // BLOCK * BLOCK
+    return kept if kept < length else 0
+
+
+def test_alone_it_equals_transformers(case):
+    assert_equals_transformers(case.reference, case.hf)
+
+
+def test_prompts_in_chunks(case):
+    with engine(case.folder, max_num_batched_tokens=40, max_num_seqs=8) as llm:
+        assert_same(generate(llm, case.reference.prompts), case.reference)
+
+
+@pytest.mark.parametrize("mode", ["align", "all"])
+def test_in_one_batch_and_again_out_of_the_prefix_cache(case, mode):
+    prompts = case.reference.prompts
+    settings = {
+        "mamba_cache_mode": mode,
+        "block_size": BLOCK,
+        "enable_prefix_caching": True,
+        "kv_cache_memory_bytes": 1 << 25,
+    }
+    with engine(case.folder, **settings) as llm:
+        first = generate(llm, prompts)
+        again = generate(llm, prompts)
+    assert_same(first, case.reference)
+    assert first.cached == [0] * len(prompts)
+    assert_same(again, case.reference)
+    assert again.cached == [possible_hit(len(prompt), mode) for prompt in prompts]
+
+
+def test_after_preemption(case):
+    # Blocks for the longest request twice. States take a block of every 32 tokens, as attention
+    # does: with one for the whole request a model without attention never runs out.
+    settings = {
+        "mamba_cache_mode": "all",
+        "block_size": BLOCK,
+        "enable_prefix_caching": False,
+        "num_gpu_blocks_override": 1 + 24 * case.num_groups,
+    }
+    with engine(case.folder, **settings) as llm:
+        assert_same(generate(llm, case.reference.prompts), case.reference)
+        assert metric(llm, "num_preemptions") > 0
