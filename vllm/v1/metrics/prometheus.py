@@ -156,7 +156,7 @@ class PrometheusStatLogger:
         names = model_config.served_model_name
         self._labels = (names[0] if names else model_config.model, str(engine_index))
         self._make_gauges()
-        self._make_counters()
+        self._make_counters(vllm_config)
         self._make_histograms(model_config.max_model_len)
         info = {**cache_config_labels(vllm_config, facts), "engine": str(engine_index)}
         Gauge(
@@ -210,8 +210,13 @@ class PrometheusStatLogger:
         )
         self._sleep_state["awake"].set(1)
 
-    def _make_counters(self) -> None:
+    def _make_counters(self, vllm_config: VllmConfig) -> None:
         counter = self._counter
+        transfer = vllm_config.kv_transfer_config
+        self._kv_transfer = {
+            name: counter(f"vllm:kv_{name}", text)
+            for name, text in (_KV_TRANSFER_COUNTERS.items() if transfer is not None else ())
+        }
         self._prefix_queries = counter(
             "vllm:prefix_cache_queries", "Prompt tokens looked up in the prefix cache."
         )
@@ -320,11 +325,6 @@ class PrometheusStatLogger:
         self._num_preemptions = histogram(
             "vllm:request_num_preemptions", "How often a request was preempted.", _PREEMPTIONS
         )
-        transfer = vllm_config.kv_transfer_config
-        self._kv_transfer = {
-            name: counter(f"vllm:kv_{name}", text)
-            for name, text in (_KV_TRANSFER_COUNTERS.items() if transfer is not None else ())
-        }
 
     def record_sleep_state(self, level: int | None) -> None:
         """The engine sleeps at ``level``; None: it is awake."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import uuid
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
@@ -74,6 +73,7 @@ def start_worker(
     tp_size = vllm_config.parallel_config.tensor_parallel_size
     local = LocalSide(
         engine_id=transfer.engine_id,
+        session=vllm_config.instance_id,
         shard=Shard(tp_size=tp_size, rank=get_tensor_model_parallel_rank()),
         descriptor=descriptor,
         total_heads=total_heads(
@@ -98,7 +98,7 @@ def make_worker(
     port.register([(array.ctypes.data, array.nbytes) for array in (table, scratch)], "cpu")
     metadata = AgentMetadata(
         engine_id=local.engine_id,
-        session=uuid.uuid4().hex,
+        session=local.session,
         tp_rank=local.shard.rank,
         tp_size=local.shard.tp_size,
         agent=port.metadata(),

@@ -87,6 +87,8 @@ class RemoteParams(msgspec.Struct, kw_only=True):
     remote_num_tokens: int | None = None
     tp_size: int = 1
     pp_size: int = 1
+    remote_session: str = ""
+    """The run of the engine that made these parameters; another one does not have the blocks."""
     remote_lease_slot: int = 0
     remote_lease_generation: int = 0
 

@@ -35,6 +35,7 @@ class LocalSide:
     """This worker's own cache and place, as plans need them."""
 
     engine_id: str
+    session: str
     shard: Shard
     descriptor: CacheDescriptor
     total_heads: dict[str, int | None]

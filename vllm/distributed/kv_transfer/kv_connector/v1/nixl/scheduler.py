@@ -41,6 +41,7 @@ class NixlScheduler:
         self._transfer = transfer
         self._settings = settings
         self._has_states = kv_cache_config.has_mamba_layers
+        self._session = vllm_config.instance_id
         self._tp_size = vllm_config.parallel_config.tensor_parallel_size
         self.host = envs.VLLM_NIXL_SIDE_CHANNEL_HOST
         self.port = envs.VLLM_NIXL_SIDE_CHANNEL_PORT
@@ -148,6 +149,7 @@ class NixlScheduler:
             "do_remote_decode": False,
             "remote_block_ids": [list(row) for row in block_ids],
             "remote_engine_id": self._transfer.engine_id,
+            "remote_session": self._session,
             "remote_request_id": request_id,
             "remote_host": self.host,
             "remote_port": self.port,

@@ -243,11 +243,12 @@ class TransferWorker:
             return
         self._loads[load.receive.request_id] = load
         try:
+            if peer.session != load.params.remote_session:
+                raise PeerLostError("the engine has restarted since it computed this prompt")
             self._post(load, peer)
         except PeerLostError as error:
             self._lost(load.engine_id)
-            load.copies.clear()
-            if load.retried:
+            if load.retried or load.copies:
                 load.error = str(error)
                 return
             # It may have come back under the same name: shake hands once more.
