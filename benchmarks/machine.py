@@ -78,10 +78,8 @@ def bf16_gemm_gflop_s(size: int = 2048, repeats: int = 5) -> float:
     return 2 * size**3 / best / 1e9
 
 
-def describe() -> dict[str, object]:
-    """The machine and its two rates, to be kept beside a figure."""
-    import torch
-
+def identity() -> dict[str, object]:
+    """Date, processor and versions; for figures that depend on neither of the machine's rates."""
     import vllm
 
     return {
@@ -89,8 +87,16 @@ def describe() -> dict[str, object]:
         "cpu": cpu_name(),
         "cores": num_cores(),
         "python": platform.python_version(),
-        "torch": torch.__version__,
         "vllm": vllm.__version__,
+    }
+
+
+def describe() -> dict[str, object]:
+    """The machine and its two rates, to be kept beside a figure."""
+    import torch
+
+    return identity() | {
+        "torch": torch.__version__,
         "stream_read_gb_s": round(stream_read_gb_s(), 2),
         "bf16_gemm_gflop_s": round(bf16_gemm_gflop_s(), 1),
     }

@@ -46,6 +46,7 @@ __all__ = [
     "isa",
     "linear",
     "linear_into",
+    "logits",
     "pack_experts",
     "pack_weight",
     "paged_attention",
@@ -63,7 +64,7 @@ __all__ = [
 
 # DType and Epilogue in csrc/cpu/types.h.
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-_PLAIN, _SILU_MUL = 0, 1
+_PLAIN, _SILU_MUL, _FLOAT_OUT = 0, 1, 2
 # Gate in csrc/cpu/types.h.
 _GELU_TANH, _SWIGLU_OAI = 1, 2
 # Columns of a panel of packed weights.
@@ -196,9 +197,10 @@ def _product(
         )
     if x.stride(1) != 1:
         x = x.contiguous()
+    dtype = torch.float32 if epilogue == _FLOAT_OUT else weight.dtype
     if out is None:
-        out = torch.empty((m, n), dtype=weight.dtype)
-    elif out.shape != (m, n) or out.dtype is not weight.dtype or out.stride(1) != 1:
+        out = torch.empty((m, n), dtype=dtype)
+    elif out.shape != (m, n) or out.dtype is not dtype or out.stride(1) != 1:
         raise ValueError(f"{out.dtype} output {tuple(out.shape)} for a product ({m}, {n})")
     _C.gemm(
         x.data_ptr(),
@@ -244,6 +246,18 @@ def linear(
     if x.is_cuda:
         return _cuda_ops.linear(x, weight, bias)
     return F.linear(x, weight, bias)
+
+
+def logits(
+    x: torch.Tensor, weight: PackedWeight | torch.Tensor, bias: torch.Tensor | None = None
+) -> torch.Tensor:
+    """As ``linear``, but fp32 where the kernel has fp32 sums to give: (..., k) -> (..., n).
+
+    Rounded to bf16, the best of many tokens are often equal, and a log-probability has two digits.
+    """
+    if isinstance(weight, PackedWeight) and weight.plain is None:
+        return _product(x, weight, bias, weight.n, _FLOAT_OUT)
+    return linear(x, weight, bias)
 
 
 def gate_up_silu(x: torch.Tensor, weight: PackedWeight | torch.Tensor) -> torch.Tensor:

@@ -12,12 +12,80 @@ G groups, N state size.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from vllm import _torch_state_ops
+from vllm._custom_ops import DTYPE_CODES
 from vllm._torch_state_ops import StateSegments
 
+try:
+    from vllm import _C
+except ImportError:
+    _C = None
+
 __all__ = ["StateSegments", "causal_conv1d", "gated_rms_norm", "selective_scan", "ssd_scan"]
+
+# kMaxSteps + 1 and kMaxStates in csrc/cpu/state.cpp.
+_MAX_KERNEL = 16
+_MAX_STATE_SIZE = 256
+
+
+def _kernel_takes(state: torch.Tensor, *inputs: torch.Tensor | None) -> bool:
+    """The extension knows the dtypes, and rows of the inputs are dense."""
+    first = inputs[0]
+    assert first is not None
+    dtype = first.dtype
+    return (
+        _C is not None
+        and first.is_cpu
+        and dtype in DTYPE_CODES
+        and state.dtype in DTYPE_CODES
+        and all(x is None or (x.dtype is dtype and x.stride(-1) == 1) for x in inputs)
+    )
+
+
+def _parameters_fit(*parameters: torch.Tensor | None) -> bool:
+    return all(
+        p is None or (p.dtype is torch.float32 and p.is_contiguous() and p.is_cpu)
+        for p in parameters
+    )
+
+
+def _heads_are_dense(*inputs: torch.Tensor) -> bool:
+    """Heads of (T, H, P) lie side by side in a row."""
+    return all(x.shape[1] == 1 or x.stride(1) == x.shape[2] for x in inputs)
+
+
+def _address(x: torch.Tensor | None) -> int:
+    return 0 if x is None else x.data_ptr()
+
+
+def _rows(x: torch.Tensor | None) -> tuple[int, int]:
+    """Address and stride of rows; zeros for None."""
+    return (0, 0) if x is None else (x.data_ptr(), x.stride(0))
+
+
+def _where(segments: StateSegments, state: torch.Tensor, x: torch.Tensor) -> tuple[Any, ...]:
+    """The arguments that every kernel on states begins with."""
+    tensors = (
+        segments.token_starts,
+        segments.request_starts,
+        segments.sources,
+        segments.targets,
+    )
+    for tensor in tensors:
+        assert tensor.dtype is torch.int32 and tensor.is_contiguous()
+    return (
+        *(tensor.data_ptr() for tensor in tensors),
+        segments.num_requests,
+        segments.num_tokens,
+        state.data_ptr(),
+        state.stride(0),
+        DTYPE_CODES[x.dtype],
+        DTYPE_CODES[state.dtype],
+    )
 
 
 def causal_conv1d(
@@ -41,7 +109,27 @@ def causal_conv1d(
     Returns:
         (T, I), dense, dtype of x.
     """
-    return _torch_state_ops.causal_conv1d(x, weight, bias, conv_state, segments, activation)
+    if (
+        not _kernel_takes(conv_state, x)
+        or not _parameters_fit(weight, bias)
+        or not 2 <= weight.shape[0] <= _MAX_KERNEL
+        or activation not in (None, "silu")
+    ):
+        return _torch_state_ops.causal_conv1d(x, weight, bias, conv_state, segments, activation)
+    out = torch.empty(x.shape, dtype=x.dtype)
+    _C.causal_conv1d(
+        *_where(segments, conv_state, x),
+        conv_state.stride(1),
+        conv_state.stride(2),
+        *_rows(x),
+        out.data_ptr(),
+        weight.data_ptr(),
+        _address(bias),
+        x.shape[1],
+        weight.shape[0],
+        activation == "silu",
+    )
+    return out
 
 
 def selective_scan(
@@ -71,7 +159,28 @@ def selective_scan(
     Returns:
         (T, I), dense, dtype of x.
     """
-    return _torch_state_ops.selective_scan(x, dt, a, b, c, d, z, dt_bias, ssm_state, segments)
+    if (
+        not _kernel_takes(ssm_state, x, dt, b, c, z)
+        or not _parameters_fit(a, d, dt_bias)
+        or not ssm_state[0].is_contiguous()
+        or a.shape[1] > _MAX_STATE_SIZE
+    ):
+        return _torch_state_ops.selective_scan(x, dt, a, b, c, d, z, dt_bias, ssm_state, segments)
+    out = torch.empty(x.shape, dtype=x.dtype)
+    _C.selective_scan(
+        *_where(segments, ssm_state, x),
+        *_rows(x),
+        *_rows(dt),
+        *_rows(z),
+        *_rows(b),
+        *_rows(c),
+        out.data_ptr(),
+        a.data_ptr(),
+        d.data_ptr(),
+        _address(dt_bias),
+        *a.shape,
+    )
+    return out
 
 
 def ssd_scan(
@@ -101,7 +210,29 @@ def ssd_scan(
     Returns:
         (T, H, P), dense, dtype of x.
     """
-    return _torch_state_ops.ssd_scan(x, dt, a, b, c, d, dt_bias, dt_limit, ssm_state, segments)
+    if (
+        not _kernel_takes(ssm_state, x, dt, b, c)
+        or not _heads_are_dense(x, b, c)
+        or not _parameters_fit(a, d, dt_bias)
+        or not ssm_state[0].is_contiguous()
+    ):
+        return _torch_state_ops.ssd_scan(x, dt, a, b, c, d, dt_bias, dt_limit, ssm_state, segments)
+    out = torch.empty(x.shape, dtype=x.dtype)
+    _C.ssd_scan(
+        *_where(segments, ssm_state, x),
+        *_rows(x),
+        *_rows(dt),
+        *_rows(b),
+        *_rows(c),
+        out.data_ptr(),
+        a.data_ptr(),
+        d.data_ptr(),
+        dt_bias.data_ptr(),
+        *dt_limit,
+        *x.shape[1:],
+        *b.shape[1:],
+    )
+    return out
 
 
 def gated_rms_norm(
@@ -122,4 +253,18 @@ def gated_rms_norm(
     Returns:
         (T, I), dense, dtype of x.
     """
-    return _torch_state_ops.gated_rms_norm(x, gate, weight, eps, num_groups, norm_before_gate)
+    if not _kernel_takes(x, x, gate) or not _parameters_fit(weight):
+        return _torch_state_ops.gated_rms_norm(x, gate, weight, eps, num_groups, norm_before_gate)
+    out = torch.empty(x.shape, dtype=x.dtype)
+    _C.gated_rms_norm(
+        *_rows(x),
+        *_rows(gate),
+        weight.data_ptr(),
+        out.data_ptr(),
+        *x.shape,
+        num_groups,
+        eps,
+        norm_before_gate,
+        DTYPE_CODES[x.dtype],
+    )
+    return out

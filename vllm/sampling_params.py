@@ -29,6 +29,8 @@ _MAX_N = 16_384
 _INT64 = 1 << 63
 # Beyond this a bias forbids or forces a token already, whatever the model says.
 _MAX_BIAS = 100.0
+# Logits are divided by it; below, a quotient may be infinite in fp32.
+_LEAST_PENALTY = 1e-30
 # Stop strings and bad words are looked for after every token, so their number is bounded.
 _MAX_STRINGS = 4096
 _MAX_CHARACTERS = 32_768
@@ -259,7 +261,10 @@ class SamplingParams(msgspec.Struct, kw_only=True, omit_defaults=True, dict=Fals
             )
             setattr(self, name, value)
         self.repetition_penalty = _number(
-            "repetition_penalty", self.repetition_penalty, lambda x: x > 0, "a number above 0"
+            "repetition_penalty",
+            self.repetition_penalty,
+            lambda x: x >= _LEAST_PENALTY,
+            f"a number above 0, at least {_LEAST_PENALTY}",
         )
         self.temperature = _number(
             "temperature", self.temperature, lambda x: x >= 0, "a number of at least 0"

@@ -1,21 +1,21 @@
 """Host cost of the KV cache core: hashing, prefix lookup, blocks, scheduler steps. One core.
 
-    python benchmarks/kv_cache/bench_core.py [--json FILE] [--repeat N]
+    python benchmarks/kv_cache/bench_core.py [--save] [--repeat N]
 
 The first figures are the best of N runs, those of steps the median of 32 N steps. The last column
-is the aim.
+is the aim. ``--save`` writes results/cpu_kv_core.json.
 """
 
 from __future__ import annotations
 
 import argparse
 import gc
-import json
-import platform
 import random
 import statistics
+import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -27,6 +27,9 @@ from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
 from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import machine
 
 BLOCK = 16
 PREFIX_TOKENS = 100_000
@@ -183,7 +186,7 @@ def measure_steps(repeat: int) -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--json", help="also write the figures to this file")
+    parser.add_argument("--save", action="store_true", help="keep the figures under results/")
     parser.add_argument("--repeat", type=int, default=7)
     args = parser.parse_args()
     random.seed(0)
@@ -202,15 +205,17 @@ def main() -> None:
         (f"{RUNNING} running, schedule()", steps["schedule"], "us", "<= 150"),
         (f"{RUNNING} running, update_from_output()", steps["update"], "us", ""),
     ]
-    print(
-        f"{platform.processor() or platform.machine()}, Python {platform.python_version()}, "
-        f"block size {BLOCK}"
-    )
+    identity = machine.identity()
+    print(", ".join(f"{name} {value}" for name, value in identity.items()), f"block size {BLOCK}")
     for name, value, unit, target in rows:
         print(f"{name:42s} {value:10.2f} {unit:7s} {target}")
-    if args.json:
-        with open(args.json, "w") as file:
-            json.dump({name: [value, unit, target] for name, value, unit, target in rows}, file)
+    if args.save:
+        figures = {
+            name: {"value": round(value, 2), "unit": unit, "aim": target}
+            for name, value, unit, target in rows
+        }
+        command = f"python benchmarks/kv_cache/bench_core.py --repeat {args.repeat}"
+        machine.save("cpu_kv_core", command, identity | {"block_size": BLOCK} | figures)
 
 
 if __name__ == "__main__":

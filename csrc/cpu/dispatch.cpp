@@ -10,6 +10,7 @@ namespace vllm_cpu {
   void fill_gemm(Kernels&);          \
   void fill_elementwise(Kernels&);   \
   void fill_attention(Kernels&);     \
+  void fill_state(Kernels&);         \
   void fill_linear_attention(Kernels&); \
   }
 VLLM_DECLARE(generic)
@@ -29,6 +30,7 @@ namespace {
     isa::fill_gemm(k);              \
     isa::fill_elementwise(k);       \
     isa::fill_attention(k);         \
+    isa::fill_state(k);             \
     isa::fill_linear_attention(k);  \
     return k;                       \
   }()

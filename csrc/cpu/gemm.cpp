@@ -79,14 +79,15 @@ void panel_product(const typename Form::A* a, int64_t block_distance, const type
   }
 }
 
-template <typename T>
+// A tile of sums, with what comes after them, to the output: of T, or of float with kFloatOut.
+template <typename T, typename Out>
 void finish(const GemmArgs& g, int64_t row, int rows, int64_t panel, const float* tile,
             const float* up) {
   const int64_t column = panel * kPanel;
   const int columns = static_cast<int>(smaller(kPanel, g.n - column));
   const T* bias = static_cast<const T*>(g.bias);
   for (int r = 0; r < rows; ++r) {
-    T* out = static_cast<T*>(g.out) + (row + r) * g.out_stride + column;
+    Out* out = static_cast<Out*>(g.out) + (row + r) * g.out_stride + column;
     for (int c = 0; c < columns; c += kLanes) {
       const int lanes = columns - c < kLanes ? columns - c : kLanes;
       Vec x = load(tile + r * kPanel + c);
@@ -166,7 +167,11 @@ void multiply_group(const GemmArgs& g, const Layout<Form>& layout, const typenam
       };
       product(weight + p * layout.panel_size, tile);
       if (gated) product(weight + (layout.panels + p) * layout.panel_size, up);
-      finish<T>(g, start + row, rows, p, tile, gated ? up : nullptr);
+      if (g.epilogue == kFloatOut) {
+        finish<T, float>(g, start + row, rows, p, tile, nullptr);
+      } else {
+        finish<T, T>(g, start + row, rows, p, tile, gated ? up : nullptr);
+      }
     }
   }
 }

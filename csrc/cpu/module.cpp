@@ -391,6 +391,103 @@ ENTRY(linear_attention) {
   return run(r, kernels().linear_attention, a);
 }
 
+// The arguments that operators on states begin with: 10 of them.
+void read_state(Reader& r, StateArgs& a) {
+  a.token_starts = r.pointer<int32_t>();
+  a.request_starts = r.pointer<int32_t>();
+  a.sources = r.pointer<int32_t>();
+  a.targets = r.pointer<int32_t>();
+  a.num_requests = r.number();
+  a.num_tokens = r.number();
+  a.state = r.pointer<void>();
+  a.state_block_stride = r.number();
+  a.dtype = static_cast<int>(r.number());
+  a.state_dtype = static_cast<int>(r.number());
+}
+
+ENTRY(causal_conv1d) {
+  Reader r(argv, argc, 20);
+  ConvArgs a;
+  read_state(r, a);
+  a.state_step_stride = r.number();
+  a.state_channel_stride = r.number();
+  a.x = r.pointer<void>();
+  a.x_stride = r.number();
+  a.out = r.pointer<void>();
+  a.weight = r.pointer<float>();
+  a.bias = r.pointer<float>();
+  a.channels = r.number();
+  a.kernel = r.number();
+  a.silu = static_cast<int>(r.number());
+  return run(r, kernels().causal_conv1d, a);
+}
+
+ENTRY(selective_scan) {
+  Reader r(argv, argc, 26);
+  ScanArgs a;
+  read_state(r, a);
+  a.x = r.pointer<void>();
+  a.x_stride = r.number();
+  a.dt = r.pointer<void>();
+  a.dt_stride = r.number();
+  a.z = r.pointer<void>();
+  a.z_stride = r.number();
+  a.b = r.pointer<void>();
+  a.b_stride = r.number();
+  a.c = r.pointer<void>();
+  a.c_stride = r.number();
+  a.out = r.pointer<void>();
+  a.a = r.pointer<float>();
+  a.d = r.pointer<float>();
+  a.dt_bias = r.pointer<float>();
+  a.channels = r.number();
+  a.state_size = r.number();
+  return run(r, kernels().selective_scan, a);
+}
+
+ENTRY(ssd_scan) {
+  Reader r(argv, argc, 28);
+  SsdArgs a;
+  read_state(r, a);
+  a.x = r.pointer<void>();
+  a.x_stride = r.number();
+  a.dt = r.pointer<void>();
+  a.dt_stride = r.number();
+  a.b = r.pointer<void>();
+  a.b_stride = r.number();
+  a.c = r.pointer<void>();
+  a.c_stride = r.number();
+  a.out = r.pointer<void>();
+  a.a = r.pointer<float>();
+  a.d = r.pointer<float>();
+  a.dt_bias = r.pointer<float>();
+  a.dt_min = r.real();
+  a.dt_max = r.real();
+  a.num_heads = r.number();
+  a.head_dim = r.number();
+  a.num_groups = r.number();
+  a.state_size = r.number();
+  return run(r, kernels().ssd_scan, a);
+}
+
+ENTRY(gated_rms_norm) {
+  Reader r(argv, argc, 12);
+  GatedNormArgs a;
+  a.x = r.pointer<void>();
+  a.x_stride = r.number();
+  a.gate = r.pointer<void>();
+  a.gate_stride = r.number();
+  a.weight = r.pointer<float>();
+  a.out = r.pointer<void>();
+  a.rows = r.number();
+  a.size = r.number();
+  a.num_groups = r.number();
+  a.eps = r.real();
+  a.norm_before_gate = static_cast<int>(r.number());
+  a.dtype = static_cast<int>(r.number());
+  return run(r, kernels().gated_rms_norm, a);
+}
+
 ENTRY(packed_size) {
   Reader r(argv, argc, 3);
   const int64_t n = r.number();
@@ -529,6 +626,10 @@ PyMethodDef methods[] = {
     FAST(gated_mul),
     FAST(argmax),
     FAST(linear_attention),
+    FAST(causal_conv1d),
+    FAST(selective_scan),
+    FAST(ssd_scan),
+    FAST(gated_rms_norm),
     FAST(packed_size),
     FAST(set_threads),
     FAST(get_threads),

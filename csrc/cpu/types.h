@@ -20,10 +20,11 @@ enum DType : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
 // Columns of a panel of packed weights; see gemm.cpp for the layout.
 constexpr int kPanel = 32;
 
-enum Epilogue : int { kNone = 0, kSiluMul = 1 };
+enum Epilogue : int { kNone = 0, kSiluMul = 1, kFloatOut = 2 };
 
 // out (m, n) = x (m, k) @ w.T (+ bias). Strides in elements. With kSiluMul, w has 2 * n rows, gate
-// over up, n is a multiple of kPanel, and out = silu(x @ gate.T) * (x @ up.T).
+// over up, n is a multiple of kPanel, and out = silu(x @ gate.T) * (x @ up.T). With kFloatOut, out
+// is of floats, whatever the dtype of the others.
 struct GemmArgs {
   const void* x;
   int64_t x_stride;
@@ -156,6 +157,67 @@ struct ArgmaxArgs {
   int dtype;
 };
 
+// What operators on states share. Request r has the segments [request_starts[r], r + 1), segment s
+// the tokens [token_starts[s], s + 1); a request continues the state in block sources[r] (-1: zeros)
+// and the state after segment s goes to block targets[s]. Strides in elements.
+struct StateArgs {
+  const int32_t* token_starts;
+  const int32_t* request_starts;
+  const int32_t* sources;
+  const int32_t* targets;
+  int64_t num_requests, num_tokens;
+  void* state;
+  int64_t state_block_stride;
+  int dtype, state_dtype;
+};
+
+// Depthwise convolution: out (T, channels) dense, weight (kernel, channels) and bias in float.
+struct ConvArgs : StateArgs {
+  int64_t state_step_stride, state_channel_stride;
+  const void* x;
+  int64_t x_stride;
+  void* out;
+  const float* weight;
+  const float* bias;
+  int64_t channels, kernel;
+  int silu;
+};
+
+// Mamba 1: x, dt, z (T, channels), b, c (T, state_size), a (channels, state_size), state (channels,
+// state_size) of a block dense. `z` and `dt_bias` may be null.
+struct ScanArgs : StateArgs {
+  const void *x, *dt, *z, *b, *c;
+  int64_t x_stride, dt_stride, z_stride, b_stride, c_stride;
+  void* out;
+  const float *a, *d, *dt_bias;
+  int64_t channels, state_size;
+};
+
+// Mamba 2: x (T, num_heads * head_dim), dt (T, num_heads), b, c (T, num_groups * state_size), state
+// (num_heads, head_dim, state_size) of a block dense.
+struct SsdArgs : StateArgs {
+  const void *x, *dt, *b, *c;
+  int64_t x_stride, dt_stride, b_stride, c_stride;
+  void* out;
+  const float *a, *d, *dt_bias;
+  float dt_min, dt_max;
+  int64_t num_heads, head_dim, num_groups, state_size;
+};
+
+// RMSNorm by groups of x * silu(gate), or of x and then gated; rows of `size`, out is dense.
+struct GatedNormArgs {
+  const void* x;
+  int64_t x_stride;
+  const void* gate;
+  int64_t gate_stride;
+  const float* weight;
+  void* out;
+  int64_t rows, size, num_groups;
+  float eps;
+  int norm_before_gate;
+  int dtype;
+};
+
 // A pre-norm decoder layer: what a model of the Llama family does between two residual sums.
 // Weights are packed; norms and biases are plain; null means there is none. Every field has eight
 // bytes: Python packs them one after another (vllm/_decoder_layer_op.py).
@@ -228,6 +290,10 @@ struct Kernels {
   void (*rms_norm)(const NormArgs&);
   void (*silu_mul)(const SiluMulArgs&);
   void (*argmax)(const ArgmaxArgs&);
+  void (*causal_conv1d)(const ConvArgs&);
+  void (*selective_scan)(const ScanArgs&);
+  void (*ssd_scan)(const SsdArgs&);
+  void (*gated_rms_norm)(const GatedNormArgs&);
   void (*linear_attention)(const LinearAttentionArgs&);
 };
 

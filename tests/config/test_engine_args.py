@@ -162,7 +162,7 @@ def test_few_tokens_a_step_mean_few_requests(model):
         ({"override_generation_config": {"heat": 1}}, "no key 'heat'"),
         ({"generation_config": "/nowhere"}, "--generation-config must be auto, vllm or"),
         ({"tokenizer": "/nowhere"}, "--tokenizer '/nowhere'"),
-        ({"max_num_seqs": 0}, "--max-num-seqs must be at least 1"),
+        ({"max_num_seqs": 0}, "--max-num-seqs must be between 1 and 65536"),
         ({"max_num_seqs": "many"}, "--max-num-seqs takes a whole number"),
         ({"max_num_seqs": True}, "--max-num-seqs takes a whole number"),
         ({"hf_overrides": 3}, "--hf-overrides takes a JSON object"),
@@ -201,6 +201,12 @@ def test_a_quantised_checkpoint_is_refused(model):
 def test_more_memory_than_there_is(model):
     with pytest.raises(CapacityError, match=r"--kv-cache-memory-bytes 1\d+ asks for"):
         config_of(model(), kv_cache_memory_bytes=10**15)
+
+
+def test_a_share_of_a_gpu_is_refused_on_the_cpu(model):
+    with pytest.raises(ConfigError, match="CPU: set --kv-cache-memory-bytes"):
+        config_of(model(), gpu_memory_utilization=0.5)
+    assert config_of(model(), gpu_memory_utilization=0.92).device_config.device_type == "cpu"
 
 
 def test_the_variable_sets_the_pool(model, monkeypatch):

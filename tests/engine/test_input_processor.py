@@ -89,6 +89,36 @@ def test_without_a_tokenizer_ids_only(tiny_model: Path) -> None:
         processor.process("r", [5], SamplingParams(stop=["x"]))
 
 
+@pytest.mark.parametrize(
+    "value", [10**30, "\ud800", {"\ud800": 1}, object(), [[[["\udfff"]]]], {1: {2: -(10**20)}}]
+)
+def test_what_cannot_travel_is_refused_by_name(processor: InputProcessor, value: Any) -> None:
+    params = SamplingParams(extra_args={"x": value})
+    with pytest.raises(VLLMValidationError, match="plain JSON") as caught:
+        processor.process("r", "x", params)
+    assert caught.value.parameter == "vllm_xargs"
+
+
+def test_depth_is_bounded_and_ordinary_depth_passes(processor: InputProcessor) -> None:
+    deep: Any = 1
+    for _ in range(150):
+        deep = {"a": [deep]} if isinstance(deep, int) else {"a": deep}
+    processor.process("r", "x", SamplingParams(extra_args={"x": deep}))
+    for _ in range(60):
+        deep = [deep]
+    with pytest.raises(VLLMValidationError, match="levels deep"):
+        processor.process("r", "x", SamplingParams(extra_args={"x": deep}))
+    with pytest.raises(VLLMValidationError, match="structured_outputs is nested"):
+        params = SamplingParams(structured_outputs={"json": {"items": deep}})
+        processor.process("r", "x", params)
+
+
+@pytest.mark.parametrize("priority", [1 << 63, -(1 << 63) - 1])
+def test_priorities_are_numbers_of_64_bits(processor: InputProcessor, priority: int) -> None:
+    with pytest.raises(VLLMValidationError, match="64 bits"):
+        processor.process("r", "x", SamplingParams(), priority=priority)
+
+
 def test_params_of_another_class_are_refused(processor: InputProcessor) -> None:
     with pytest.raises(VLLMValidationError, match="must be SamplingParams, not dict"):
         processor.process("r", "x", {"n": 1})  # type: ignore[arg-type]

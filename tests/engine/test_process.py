@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -17,6 +18,7 @@ import pytest
 from tests.engine.conftest import ENGINE_ARGS
 from vllm import LLM, SamplingParams
 from vllm.errors import CapacityError, ConfigError, EngineDeadError
+from vllm.utils.system import raise_open_files_limit
 from vllm.v1.engine.core_client import SyncMPClient
 
 PROMPTS = ["The quick brown", "def main", [7, 8, 9] * 20]
@@ -96,6 +98,22 @@ def test_a_process_gives_the_same_and_its_clean_end_leaves_nothing(
     assert not is_alive(client.pid)
     with pytest.raises(EngineDeadError, match="shut down"):
         other.generate("x", use_tqdm=False)
+
+
+def test_many_open_files_do_not_hide_the_engines_end(tiny_model: Path) -> None:
+    """A server with 1,024 connections has descriptors that select() refuses."""
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    raised = raise_open_files_limit()
+    assert raised >= limits[0]
+    with contextlib.ExitStack() as files:
+        for _ in range(min(1100, raised - 200)):
+            files.enter_context(open(os.devnull))
+        files.callback(resource.setrlimit, resource.RLIMIT_NOFILE, limits)
+        with started(tiny_model) as llm:
+            assert llm.generate("x", SamplingParams(max_tokens=2), use_tqdm=False)
+            os.kill(client_of(llm).pid, signal.SIGKILL)
+            with pytest.raises(EngineDeadError, match="SIGKILL"):
+                llm.generate("x", use_tqdm=False)
 
 
 def test_a_killed_engine_is_reported_and_leaves_no_process(tiny_model: Path) -> None:

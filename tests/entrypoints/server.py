@@ -29,14 +29,16 @@ def free_port() -> int:
         return sock.getsockname()[1]
 
 
-def serve_command(*options: str) -> list[str]:
-    return [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", MODEL, *options]
+def serve_command(*options: str, model: str = MODEL) -> list[str]:
+    return [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", model, *options]
 
 
 class Server:
-    """``vllm serve smollm2`` on a free port; a context manager that leaves nothing behind."""
+    """``vllm serve`` on a free port; a context manager that leaves nothing behind."""
 
-    def __init__(self, log: Path, *options: str, api_key: str | None = None) -> None:
+    def __init__(
+        self, log: Path, *options: str, model: str = MODEL, api_key: str | None = None
+    ) -> None:
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self._log = log
@@ -45,7 +47,7 @@ class Server:
         self._api_key = api_key or "none"
         with log.open("wb") as file:
             self.process = subprocess.Popen(
-                serve_command("--port", str(self.port), *options),
+                serve_command("--port", str(self.port), *options, model=model),
                 stdout=file,
                 stderr=subprocess.STDOUT,
                 env={**os.environ, "PYTHONUNBUFFERED": "1"},

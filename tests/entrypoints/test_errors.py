@@ -7,6 +7,8 @@ import openai
 import pytest
 
 from tests.entrypoints.server import MODEL, Server
+from tests.entrypoints.test_request_fields import CHAT as CHAT_FIELDS
+from tests.entrypoints.test_request_fields import COMPLETION, DETOKENIZE, TOKENIZE_COMPLETION
 
 PROMPT = {"prompt": "Hi", "max_tokens": 1}
 CHAT = {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 1}
@@ -61,6 +63,7 @@ COMPLETION_ERRORS = [
     ({"presence_penalty": 3}, "presence_penalty"),
     ({"frequency_penalty": -3}, "frequency_penalty"),
     ({"repetition_penalty": 0}, "repetition_penalty"),
+    ({"repetition_penalty": 1e-300}, "repetition_penalty"),
     ({"max_tokens": 0}, "max_tokens"),
     ({"max_tokens": -4}, "max_tokens"),
     ({"max_tokens": 5000}, "max_tokens"),
@@ -72,6 +75,8 @@ COMPLETION_ERRORS = [
     ({"stop_token_ids": [-1]}, "stop_token_ids"),
     ({"stop_token_ids": [10**7]}, "stop_token_ids"),
     ({"allowed_token_ids": []}, "allowed_token_ids"),
+    ({"allowed_token_ids": [2], "min_tokens": 1}, "allowed_token_ids"),
+    ({"allowed_token_ids": [17], "bad_words": ["!"]}, "allowed_token_ids"),
     ({"logit_bias": {"9999999": 1}}, "logit_bias"),
     ({"truncate_prompt_tokens": -7}, "truncate_prompt_tokens"),
     ({"truncate_prompt_tokens": 0}, "truncate_prompt_tokens"),
@@ -193,6 +198,7 @@ CHAT_ERRORS = [
     ({"functions": [{"name": "f"}]}, "functions", "use tools"),
     ({"metadata": {"a": "b"}}, "metadata", "leave it out"),
     ({"max_completion_tokens": 99999}, "max_completion_tokens", "leave"),
+    ({"max_completion_tokens": 0}, "max_completion_tokens", "at least 1"),
     ({"prompt": "hi"}, "prompt", "unknown field"),
 ]
 
@@ -201,6 +207,66 @@ CHAT_ERRORS = [
 def test_a_wrong_chat_field_is_named(server: Server, fields: dict, param: str, word: str):
     error = refused(server.post("/v1/chat/completions", {**CHAT, **fields}), 400, word)
     assert error["param"] == param
+
+
+# Each is of a wrong type, or out of range, for nearly every field.
+STRANGE = (
+    "true",
+    "-1",
+    "1.5",
+    "1e30",
+    "9" * 30,
+    '"x"',
+    '"\\ud800"',
+    "[]",
+    "[null]",
+    '[9e99, "a"]',
+    '{"a": {"b": []}}',
+    "[" * 300 + "]" * 300,
+)
+
+
+@pytest.mark.parametrize(
+    ("path", "base", "fields"),
+    [
+        ("/v1/completions", PROMPT, COMPLETION),
+        ("/v1/chat/completions", CHAT, CHAT_FIELDS),
+        ("/tokenize", {"prompt": "Hi"}, f"{TOKENIZE_COMPLETION} messages tools"),
+        ("/detokenize", {"tokens": [1]}, DETOKENIZE),
+    ],
+)
+def test_no_value_of_any_field_is_the_servers_error(
+    server: Server, path: str, base: dict, fields: str
+):
+    """Every field once with each of many values: answered, or refused in the usual form."""
+    for field in fields.split():
+        rest = {name: value for name, value in base.items() if name != field}
+        for value in STRANGE:
+            body = json.dumps(rest)[:-1] + (", " if rest else "") + f'"{field}": {value}}}'
+            headers = {"content-type": "application/json"}
+            response = server.post(path, content=body, headers=headers)
+            if response.status_code != 200:
+                assert response.status_code in (400, 404), (body, response.text)
+                refused(response, response.status_code)
+
+
+def test_deep_values_and_large_numbers_never_reach_the_engine(server: Server):
+    deep: object = 1
+    for _ in range(300):
+        deep = {"a": deep}
+    for value in (deep, 10**30):
+        error = refused(
+            server.post("/v1/completions", {**PROMPT, "vllm_xargs": {"x": value}}),
+            400,
+            "vllm_xargs",
+        )
+        assert error["param"] == "vllm_xargs"
+    refused(server.post("/v1/completions", {**PROMPT, "priority": 10**30}), 400, "priority")
+    refused(
+        server.post("/v1/completions", {**PROMPT, "structured_outputs": {"json": deep}}),
+        400,
+        "structured_outputs is nested",
+    )
 
 
 def test_values_that_ask_for_nothing_pass(server: Server):

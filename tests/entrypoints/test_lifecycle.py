@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -17,8 +18,11 @@ import httpx
 import openai
 import psutil
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from tests.entrypoints.server import MODEL, SMALL, TINY, Server, serve_command
+from tests.models.checkpoints import make_hf_model, save
 from vllm.entrypoints.openai.api_server import StartupStop
 
 KEY = "sesame"
@@ -27,7 +31,7 @@ LONG = {"model": MODEL, "prompt": "Once", "max_tokens": 1000, "extra_body": {"ig
 
 @pytest.fixture(scope="module")
 def guarded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """One request at a time, two may wait, and a key is needed."""
+    """One request at a time, 64 may wait, and a key is needed."""
     log = tmp_path_factory.mktemp("guarded") / "log"
     options = (
         *TINY,
@@ -38,7 +42,7 @@ def guarded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
         "--max-num-seqs",
         "1",
         "--max-num-queued-reqs",
-        "2",
+        "64",
         "--scheduling-policy",
         "priority",
         "--api-key",
@@ -128,7 +132,12 @@ async def until_load_is(server: Server, count: int) -> None:
             await asyncio.sleep(0.01)
 
 
-def test_a_full_queue_answers_503_and_goes_on(guarded: Server):
+async def until_waiting(server: Server, count: int) -> None:
+    while await asyncio.to_thread(server.metric, "vllm:num_requests_waiting") < count:
+        await asyncio.sleep(0.01)
+
+
+def test_the_65th_request_of_a_queue_of_64_gets_503_and_the_others_go_on(guarded: Server):
     refused: list[openai.InternalServerError] = []
 
     async def flood() -> None:
@@ -137,10 +146,11 @@ def test_a_full_queue_answers_503_and_goes_on(guarded: Server):
             asyncio.timeout(60),
             asyncio.TaskGroup() as group,
         ):
-            # One runs, two wait.
-            for count, num_tokens in enumerate((1000, 2, 2), start=1):
-                group.create_task(client.completions.create(**{**LONG, "max_tokens": num_tokens}))
-                await until_load_is(guarded, count)
+            group.create_task(client.completions.create(**LONG))
+            await until_load_is(guarded, 1)
+            for _ in range(64):
+                group.create_task(client.completions.create(**{**LONG, "max_tokens": 1}))
+            await until_waiting(guarded, 64)
             for stream in (False, True):
                 with pytest.raises(openai.InternalServerError) as refusal:
                     await client.completions.create(**{**LONG, "stream": stream})
@@ -205,6 +215,21 @@ def test_a_client_that_stops_waiting_aborts_its_request(server: Server, path: st
     with pytest.raises(httpx.ReadTimeout):
         httpx.post(server.url + path, json=body, timeout=1.0)
     server.wait_until_idle(seconds=5)
+
+
+def test_a_client_that_leaves_within_its_body_is_no_error(server: Server):
+    head = (
+        "POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+        "Content-Length: 1000\r\n\r\n"
+    )
+    with socket.create_connection(("127.0.0.1", server.port)) as sock:
+        sock.sendall(head.encode() + b'{"prompt": "half')
+        # Served while the rest is awaited.
+        assert server.post("/v1/completions", {"prompt": "Hi", "max_tokens": 1}).status_code == 200
+    assert server.get("/health").status_code == 200
+    log = server.log()
+    assert "ClientDisconnect" not in log
+    assert "Traceback" not in log
 
 
 def test_leaving_one_of_several_prompts_leaves_all(server: Server):
@@ -296,9 +321,13 @@ def test_a_killed_server_leaves_no_engine(tmp_path: Path):
 # What keeps a server from starting
 
 
-def ends(*options: str) -> tuple[int, str]:
+def ends(*options: str, model: str = MODEL) -> tuple[int, str]:
     done = subprocess.run(
-        serve_command(*options), capture_output=True, text=True, timeout=60, check=False
+        serve_command(*options, model=model),
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
     )
     return done.returncode, done.stderr
 
@@ -324,6 +353,8 @@ def test_a_port_in_use_is_one_line():
         (("--chat-template", "/no/such/file.jinja"), "--chat-template"),
         (("--chat-template", "{% if %}"), "--chat-template: line 1"),
         (("--ssl-certfile", "/no/such/cert.pem"), "--ssl-certfile"),
+        (("--ssl-certfile", __file__), "--ssl-certfile cannot be used"),
+        (("--served-model-name", ""), "--served-model-name"),
         (("--host", "256.1.1.1"), "--host 256.1.1.1"),
         (("--middleware", "no.such.thing"), "--middleware"),
         (
@@ -341,6 +372,51 @@ def test_a_wrong_option_is_one_line_before_anything_is_loaded(options, words):
     assert words in last
     assert "Traceback" not in printed
     assert "Start-up" not in printed
+
+
+@pytest.mark.parametrize(
+    ("spoil", "words"),
+    [
+        ({"model.norm.weight": torch.ones(5)}, "has shape [5], expected [96]"),
+        (None, "holds no .safetensors weights; use --load-format dummy"),
+    ],
+)
+def test_weights_that_do_not_fit_are_one_line(tmp_path: Path, spoil: dict | None, words: str):
+    save(make_hf_model("llama"), tmp_path)
+    weights = tmp_path / "model.safetensors"
+    if spoil is None:
+        weights.unlink()
+    else:
+        save_file(load_file(weights) | spoil, weights)
+    options = ("--port", "0", "--skip-tokenizer-init", "--kv-cache-memory-bytes", "16M")
+    status, printed = ends(*options, model=str(tmp_path))
+    assert status == 2
+    assert words in printed.strip().splitlines()[-1]
+    assert "Traceback" not in printed
+
+
+def test_a_directory_is_served(tmp_path: Path):
+    save(make_hf_model("llama"), tmp_path)
+    options = ("--skip-tokenizer-init", "--kv-cache-memory-bytes", "16M", "--max-model-len", "64")
+    with Server(tmp_path / "log", *options, model=str(tmp_path)) as server:
+        body = {"prompt": [5, 6, 7], "max_tokens": 4, "return_token_ids": True}
+        answer = server.post("/v1/completions", {**body, "ignore_eos": True}).json()
+        assert answer["model"] == str(tmp_path)
+        assert len(answer["choices"][0]["token_ids"]) == 4
+        # Each phase of the start is a line with its time; weights have a progress bar.
+        log = server.log()
+        for phase in (
+            "resolving the configuration",
+            "loading the tokenizer",
+            "importing torch",
+            "preparing the device",
+            "loading the model",
+            "planning and allocating the KV cache",
+            "warming up",
+        ):
+            assert re.search(rf"Start-up: {phase} took \d+\.\d\d s", log)
+        assert "Loading weights: 100%" in log
+        assert re.search(r"ready in \d+\.\d s", log)
 
 
 def test_the_servers_process_never_imports_torch(server: Server):

@@ -40,6 +40,17 @@ def test_linear_is_the_product(
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+def test_logits_keep_the_sums(isa: str, rng: random.Random, dtype: torch.dtype) -> None:
+    weight = torch.randn(130, 72).to(dtype)
+    x = torch.randn(rng.choice(ROWS), 72).to(dtype)
+    bias = torch.randn(130).to(dtype)
+    logits = ops.logits(x, ops.pack_weight(weight), bias)
+    assert logits.dtype == torch.float32
+    # Of sixteen bits all would be wrong by more.
+    assert close(logits, x.double() @ weight.double().T + bias.double())
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_gate_and_up_are_fused_with_silu(isa: str, rng: random.Random, dtype: torch.dtype) -> None:
     for inner in (64, 40):  # 40 is no whole number of panels: the unfused way
         weight = (torch.randn(2 * inner, 72) / 72**0.5).to(dtype)

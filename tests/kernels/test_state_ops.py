@@ -6,11 +6,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from vllm import _custom_ops, _torch_state_ops
 from vllm import _state_ops as ops
-from vllm import _torch_state_ops
 from vllm._state_ops import StateSegments
 
-FORMS = {"chosen": ops, "pytorch": _torch_state_ops}
+FORMS = ["pytorch", *_custom_ops.supported_isas()]
 TOLERANCE = {
     torch.float32: {"atol": 2e-5, "rtol": 2e-5},
     torch.bfloat16: {"atol": 3e-2, "rtol": 3e-2},
@@ -70,8 +70,19 @@ def assert_near(got, expected, dtype):
 
 
 @pytest.fixture(autouse=True)
-def seed():
+def inputs():
     torch.manual_seed(0)
+
+
+@pytest.fixture(params=FORMS)
+def form(request):
+    """The operators in PyTorch, then in C++ for each instruction set."""
+    if request.param == "pytorch":
+        yield _torch_state_ops
+        return
+    _custom_ops.set_isa(request.param)
+    yield ops
+    _custom_ops.set_isa(_custom_ops.supported_isas()[0])
 
 
 DTYPES = [
@@ -83,7 +94,6 @@ DTYPES = [
 ]
 
 
-@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("cuts", CUTS)
 @pytest.mark.parametrize(("dtype", "state_dtype"), DTYPES)
 @pytest.mark.parametrize("order", ["SD", "DS"])
@@ -107,14 +117,13 @@ def test_convolution(form, cuts, dtype, state_dtype, order, kernel, channels, bi
         return rows[1:], F.silu(out) if activation else out
 
     expected = step_by_step(segments, expected_state, step)
-    got = FORMS[form].causal_conv1d(x, weight, offset, state, segments, activation)
+    got = form.causal_conv1d(x, weight, offset, state, segments, activation)
     assert got.dtype is dtype
     assert_near(got, expected, dtype)
     assert_near(state, expected_state, state_dtype)
     assert torch.equal(gaps, kept_gaps)
 
 
-@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("cuts", CUTS)
 @pytest.mark.parametrize(("dtype", "state_dtype"), DTYPES)
 @pytest.mark.parametrize(
@@ -139,14 +148,13 @@ def test_selective_scan(form, cuts, dtype, state_dtype, channels, size, gate, bi
         return h, y if z is None else y * F.silu(z[t].double())
 
     expected = step_by_step(segments, expected_state, step)
-    got = FORMS[form].selective_scan(x, dt, a, b, c, d, z, dt_bias, state, segments)
+    got = form.selective_scan(x, dt, a, b, c, d, z, dt_bias, state, segments)
     assert got.dtype is dtype
     assert_near(got, expected, dtype)
     assert_near(state, expected_state, state_dtype)
     assert torch.equal(gaps, kept_gaps)
 
 
-@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("cuts", CUTS)
 @pytest.mark.parametrize(("dtype", "state_dtype"), DTYPES)
 @pytest.mark.parametrize(
@@ -180,14 +188,13 @@ def test_ssd_scan(form, cuts, dtype, state_dtype, heads, width, groups, size, li
         ].double()
 
     expected = step_by_step(segments, expected_state, step)
-    got = FORMS[form].ssd_scan(x, dt, a, b, c, d, dt_bias, limit, state, segments)
+    got = form.ssd_scan(x, dt, a, b, c, d, dt_bias, limit, state, segments)
     assert got.dtype is dtype
     assert_near(got, expected, dtype)
     assert_near(state, expected_state, state_dtype)
     assert torch.equal(gaps, kept_gaps)
 
 
-@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 @pytest.mark.parametrize(("width", "groups"), [(96, 1), (96, 3), (50, 2)])
 @pytest.mark.parametrize("norm_before_gate", [False, True])
@@ -199,7 +206,7 @@ def test_gated_norm(form, dtype, width, groups, norm_before_gate):
     parts = rows.view(7, groups, -1)
     rows = (parts / (parts.pow(2).mean(-1, keepdim=True) + 1e-5).sqrt()).view(7, width) * weight
     rows = rows * gates if norm_before_gate else rows
-    got = FORMS[form].gated_rms_norm(x, gate, weight, 1e-5, groups, norm_before_gate)
+    got = form.gated_rms_norm(x, gate, weight, 1e-5, groups, norm_before_gate)
     assert got.dtype is dtype
     assert_near(got, rows, dtype)
 

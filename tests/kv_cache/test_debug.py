@@ -88,6 +88,32 @@ def test_blocks_written_from_outside_are_accepted_by_name(cache):
         debugger.end_step()
 
 
+def test_a_transfer_may_write_its_blocks_whenever_it_likes_and_no_others(large):
+    debugger = KVCacheDebugger(large)
+    debugger.expect_outside_writes({300, 301})
+    large["l.0"][300] = 1.0
+    debugger.begin_step({0: [302]})
+    large["l.1"][301] = 2.0
+    debugger.end_step()
+    large["l.1"][300] = 3.0
+    debugger.check_everything()
+    debugger.expect_outside_writes({300})
+    large["l.1"][301] = 4.0
+    with pytest.raises(AssertionError, match="block 301 "):
+        debugger.begin_step({0: [302]})
+        debugger.end_step()
+
+
+def test_a_transfer_may_fill_the_gaps_between_pages():
+    groups = [{"l.0": full(1, 1, 4, "int8"), "l.1": full(3, 1, 4, "int8")}]
+    cache = allocate_kv_cache(placed(groups, KVCacheLayout.BLHNC, 4))
+    debugger = KVCacheDebugger(cache)
+    debugger.expect_outside_writes([2])
+    block = cache.backing.numel() // 4
+    cache.backing[2 * block : 3 * block] = 9
+    debugger.check_everything()
+
+
 def test_what_was_never_written_reads_as_nan(cache):
     KVCacheDebugger(cache)
     assert torch.isnan(cache["l.1"]).all()

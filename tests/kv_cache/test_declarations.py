@@ -79,6 +79,13 @@ OTHERS = {
     "qwen2": _GQA | {"use_sliding_window": True, "max_window_layers": 2, "sliding_window": 32},
     "qwen2_moe": _GQA | {"shared_expert_intermediate_size": 32},
     "qwen3": _GQA | {"head_dim": 32},
+    "zamba2": {
+        "hidden_size": 64,
+        "layers_block_type": ["linear_attention", "hybrid", "hybrid", "linear_attention"],
+        "mamba_d_state": 8,
+        "num_attention_heads": 4,
+        "num_hidden_layers": 4,
+    },
 }
 ARCHITECTURE_OF = {
     "bamba": "BambaForCausalLM",
@@ -98,6 +105,7 @@ ARCHITECTURE_OF = {
     "qwen2": "Qwen2ForCausalLM",
     "qwen2_moe": "Qwen2MoeForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
+    "zamba2": "Zamba2ForCausalLM",
 }
 CASES = {
     **FIXTURES,
@@ -177,7 +185,8 @@ def test_ranks_share_heads_out_or_hold_copies(case, tp_size):
 
 
 def test_a_field_that_is_missing_is_named():
-    values = dict(FIXTURES["nemotron-h-8b"])
-    del values["ssm_state_size"]
-    with pytest.raises(ConfigError, match="no ssm_state_size or state_size"):
+    values = dict(FIXTURES["falcon-mamba-7b"])
+    # Without its type a model has no defaults.
+    del values["state_size"], values["model_type"]
+    with pytest.raises(ConfigError, match="no state_size or mamba_d_state"):
         declare_kv_caches(configure(values))

@@ -40,6 +40,7 @@ def test_kernel_blocks_have_their_own_stride():
     config = placed([{"l.0": full(block_size=64)}], KVCacheLayout.LBHNC, 3, (16,))
     view = allocate_kv_cache(config)["l.0"]
     layer = describe(config, view.data_ptr()).layers[0]
+    assert (layer.tokens_per_block, layer.num_head_slots) == (64, 2)
     assert (layer.kernel_blocks_per_block, layer.num_states) == (4, 16)
     assert layer.block_stride == 4 * layer.kernel_block_stride
     assert (

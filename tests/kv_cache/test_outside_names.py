@@ -169,3 +169,52 @@ def test_derived_properties_of_specs():
     assert full(dcp_sharded=False).max_resident_blocks(config) == 256
     assert compute_layer_kv_cache_shape_bytes(spec, 3, 16) == (6, 2, 16, 32)
     assert compute_layout_strides(spec, 3, 2, KVCacheLayout.LBHNC)[4] == 1
+
+
+@pytest.mark.parametrize("layout", ["LBHNC", "LBNHC", "BLHNC", "BLNHC"])
+def test_tensors_by_slot_are_cut_as_outside_runners_cut_them(layout):
+    """One allocation a slot, all layers of ``shared_by`` in it; rows and columns where packed."""
+    config, cache = filled(KVCacheLayout(layout))
+    slots = config.tensors_by_slot()
+    assert [slot.shared_by for slot in slots] == [["l.0", "l.2"], ["l.1"]]
+    page = full().page_size_bytes
+    starts = set()
+    for slot in slots:
+        first = cache[slot.shared_by[0]]
+        assert all(cache[name].data_ptr() == first.data_ptr() for name in slot.shared_by)
+        starts.add(first.data_ptr())
+        if slot.block_stride:
+            assert slot.size == cache.backing.numel()
+            rows = cache.backing.view(config.num_blocks, slot.block_stride)
+            mine = rows[:, slot.offset : slot.offset + page]
+        else:
+            assert (slot.size, slot.offset) == (5 * page, 0)
+            start = first.data_ptr() - cache.backing.data_ptr()
+            mine = cache.backing[start : start + slot.size].view(config.num_blocks, page)
+        for block in range(config.num_blocks):
+            assert mine[block].data_ptr() == first[block].data_ptr()
+    assert len(starts) == 2
+
+
+def test_heads_outside_the_page_have_no_tensor_by_slot():
+    config, _ = filled(KVCacheLayout.BHLNC)
+    with pytest.raises(ConfigError, match="use LBHNC, LBNHC, BLHNC or BLNHC"):
+        config.tensors_by_slot()
+
+
+def test_layers_may_get_other_tensors_than_the_runner():
+    names = ["l.1", "l.0"]
+    raw = {name: torch.zeros(1) for name in names}
+    own = {name: torch.ones(1) for name in names}
+    layers = {name: Layer() for name in names}
+    runner = []
+    groups = placed([{"l.0": full(), "l.1": full()}], KVCacheLayout.LBHNC, 2).kv_cache_groups
+    bind_kv_cache(raw, layers, runner, kv_cache_groups=groups, layer_kv_caches=own)
+    assert [id(tensor) for tensor in runner] == [id(raw["l.0"]), id(raw["l.1"])]
+    assert all(layers[name].kv_cache is own[name] for name in names)
+    utils.clear_layer_kv_caches(layers)
+    assert all(layer.kv_cache.numel() == 0 for layer in layers.values())
+    utils.bind_kv_cache_to_layers(raw, layers)
+    assert all(layers[name].kv_cache is raw[name] for name in names)
+    with pytest.raises(ConfigError, match=r"layers l\.0 have a cache group and no cache"):
+        utils.bind_kv_cache_to_layers({"l.1": raw["l.1"]}, layers, kv_cache_groups=groups)

@@ -1,11 +1,13 @@
 """How many blocks there are, and what is said when that is too few."""
 
 import pickle
+from dataclasses import replace
 
 import pytest
 
 from tests.kv_cache.helpers import full, make_config, mamba, sliding
 from tests.kv_cache.test_grouping import hybrid
+from vllm.config import DeviceConfig
 from vllm.errors import CapacityError, ConfigError
 from vllm.v1.kv_cache.planner import get_kv_cache_configs, plan_kv_cache
 from vllm.v1.kv_cache.resolver import BackendConstraints
@@ -46,9 +48,16 @@ def test_a_context_that_does_not_fit_names_what_fits():
     text = str(info.value)
     assert "--max-model-len 4096 needs 257 cache blocks" in text
     assert "lower --max-model-len to at most 1584" in text
-    assert "--kv-cache-memory-bytes" in text
+    assert "raise --kv-cache-memory-bytes to 257 x 4096 bytes" in text
     plan_kv_cache(make_config(max_model_len=1584), UNIFORM, 100 * BLOCK)
     plan_kv_cache(make_config(max_model_len=4096), UNIFORM, 257 * BLOCK)
+
+
+def test_the_options_named_are_those_of_the_device():
+    gpu = DeviceConfig(device_type="cuda")
+    config = replace(make_config(max_model_len=4096), device_config=gpu)
+    with pytest.raises(CapacityError, match=r"--kv-cache-memory-bytes or --gpu-memory-util"):
+        plan_kv_cache(config, UNIFORM, 100 * BLOCK)
 
 
 def test_a_pool_without_room_for_anything_offers_no_length():

@@ -8,7 +8,15 @@ from hypothesis import strategies as st
 
 from tests.kv_cache.helpers import Oracle, full, mamba, placed, sliding
 from vllm.v1.kv_cache.placement import place_layers
-from vllm.v1.kv_cache.runs import ByteRun, block_runs, merge_runs, regions, runs_by_layer
+from vllm.v1.kv_cache.runs import (
+    ByteRun,
+    block_extents,
+    block_runs,
+    merge_runs,
+    regions,
+    runs_by_layer,
+    subtract_runs,
+)
 from vllm.v1.kv_cache_interface import KVQuantMode
 from vllm.v1.kv_cache_layout import KVCacheLayout
 
@@ -191,3 +199,35 @@ def test_like_layers_lie_together_though_named_in_turn():
     tensors = place_layers([list(specs)], specs, L.LBHNC, 2)
     assert [tensor.layers for tensor in tensors] == [("l.0", "l.2"), ("l.1", "l.3")]
     assert [tensor.offset for tensor in tensors] == [0, 2 * 2 * 1024]
+
+
+spans = st.lists(st.tuples(st.integers(0, 60), st.integers(1, 12)), max_size=6)
+
+
+@given(whole=spans, parts=spans)
+def test_what_parts_leave_of_a_whole(whole, parts):
+    def runs(pieces):
+        return [ByteRun(offset=at, block_stride=100, length=size) for at, size in pieces]
+
+    def addresses(found):
+        return {at for run in found for span in run.intervals(0) for at in range(*span)}
+
+    left = subtract_runs(runs(whole), runs(parts))
+    assert addresses(left) == addresses(runs(whole)) - addresses(runs(parts))
+    assert {run.block_stride for run in left} <= {100}
+
+
+@pytest.mark.parametrize("layout", KVCacheLayout)
+def test_extents_of_all_blocks_are_the_whole_pool_and_each_byte_is_one_blocks(layout):
+    groups = [{"l.0": full(2, 4, 4), "l.1": full(2, 4, 4)}, {"l.2": sliding(2, 4, 8, 4)}]
+    config = placed(groups, layout, 3)
+    owner = {}
+    for run in block_extents(config):
+        for block in range(3):
+            for span in run.intervals(block):
+                for at in range(*span):
+                    assert owner.setdefault(at, block) == block
+    assert owner.keys() == set(range(config.backing_size_bytes))
+    for run in block_runs(config):
+        for block in range(3):
+            assert all(owner[at] == block for s in run.intervals(block) for at in range(*s))

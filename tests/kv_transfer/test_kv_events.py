@@ -4,9 +4,11 @@ import msgspec
 import pytest
 import zmq
 
+from tests.core.helpers import make_scheduler
 from tests.entrypoints.server import free_port
 from tests.kv_transfer.conftest import greedy, prompt_of
 from vllm.errors import ConfigError
+from vllm.v1.engine.kv_events import NullKVEventSource
 
 
 class Subscriber:
@@ -143,3 +145,15 @@ def test_an_endpoint_that_is_taken_is_named(make_llm, subscriber):
     socket.bind(f"tcp://127.0.0.1:{subscriber.port}")
     with pytest.raises(ConfigError, match=r"--kv-events-config\.endpoint tcp"):
         make_llm(kv_events_config=events_config(subscriber.port))
+
+
+def test_events_that_nobody_listens_to_do_not_pile_up():
+    scheduler = make_scheduler(9)
+    pool = scheduler.kv_cache_manager.block_pool
+    pool.enable_kv_cache_events = True
+    NullKVEventSource().publish(scheduler)
+    assert scheduler.reset_prefix_cache()
+    NullKVEventSource().publish(scheduler)
+    assert scheduler.take_events() == []
+    assert scheduler.reset_prefix_cache()
+    assert scheduler.take_events() != []

@@ -34,6 +34,35 @@ VARIANTS = {
         "head width left open": {"mamba_d_head": "auto"},
         "tied": {"tie_word_embeddings": True},
     },
+    "granitemoehybrid": {
+        "plain": {},
+        "rope": {"position_embedding_type": "rope"},
+        "no experts": {"num_local_experts": 0},
+    },
+    "nemotron_h": {
+        "plain": {},
+        "biases": {"use_bias": True, "mlp_bias": True},
+        "eps": {"layer_norm_epsilon": 0.3},
+    },
+    "jamba": {
+        "plain": {},
+        "one expert": {"num_experts": 1, "num_experts_per_tok": 1},
+        "biases": {"mamba_proj_bias": True},
+    },
+    "falcon_h1": {
+        "plain": {},
+        "norm before the gate": {"mamba_rms_norm": True},
+        "norm after the gate": {"mamba_rms_norm": True, "mamba_norm_before_gate": False},
+        "biases": {"mamba_proj_bias": True, "projectors_bias": True, "attention_bias": True},
+        "no multipliers": {"mlp_multipliers": None, "ssm_multipliers": None},
+    },
+    "zamba2": {
+        "plain": {},
+        "adapters": {"use_shared_attention_adapter": True},
+        "rope": {"use_mem_rope": True},
+        "one shared block": {"num_mem_blocks": 1},
+        "biases": {"add_bias_linear": True},
+    },
 }
 CASES = [(kind, variant) for kind, variants in VARIANTS.items() for variant in variants]
 

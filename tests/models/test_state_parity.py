@@ -15,6 +15,7 @@ import pytest
 
 from tests.models.checkpoints import save
 from tests.models.parity import (
+    MAX_MODEL_LEN,
     Generated,
     assert_equals_transformers,
     assert_same,
@@ -30,6 +31,8 @@ ALIKE = ("falcon_mamba",)
 MODELS = [pytest.param(name, marks=[pytest.mark.slow] if name in ALIKE else []) for name in CLASSES]
 BLOCK = 32
 """Of caches that keep states: attention's blocks have as many tokens."""
+EVERY_BLOCK = {"mamba_cache_mode": "all", "block_size": BLOCK}
+"""A state at the end of each block is kept; by default one for the whole request is."""
 LAYOUTS = ("LBHNC", "LBNHC", "LHBNC", "BLHNC", "BLNHC", "BHLNC")
 
 
@@ -39,7 +42,7 @@ class Case:
     hf: Any
     reference: Generated
     num_groups: int
-    """Block tables of a request."""
+    """Block tables of a request, where states take blocks as attention does."""
 
 
 @pytest.fixture(scope="module", params=MODELS)
@@ -47,7 +50,7 @@ def case(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp(request.param)
     hf = make_state_model(request.param)
     save(hf, folder)
-    with engine(folder, enable_prefix_caching=False) as llm:
+    with engine(folder, enable_prefix_caching=False, **EVERY_BLOCK) as llm:
         reference = generate(llm, make_prompts(), one_by_one=True)
         runner = llm.llm_engine.client._core.executor.worker.model_runner
         num_groups = len(runner.batch.block_table.tables)
@@ -93,13 +96,13 @@ def test_in_one_batch_and_again_out_of_the_prefix_cache(case, mode):
 
 
 def test_after_preemption(case):
-    # Blocks for the longest request twice. States take a block of every 32 tokens, as attention
-    # does: with one for the whole request a model without attention never runs out.
+    # Blocks for the longest request and a few more. With one state for a whole request a model
+    # without attention would never run out.
+    blocks_of_one = -(-MAX_MODEL_LEN // BLOCK)
     settings = {
-        "mamba_cache_mode": "all",
-        "block_size": BLOCK,
+        **EVERY_BLOCK,
         "enable_prefix_caching": False,
-        "num_gpu_blocks_override": 1 + 24 * case.num_groups,
+        "num_gpu_blocks_override": 1 + (blocks_of_one + 3) * case.num_groups,
     }
     with engine(case.folder, **settings) as llm:
         assert_same(generate(llm, case.reference.prompts), case.reference)

@@ -162,6 +162,11 @@ def test_structural_tags_in_both_forms(backend, tokenizer, tag):
         ({"regex": r"(a)\1"}, "regex"),
         ({"grammar": 'root ::= "a" | missing'}, "missing"),
         ({"grammar": "start: ("}, "grammar"),
+        # Unbounded, these end the process that compiles them.
+        ({"json": {"type": "string", "pattern": "(" * 100_000 + ")" * 100_000}}, "pattern"),
+        ({"grammar": 'start: %json {"type": "string", "pattern": "' + "a?" * 9000 + '"}'}, "patt"),
+        ({"grammar": "start: %json " + '{"items":' * 65 + "{}" + "}" * 65}, "schemas deep"),
+        ({"grammar": "start: %json ["}, "%json must stand before a JSON schema"),
         ({"grammar": "root ::= root"}, "nothing can fulfil"),
         ({"json": {"$ref": "#"}}, "nothing can fulfil"),
         ({"regex": "a" * 300_000}, "at most 262144 characters"),

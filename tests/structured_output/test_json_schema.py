@@ -8,6 +8,13 @@ from vllm.v1.structured_output.json_schema import check_json_schema
 INTEGER = {"type": "integer"}
 
 
+def nested(levels):
+    schema = INTEGER
+    for _ in range(levels):
+        schema = {"type": "array", "items": schema}
+    return schema
+
+
 @pytest.mark.parametrize(
     "schema",
     [
@@ -22,6 +29,9 @@ INTEGER = {"type": "integer"}
         {"type": "array", "items": INTEGER, "uniqueItems": False, "minItems": 1},
         {"enum": [{"not": 1}, {"if": 2}], "examples": [{"contains": 3}]},
         {"type": "object", "properties": {"not": INTEGER, "if": {"const": 1}}},
+        {"type": "string", "pattern": "a" * 4096},
+        {"type": "integer", "multipleOf": 1024},
+        nested(64),
     ],
 )
 def test_schemas_that_can_be_kept_to(schema):
@@ -46,6 +56,11 @@ def test_schemas_that_can_be_kept_to(schema):
         ({"minLength": 3}, ["minLength", "type"]),
         ({"type": "object", "dependentRequired": {"a": ["b"]}}, ["dependentRequired"]),
         ({"prefixItems": [3]}, ["#/prefixItems/0", "int"]),
+        ({"type": "integer", "multipleOf": 0}, ["multipleOf", "1024"]),
+        ({"type": "integer", "multipleOf": 2000}, ["multipleOf", "1024"]),
+        ({"items": {"type": "string", "pattern": "a?" * 4096}}, ["#/items", "4096", "8192"]),
+        ({"patternProperties": {"(" * 5000 + ")" * 5000: {}}}, ["pattern", "4096"]),
+        (nested(65), ["64 schemas deep"]),
     ],
 )
 def test_others_are_refused(schema, words):

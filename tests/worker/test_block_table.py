@@ -39,6 +39,14 @@ def test_kernel_blocks_of_a_manager_block_follow_each_other():
     assert table.array[1, :6].tolist() == [6, 7, 8, 0, 1, 2]
 
 
+def test_conformance_blocks_of_64_read_as_16_and_states_as_they_are():
+    split, states = make_table(64, 16), make_table(64, 64)
+    for table in (split, states):
+        table.set_row(0, [2, 0, 1])
+    assert split.array[0, :12].tolist() == [8, 9, 10, 11, 0, 1, 2, 3, 4, 5, 6, 7]
+    assert states.array[0, :3].tolist() == [2, 0, 1]
+
+
 def test_set_replaces_and_move_copies():
     table = make_table(16, 16)
     table.set_row(0, [1, 2, 3])

@@ -388,6 +388,7 @@ class EngineArgs:
         Kind.INT,
         f"Requests in one step, at most; default {resolve.DEFAULT_MAX_NUM_SEQS}.",
         minimum=1,
+        maximum=65_536,
     )
     max_num_batched_tokens: int | None = arg(
         None,
@@ -499,10 +500,15 @@ class EngineArgs:
         # Callers of the class may give vLLM's config objects.
         for name in ("kv_transfer_config", "kv_events_config"):
             given = getattr(self, name)
-            if dataclasses.is_dataclass(given):
-                setattr(self, name, dataclasses.asdict(given))  # type: ignore[call-overload]
+            if dataclasses.is_dataclass(given) and not isinstance(given, type):
+                setattr(self, name, dataclasses.asdict(given))
         for name, flag in self.flags().items():
             setattr(self, name, flag.check(getattr(self, name)))
+        if self.served_model_name is not None and not all(self.served_model_name):
+            raise ConfigError(
+                "--served-model-name must not be empty; leave it out for the name of --model",
+                parameter="served_model_name",
+            )
 
     @classmethod
     def flags(cls) -> Mapping[str, Flag]:
@@ -724,6 +730,13 @@ class EngineArgs:
 
         pool = self.kv_cache_memory_bytes
         if current_platform.is_cpu():
+            if self.gpu_memory_utilization != type(self).flags()["gpu_memory_utilization"].default:
+                raise ConfigError(
+                    "--gpu-memory-utilization is a share of a GPU's memory, and this engine runs "
+                    "on the CPU: set --kv-cache-memory-bytes instead",
+                    parameter="gpu_memory_utilization",
+                    value=self.gpu_memory_utilization,
+                )
             pool = resolve.kv_pool_bytes(
                 pool,
                 envs.VLLM_CPU_KVCACHE_SPACE,

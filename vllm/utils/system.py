@@ -1,11 +1,15 @@
-"""The machine's CPU as the kernel describes it, and sizes in words for people."""
+"""The machine's CPU as the kernel describes it, a process's limits, sizes in words for people."""
 
 from __future__ import annotations
 
 import functools
+import resource
 from pathlib import Path
 
-__all__ = ["cpu_flags", "format_bytes"]
+__all__ = ["cpu_flags", "format_bytes", "raise_open_files_limit"]
+
+# More connections than a server of one process can use.
+_ENOUGH_OPEN_FILES = 65_536
 
 
 @functools.cache
@@ -19,6 +23,19 @@ def cpu_flags() -> frozenset[str]:
         if line.startswith(("flags", "Features")):
             return frozenset(line.partition(":")[2].split())
     return frozenset()
+
+
+def raise_open_files_limit() -> int:
+    """Let this process open as many files as it may, up to 65,536; returns the limit.
+
+    Each connection is an open file, and 1,024 is the usual limit of a shell.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = _ENOUGH_OPEN_FILES if hard == resource.RLIM_INFINITY else min(_ENOUGH_OPEN_FILES, hard)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+        return wanted
+    return soft
 
 
 def format_bytes(size: float) -> str:

@@ -24,6 +24,7 @@ from vllm.entrypoints.openai.plugins import load_middleware
 from vllm.entrypoints.openai.tool_parsers.manager import ToolParserManager
 from vllm.errors import VLLMError
 from vllm.logger import init_logger
+from vllm.utils.system import raise_open_files_limit
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
@@ -170,6 +171,7 @@ def run_server(args: argparse.Namespace) -> int:
     begin = time.monotonic()
     frontend = FrontendArgs.from_namespace(args)
     check_options(frontend)
+    raise_open_files_limit()
     sock = (
         _bind_unix(frontend.uds)
         if frontend.uds

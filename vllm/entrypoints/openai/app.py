@@ -11,6 +11,7 @@ from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import JSONResponse, Response
 from pydantic.json_schema import models_json_schema
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
 import vllm
 import vllm.envs as envs
@@ -18,7 +19,12 @@ from vllm.entrypoints.openai.chat_prompts import ChatPrompts
 from vllm.entrypoints.openai.cli_args import FrontendArgs
 from vllm.entrypoints.openai.dev_routes import add_dev_routes
 from vllm.entrypoints.openai.errors import APIError, ErrorResponse, error_response
-from vllm.entrypoints.openai.http import parse_request, read_object, validate
+from vllm.entrypoints.openai.http import (
+    CLIENT_CLOSED_REQUEST,
+    parse_request,
+    read_object,
+    validate,
+)
 from vllm.entrypoints.openai.metrics import HTTPMetricsMiddleware, metrics_response
 from vllm.entrypoints.openai.middleware import (
     AuthenticationMiddleware,
@@ -202,6 +208,10 @@ def _add_error_handlers(app: FastAPI, log_stack: bool) -> None:
         logger.error("%s %s met %s", request.method, request.url.path, type(exc).__name__)
         return error_response(exc)
 
+    async def client_gone(_: Request, __: Exception) -> Response:
+        # In the middle of its body; nobody reads this.
+        return Response(status_code=CLIENT_CLOSED_REQUEST)
+
     async def http_error(request: Request, exc: Exception) -> Response:
         assert isinstance(exc, HTTPException)
         path = request.url.path
@@ -218,6 +228,7 @@ def _add_error_handlers(app: FastAPI, log_stack: bool) -> None:
 
     for kind in (APIError, VLLMValidationError, VLLMError):
         app.add_exception_handler(kind, expected)
+    app.add_exception_handler(ClientDisconnect, client_gone)
     app.add_exception_handler(HTTPException, http_error)
     app.add_exception_handler(Exception, unexpected)
 

@@ -220,6 +220,28 @@ class FrontendArgs:
     def uses_tls(self) -> bool:
         return bool(self.ssl_keyfile or self.ssl_certfile)
 
+    def _check_tls_files(self) -> None:
+        """Load what the server will load, while its option can still be named."""
+        import ssl
+
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        option = "--ssl-certfile" if self.ssl_keyfile is None else "--ssl-certfile, --ssl-keyfile"
+        try:
+            # The password keeps OpenSSL from asking for that of an encrypted key.
+            context.load_cert_chain(str(self.ssl_certfile), self.ssl_keyfile, password="")
+            option = "--ssl-ca-certs"
+            if self.ssl_ca_certs:
+                context.load_verify_locations(self.ssl_ca_certs)
+            option = "--ssl-ciphers"
+            if self.ssl_ciphers:
+                context.set_ciphers(self.ssl_ciphers)
+        except OSError as error:
+            raise ConfigError(
+                f"{option} cannot be used: {error}; PEM files are needed, the key without a "
+                "password",
+                parameter=option,
+            ) from None
+
     def check(self) -> None:
         """Refuse combinations that cannot work.
 
@@ -250,6 +272,8 @@ class FrontendArgs:
                     parameter=flags_of(FrontendArgs)[name].option,
                     value=path,
                 )
+        if self.uses_tls:
+            self._check_tls_files()
         if self.api_key is not None and not all(self.api_key):
             raise ConfigError("--api-key must not be empty", parameter="--api-key")
         if self.root_path and not self.root_path.startswith("/"):

@@ -20,6 +20,7 @@ from vllm.errors import VLLMValidationError
 from vllm.logger import init_logger
 
 __all__ = [
+    "CLIENT_CLOSED_REQUEST",
     "ClientGone",
     "EventStream",
     "JSONBytes",
@@ -32,7 +33,7 @@ logger = init_logger(__name__)
 
 # A prompt of a million token ids is about 7 MB.
 MAX_BODY_BYTES = 64 * 1024 * 1024
-_CLIENT_CLOSED_REQUEST = 499
+CLIENT_CLOSED_REQUEST = 499
 _DONE = b"data: [DONE]\n\n"
 
 ModelT = TypeVar("ModelT", bound=BaseModel)
@@ -171,7 +172,7 @@ async def until_disconnect(request: Request, work: Coroutine[Any, Any, Response]
         with _cancelled_on_disconnect(request.receive):
             return await work
     except ClientGone:
-        return Response(status_code=_CLIENT_CLOSED_REQUEST)
+        return Response(status_code=CLIENT_CLOSED_REQUEST)
 
 
 class EventStream(Response):

@@ -236,9 +236,13 @@ class OpenAIServing:
                 parameter="messages" if isinstance(request, ChatCompletionRequest) else "prompt",
             )
         if asked is not None:
+            name = getattr(request, "max_completion_tokens", None)
+            name = "max_tokens" if name is None else "max_completion_tokens"
+            if asked < 1:
+                raise VLLMValidationError(
+                    f"{name} must be a whole number of at least 1, not {asked}", parameter=name
+                )
             if asked > room:
-                name = getattr(request, "max_completion_tokens", None)
-                name = "max_tokens" if name is None else "max_completion_tokens"
                 raise VLLMValidationError(
                     f"{name} is {asked}, but of the model's {longest} tokens "
                     f"(--max-model-len) the prompt's {num_prompt_tokens} leave {room}",

@@ -35,7 +35,7 @@ class LogitsProcessor(nn.Module):
         self.soft_cap = soft_cap
 
     def forward(self, lm_head: VocabParallelEmbedding, hidden_states: torch.Tensor) -> torch.Tensor:
-        """(T, hidden) -> (T, vocabulary), in the model's dtype."""
+        """(T, hidden) -> (T, vocabulary), in fp32 or the model's dtype: see ``ops.logits``."""
         logits = lm_head.project(hidden_states)
         if lm_head.tp_size > 1:
             logits = get_tp_group().all_gather(logits)

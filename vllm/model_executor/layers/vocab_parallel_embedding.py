@@ -85,7 +85,7 @@ class VocabParallelEmbedding(nn.Module):
 
     def project(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Logits of this rank's part of the vocabulary: (T, hidden) -> (T, rows)."""
-        return ops.linear(hidden_states, self.packed_weight, self.bias_data)
+        return ops.logits(hidden_states, self.packed_weight, self.bias_data)
 
     def extra_repr(self) -> str:
         return f"num_embeddings={self.num_embeddings}, embedding_dim={self.embedding_dim}"

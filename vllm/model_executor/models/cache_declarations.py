@@ -232,11 +232,12 @@ def _jamba(model: _Declaring) -> Specs:
 
 def _mamba2_or_attention(model: _Declaring) -> Specs:
     """Bamba and Granite 4: ``layer_types`` or ``attn_layer_indices`` say which layers attend."""
-    kinds = model.kinds("layer_types", "attention", "mamba", "mamba2")
+    attention = ("attention", "full_attention")
+    kinds = model.kinds("layer_types", *attention, "mamba", "mamba2", "linear_attention")
     attending = model.get("attn_layer_indices", default=())
     inner = model.need("mamba_expand") * model.need("hidden_size")
     for i in range(model.num_layers):
-        if (kinds[i] in ("attention", "full_attention")) if kinds else (i in attending):
+        if (kinds[i] in attention) if kinds else (i in attending):
             yield model.attention(f"model.layers.{i}.self_attn.attn")
         else:
             heads, width = model.need("mamba_n_heads"), model.need("mamba_d_head")
@@ -247,19 +248,19 @@ def _mamba2_or_attention(model: _Declaring) -> Specs:
 
 def _nemotron_h(model: _Declaring) -> Specs:
     heads, width = model.need("mamba_num_heads"), model.need("mamba_head_dim")
-    # Layers marked - (an MLP) or E (experts) keep nothing.
-    model.need("hybrid_override_pattern")
-    for i, kind in enumerate(model.kinds("hybrid_override_pattern", *"M*-E") or ()):
-        if kind == "*":
-            yield model.attention(f"model.layers.{i}.mixer.attn")
-        elif kind == "M":
-            yield model.mamba2(f"model.layers.{i}.mixer", heads * width, heads, width)
+    known = ("linear_attention", "full_attention", "mlp", "moe")
+    model.need("layer_types")
+    for i, kind in enumerate(model.kinds("layer_types", *known) or ()):
+        if kind == "full_attention":
+            yield model.attention(f"backbone.layers.{i}.mixer.attn")
+        elif kind == "linear_attention":
+            yield model.mamba2(f"backbone.layers.{i}.mixer", heads * width, heads, width)
 
 
 def _zamba2(model: _Declaring) -> Specs:
     """A state in every layer; hybrid layers attend too, over two hidden states side by side."""
-    model.need("layers_block_type")
-    kinds = model.kinds("layers_block_type", "mamba", "hybrid") or ()
+    model.need("layer_types")
+    kinds = model.kinds("layer_types", "linear_attention", "hybrid") or ()
     inner = model.need("mamba_expand") * model.need("hidden_size")
     heads = model.need("n_mamba_heads")
     for i in range(model.num_layers):

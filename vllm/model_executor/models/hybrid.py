@@ -129,6 +129,9 @@ class HybridModel(HotModule):
         embedding_name, norm_name: what checkpoints call the embedding and the last norm.
     """
 
+    embedding: VocabParallelEmbedding
+    norm: RMSNorm
+
     def __init__(
         self,
         vllm_config: VllmConfig,
@@ -145,7 +148,8 @@ class HybridModel(HotModule):
         norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.add_module(embedding_name, embedding)
         self.add_module(norm_name, norm)
-        self.__dict__["_embedding"], self.__dict__["_norm"] = embedding, norm
+        # Aliases beside the names of the checkpoint, which the module tree does not see.
+        self.__dict__["embedding"], self.__dict__["norm"] = embedding, norm
         self.layers = nn.ModuleList(
             make_layer(vllm_config, config, index, maybe_prefix(prefix, f"layers.{index}"))
             for index in range(config.num_hidden_layers)
@@ -154,10 +158,6 @@ class HybridModel(HotModule):
         self.residual_dtype: torch.dtype | None = None
         if getattr(config, "residual_in_fp32", False):
             self.residual_dtype = torch.float32
-
-    @property
-    def embedding(self) -> VocabParallelEmbedding:
-        return self.__dict__["_embedding"]
 
     def embed_input_ids(self, input_ids: torch.Tensor) -> torch.Tensor:
         """Ids (T,) -> what the first layer takes, (T, hidden)."""
@@ -182,7 +182,7 @@ class HybridModel(HotModule):
             residual = torch.zeros_like(hidden_states, dtype=self.residual_dtype)
         for layer in self.layers:
             hidden_states, residual = layer.forward(positions, hidden_states, residual)
-        return add_and_norm(self.__dict__["_norm"], hidden_states, residual)[0]
+        return add_and_norm(self.norm, hidden_states, residual)[0]
 
 
 class HybridForCausalLM(LlamaForCausalLM):
@@ -191,12 +191,14 @@ class HybridForCausalLM(LlamaForCausalLM):
     body_name: ClassVar[str] = "model"
     embedding_name: ClassVar[str] = "embed_tokens"
     norm_name: ClassVar[str] = "final_layernorm"
+    body_cls: ClassVar[type[HybridModel]] = HybridModel
+    body: HybridModel
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         HotModule.__init__(self)
         config = vllm_config.model_config.hf_text_config
         self.config = config
-        body = HybridModel(
+        body = self.body_cls(
             vllm_config,
             maybe_prefix(prefix, self.body_name),
             self.make_layer,
@@ -220,7 +222,7 @@ class HybridForCausalLM(LlamaForCausalLM):
         raise TypeError(f"{type(self).__name__} does not say what its layers are")
 
     def embed_input_ids(self, input_ids: torch.Tensor) -> torch.Tensor:
-        return self.__dict__["body"].embed_input_ids(input_ids)
+        return self.body.embed_input_ids(input_ids)
 
     def forward(
         self,
@@ -228,4 +230,4 @@ class HybridForCausalLM(LlamaForCausalLM):
         positions: torch.Tensor,
         inputs_embeds: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        return self.__dict__["body"].forward(input_ids, positions, inputs_embeds)
+        return self.body.forward(input_ids, positions, inputs_embeds)

@@ -17,6 +17,7 @@ __all__ = ["ModelRegistry"]
 _MODELS = "vllm.model_executor.models"
 _BUILT_IN: dict[str, str] = {
     "BambaForCausalLM": f"{_MODELS}.bamba:BambaForCausalLM",
+    "FalconH1ForCausalLM": f"{_MODELS}.falcon_h1:FalconH1ForCausalLM",
     "FalconMambaForCausalLM": f"{_MODELS}.mamba:FalconMambaForCausalLM",
     "DeepseekV2ForCausalLM": f"{_MODELS}.deepseek_v2:DeepseekV2ForCausalLM",
     "DeepseekV3ForCausalLM": f"{_MODELS}.deepseek_v2:DeepseekV3ForCausalLM",
@@ -25,6 +26,8 @@ _BUILT_IN: dict[str, str] = {
     "Gemma3ForCausalLM": f"{_MODELS}.gemma3:Gemma3ForCausalLM",
     "Gemma3ForConditionalGeneration": f"{_MODELS}.gemma3:Gemma3ForConditionalGeneration",
     "GptOssForCausalLM": f"{_MODELS}.gpt_oss:GptOssForCausalLM",
+    "GraniteMoeHybridForCausalLM": f"{_MODELS}.granitemoehybrid:GraniteMoeHybridForCausalLM",
+    "JambaForCausalLM": f"{_MODELS}.jamba:JambaForCausalLM",
     "Lfm2ForCausalLM": f"{_MODELS}.lfm2:Lfm2ForCausalLM",
     "Lfm2MoeForCausalLM": f"{_MODELS}.lfm2:Lfm2MoeForCausalLM",
     "Llama4ForCausalLM": f"{_MODELS}.llama4:Llama4ForCausalLM",
@@ -36,11 +39,13 @@ _BUILT_IN: dict[str, str] = {
     "MiniMaxText01ForCausalLM": f"{_MODELS}.minimax_text_01:MiniMaxText01ForCausalLM",
     "MistralForCausalLM": f"{_MODELS}.llama:MistralForCausalLM",
     "MixtralForCausalLM": f"{_MODELS}.mixtral:MixtralForCausalLM",
+    "NemotronHForCausalLM": f"{_MODELS}.nemotron_h:NemotronHForCausalLM",
     "Qwen2ForCausalLM": f"{_MODELS}.qwen2:Qwen2ForCausalLM",
     "Qwen2MoeForCausalLM": f"{_MODELS}.qwen2_moe:Qwen2MoeForCausalLM",
     "Qwen3ForCausalLM": f"{_MODELS}.qwen3:Qwen3ForCausalLM",
     "Qwen3MoeForCausalLM": f"{_MODELS}.qwen3_moe:Qwen3MoeForCausalLM",
     "Qwen3NextForCausalLM": f"{_MODELS}.qwen3_next:Qwen3NextForCausalLM",
+    "Zamba2ForCausalLM": f"{_MODELS}.zamba2:Zamba2ForCausalLM",
 }
 
 

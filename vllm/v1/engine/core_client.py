@@ -6,7 +6,6 @@ knows text or ``RequestOutput``, and only the in-place one imports torch.
 
 import asyncio
 import itertools
-import select
 import time
 from abc import ABC, abstractmethod
 from collections import deque
@@ -166,7 +165,7 @@ class _Connection:
         return self.error is not None
 
     def _note_death(self, timeout: float | None) -> None:
-        if select.select([self.process.status_fd], [], [], timeout)[0]:
+        if self.process.has_status(timeout):
             self.die()
 
     def die(self) -> EngineDeadError:

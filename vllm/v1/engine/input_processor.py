@@ -6,15 +6,18 @@ tokenizer: stop ids, bad words as ids, default ``max_tokens``. Runs in the front
 
 import copy
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import entry_points
 from typing import Any, NamedTuple
+
+import msgspec
 
 from vllm.config import VllmConfig
 from vllm.errors import UnsupportedError, VLLMValidationError
 from vllm.inputs import PromptType
 from vllm.sampling_params import SamplingParams
 from vllm.v1.engine import EngineCoreRequest
+from vllm.v1.engine.serial import encode
 
 __all__ = ["InputProcessor", "TokenizedPrompt"]
 
@@ -28,6 +31,42 @@ _UNSUPPORTED_PROMPT_KEYS = (
     "prompt_embeds",
     "token_type_ids",
 )
+
+
+_INT64 = 1 << 63
+# Values of requests that may hold anything are JSON; deeper than this, no reader is safe.
+_MAX_DEPTH = 200
+
+
+def _check_plain(name: str, value: Any) -> None:
+    """Refuse what cannot travel to the engine, or be worked on there.
+
+    Raises:
+        VLLMValidationError: ``value`` is nested too deeply, or holds something that is no JSON.
+    """
+    level = [value]
+    for _ in range(_MAX_DEPTH):
+        level = [child for node in level for child in _children(node)]
+        if not level:
+            break
+    else:
+        raise VLLMValidationError(
+            f"{name} is nested more than {_MAX_DEPTH} levels deep; make it flatter", parameter=name
+        )
+    try:
+        encode(value)
+    except (OverflowError, TypeError, UnicodeEncodeError) as error:
+        raise VLLMValidationError(
+            f"{name} must be plain JSON, with text of whole characters and whole numbers of 64 "
+            f"bits: {error}",
+            parameter=name,
+        ) from None
+
+
+def _children(node: Any) -> Iterable[Any]:
+    if isinstance(node, Mapping):
+        return node.values()
+    return node if isinstance(node, list | tuple) else ()
 
 
 class TokenizedPrompt(NamedTuple):
@@ -231,6 +270,10 @@ class InputProcessor:
                 )
 
     def _check_priority(self, priority: int) -> None:
+        if not -_INT64 <= priority < _INT64:
+            raise VLLMValidationError(
+                "priority must be a whole number of 64 bits", parameter="priority", value=priority
+            )
         policy = self.vllm_config.scheduler_config.policy
         if priority and policy != "priority":
             raise VLLMValidationError(
@@ -250,6 +293,8 @@ class InputProcessor:
                 "kv_transfer_params needs an engine with a connector (--kv-transfer-config)",
                 parameter="kv_transfer_params",
             )
+        if given is not None:
+            _check_plain("kv_transfer_params", given)
         return given
 
     # Parameters
@@ -278,7 +323,21 @@ class InputProcessor:
             params.all_stop_token_ids.append(self.eos_token_id)
         if params.bad_words:
             params.bad_words_token_ids = self._bad_words_ids(params.bad_words)
+        if params.allowed_token_ids is not None:
+            self._check_choice(params)
         return params
+
+    def _check_choice(self, params: SamplingParams) -> None:
+        """Of the allowed tokens, some must be left for the first place of the output."""
+        forbidden = {ids[0] for ids in params.bad_words_token_ids or () if len(ids) == 1}
+        if params.min_tokens:
+            forbidden.update(params.all_stop_token_ids)
+        if forbidden.issuperset(params.allowed_token_ids or ()):
+            raise VLLMValidationError(
+                "allowed_token_ids leaves no token to choose: bad_words, or min_tokens with the "
+                "tokens that end the output, forbid all of them",
+                parameter="allowed_token_ids",
+            )
 
     def _check_params(self, params: SamplingParams) -> None:
         for processor in self._logits_processors:
@@ -286,6 +345,10 @@ class InputProcessor:
                 processor.validate_params(params)
             except ValueError as error:
                 raise VLLMValidationError(str(error), parameter="extra_args") from error
+        if params.extra_args:
+            _check_plain("vllm_xargs", params.extra_args)
+        if params.structured_outputs is not None:
+            _check_plain("structured_outputs", msgspec.structs.asdict(params.structured_outputs))
         self._check_logprobs("logprobs", params.logprobs)
         self._check_logprobs("prompt_logprobs", params.prompt_logprobs)
         if params.stop_token_ids:

@@ -28,6 +28,8 @@ class NullKVEventSource:
 
     def publish(self, scheduler: SchedulerInterface) -> None:
         """Send what has happened since the last call."""
+        # Nobody listens; what a connector has collected must not pile up.
+        scheduler.take_events()
 
     def shutdown(self) -> None:
         """Send what is queued, then close."""

@@ -99,8 +99,7 @@ class EngineProcess(EngineAddresses):
             EngineDeadError: it ended without a word.
         """
         timeout = envs.VLLM_ENGINE_READY_TIMEOUT_S
-        readable, _, _ = select.select([self.status_fd], [], [], timeout)
-        if not readable:
+        if not self.has_status(timeout):
             self.kill()
             raise VLLMError(
                 f"the engine was not ready after {timeout} s; raise VLLM_ENGINE_READY_TIMEOUT_S"
@@ -110,9 +109,16 @@ class EngineProcess(EngineAddresses):
             raise EngineDeadError(f"the engine process ended while starting ({self._how()})")
         if status.failure is not None:
             failure = status.failure
-            raise exception_of(failure, RuntimeError(f"the engine could not start: {failure}"))
+            raise exception_of(failure, VLLMError(f"the engine could not start: {failure}"))
         assert status.facts is not None
         return status.facts
+
+    def has_status(self, timeout: float | None) -> bool:
+        """Whether the process reports something, its end included, within ``timeout`` seconds."""
+        # Not select(), which refuses descriptors above 1,023.
+        poller = select.poll()
+        poller.register(self.status_fd, select.POLLIN)
+        return bool(poller.poll(None if timeout is None else timeout * 1000))
 
     def forget_sockets(self) -> None:
         """Remove the directory of the sockets; what is connected stays connected."""

@@ -12,6 +12,7 @@ import torch
 
 from vllm.errors import CapacityError, ConfigError
 from vllm.v1.kv_cache.config import KVCacheConfig
+from vllm.v1.kv_cache.planner import memory_options
 from vllm.v1.kv_cache.views import create_kv_cache_views
 from vllm.v1.kv_cache_layout import KVCacheLayout
 
@@ -81,7 +82,7 @@ def allocate_kv_cache(
     except RuntimeError as error:
         raise CapacityError(
             f"cannot allocate {size} bytes of KV cache on {device}: lower "
-            f"--kv-cache-memory-bytes or --gpu-memory-utilization ({error})"
+            f"{memory_options(torch.device(device).type)} ({error})"
         ) from error
     cache = AllocatedKVCache(backing, kv_cache_config)
     for tensor in kv_cache_config.kv_cache_tensors:

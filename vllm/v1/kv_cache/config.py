@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
+from vllm.errors import ConfigError
 from vllm.v1.kv_cache.attention_specs import KVCacheSpec
 from vllm.v1.kv_cache.state_specs import MambaSpec, UniformTypeKVCacheSpecs
 from vllm.v1.kv_cache_layout import KVCacheLayout
@@ -27,6 +28,19 @@ class KVCacheTensor:
     block_stride: int
     offset: int = 0
     host_resident: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class SlotTensor:
+    """Layers that use the very same bytes, as vLLM 0.27.1 listed them in ``kv_cache_tensors``."""
+
+    size: int
+    """Bytes of the allocation that the layers lie in."""
+    shared_by: list[str]
+    offset: int = 0
+    block_stride: int = 0
+    """0: blocks lie page by page. Else the allocation is rows of this many bytes, one a block, and
+    the layers' page begins at ``offset`` of each."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,6 +118,29 @@ class KVCacheConfig:
             if g.kv_cache_spec.prefix_cacheable
         ]
         return math.lcm(*sizes) if sizes else 1
+
+    def tensors_by_slot(self) -> list[SlotTensor]:
+        """The plan for outside code that allocates and cuts tensors as vLLM 0.27.1 did.
+
+        Raises:
+            ConfigError: the layout does not keep a page together, which had no form there.
+        """
+        if not self.kv_cache_layout.is_block_compact:
+            raise ConfigError(
+                f"layout {self.kv_cache_layout} does not keep a page together, so layers have no "
+                "tensor of their own: use LBHNC, LBNHC, BLHNC or BLNHC"
+            )
+        slots: dict[int, list[str]] = {}
+        for tensor in self.kv_cache_tensors:
+            for index, name in enumerate(tensor.layers):
+                slots.setdefault(tensor.offset + index * tensor.layer_stride, []).append(name)
+        if self.kv_cache_layout.is_block_outermost:
+            size, row = self.backing_size_bytes, self.bytes_per_block
+            return [SlotTensor(size, names, offset, row) for offset, names in slots.items()]
+        return [
+            SlotTensor(self.num_blocks * self.layer_spec(names[0]).page_size_bytes, names)
+            for names in slots.values()
+        ]
 
     def kernel_block_size(self, group_id: int) -> int:
         """Tokens of a kernel block of this group."""

@@ -35,6 +35,7 @@ __all__ = [
     "RejectedLayout",
     "get_kv_cache_configs",
     "longest_that_fits",
+    "memory_options",
     "plan_kv_cache",
     "resolve_layout",
     "select_common_block_size",
@@ -46,6 +47,13 @@ T = TypeVar("T")
 
 NULL_BLOCKS = 1
 """Block 0 is never given to a request."""
+
+
+def memory_options(device_type: str) -> str:
+    """The options that size the pool on a device, as an error names them."""
+    if device_type == "cpu":
+        return "--kv-cache-memory-bytes"
+    return "--kv-cache-memory-bytes or --gpu-memory-utilization"
 
 
 def plan_kv_cache(
@@ -137,7 +145,7 @@ def _decide_num_blocks(
         option = (
             "raise --num-gpu-blocks-override"
             if override is not None
-            else "raise --kv-cache-memory-bytes or --gpu-memory-utilization"
+            else f"raise {memory_options(vllm_config.device_config.device_type)}"
         )
         raise CapacityError(
             f"a request of --max-model-len {longest} needs {needed} cache blocks "

@@ -8,7 +8,7 @@ Pure: no torch.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from vllm.errors import ConfigError
 from vllm.v1.kv_cache.attention_specs import KVCacheSpec
@@ -26,6 +26,7 @@ __all__ = [
     "merge_runs",
     "regions",
     "runs_by_layer",
+    "subtract_runs",
 ]
 
 
@@ -146,6 +147,27 @@ def merge_runs(runs: Iterable[ByteRun], bridge_gaps: bool = False) -> tuple[Byte
                 joined.append([start, end])
         merged.extend(_count_alike(block_stride, joined))
     return tuple(merged)
+
+
+def subtract_runs(whole: Iterable[ByteRun], parts: Iterable[ByteRun]) -> tuple[ByteRun, ...]:
+    """The bytes of ``whole`` that ``parts`` leave out; both have the same block strides."""
+    taken: dict[int, list[tuple[int, int]]] = {}
+    for run in parts:
+        spans = taken.setdefault(run.block_stride, [])
+        spans.extend((offset, offset + run.length) for offset in run.offsets())
+    left: list[ByteRun] = []
+    for run in merge_runs(whole):
+        spans = sorted(taken.get(run.block_stride, ()))
+        for start in run.offsets():
+            end = start + run.length
+            for first, last in spans:
+                if first < end and last > start:
+                    if first > start:
+                        left.append(replace(run, offset=start, length=first - start, count=1))
+                    start = last
+            if start < end:
+                left.append(replace(run, offset=start, length=end - start, count=1))
+    return merge_runs(left)
 
 
 def _count_alike(block_stride: int, spans: Sequence[Sequence[int]]) -> Iterator[ByteRun]:

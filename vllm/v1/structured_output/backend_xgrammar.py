@@ -32,6 +32,7 @@ _MAX_WHITESPACE = 32
 _MAX_CHARACTERS = 256 * 1024
 # "[12:00:00] /path/file.cc:123: " before the compiler's own words.
 _SOURCE_PREFIX = re.compile(r"^\[[\d:]+\] \S+:\d+: ")
+_LARK_JSON = re.compile(r"%json\s*")
 
 
 class XgrammarGrammar(StructuredOutputGrammar):
@@ -148,6 +149,7 @@ class XgrammarBackend(StructuredOutputBackend):
         # EBNF and GBNF define rules with "::=", Lark with ":".
         if "::=" in grammar:
             return self._compiler.compile_grammar(grammar)
+        _check_schemas_in_lark(grammar)
         return self._compiler.compile_lark(grammar)
 
     def _compile_structural_tag(self, text: str) -> xgr.CompiledGrammar:
@@ -205,7 +207,23 @@ def _check_schemas_inside(node: Any) -> None:
         elif isinstance(node, dict):
             if "json_schema" in node:
                 check_json_schema(node["json_schema"], "structured_outputs.structural_tag")
+            if isinstance(node.get("grammar"), str):
+                _check_schemas_in_lark(node["grammar"])
             stack.extend(value for key, value in node.items() if key != "json_schema")
+
+
+def _check_schemas_in_lark(grammar: str) -> None:
+    """Check every JSON schema that a Lark grammar holds, as ``%json {...}``."""
+    decoder = json.JSONDecoder(strict=False)
+    for found in _LARK_JSON.finditer(grammar):
+        try:
+            schema, _ = decoder.raw_decode(grammar, found.end())
+        except (ValueError, RecursionError) as error:
+            raise VLLMValidationError(
+                f"structured_outputs.grammar: %json must stand before a JSON schema: {error}",
+                parameter="structured_outputs",
+            ) from error
+        check_json_schema(schema, "structured_outputs.grammar")
 
 
 def _ebnf_literal(text: str) -> str:

@@ -54,6 +54,14 @@ _PAIRS = (
 )
 
 
+# The compiler's time grows faster than the square of the depth: 300 levels take it 15 seconds.
+_MAX_LEVELS = 64
+# It follows a pattern by recursion, and one of 100,000 brackets or quantifiers ends the process.
+_MAX_PATTERN = 4096
+# Larger divisors it leaves out.
+_MAX_DIVISOR = 1024
+
+
 def check_json_schema(schema: Any, where: str = "structured_outputs.json") -> None:
     """Refuse a schema that the output could break.
 
@@ -65,9 +73,15 @@ def check_json_schema(schema: Any, where: str = "structured_outputs.json") -> No
     Raises:
         VLLMValidationError: naming the place in the schema, and what to leave out.
     """
-    stack = [(schema, "#")]
+    stack = [(schema, "#", 0)]
     while stack:
-        node, path = stack.pop()
+        node, path, level = stack.pop()
+        if level > _MAX_LEVELS:
+            raise VLLMValidationError(
+                f"{where} is nested more than {_MAX_LEVELS} schemas deep; make it flatter, or let "
+                "it refer to itself with $ref",
+                parameter="structured_outputs",
+            )
         if isinstance(node, bool):
             continue
         if not isinstance(node, dict):
@@ -81,7 +95,7 @@ def check_json_schema(schema: Any, where: str = "structured_outputs.json") -> No
             raise VLLMValidationError(
                 f"{where} at {path}: {problem}", parameter="structured_outputs"
             )
-        stack.extend(_subschemas(node, path))
+        stack.extend((child, at, level + 1) for child, at in _subschemas(node, path))
 
 
 def _problem(node: dict[str, Any]) -> str | None:
@@ -105,13 +119,28 @@ def _problem(node: dict[str, Any]) -> str | None:
         if first in node and second in node:
             return f"{first} and {second} cannot be enforced together; leave one out"
     kinds = node.get("type")
-    if "multipleOf" in node and kinds != "integer":
-        return 'multipleOf can be enforced for "type": "integer" only'
+    if "multipleOf" in node:
+        divisor = node["multipleOf"]
+        if kinds != "integer" or type(divisor) is not int or not 0 < divisor <= _MAX_DIVISOR:
+            return (
+                'multipleOf can be enforced for "type": "integer" only, and for whole numbers from '
+                f"1 to {_MAX_DIVISOR}"
+            )
+    longest = max(map(len, _patterns(node)), default=0)
+    if longest > _MAX_PATTERN:
+        return f"a pattern may have at most {_MAX_PATTERN} characters, and this has {longest}"
     if kinds is None:
         needs_type = sorted(set(beside) & {*_NUMBER, *_STRING, "minItems", "maxItems"})
         if needs_type:
             return f'{needs_type[0]} needs a "type" beside it'
     return None
+
+
+def _patterns(node: dict[str, Any]) -> Iterator[str]:
+    if isinstance(node.get("pattern"), str):
+        yield node["pattern"]
+    if isinstance(node.get("patternProperties"), dict):
+        yield from node["patternProperties"]
 
 
 def _subschemas(node: dict[str, Any], path: str) -> Iterator[tuple[Any, str]]:

@@ -97,14 +97,13 @@ class _DebugWriteWatch(WriteWatch):
         self._debugger = debugger
         self._config = config
         self._arriving: set[int] = set()
-        self._arriving_now: set[int] = set()
 
     def expect_transfers(self, block_ids: Collection[int]) -> None:
-        self._arriving_now = set(block_ids)
-        self._arriving |= self._arriving_now
+        # What ended with the last step may still be written until this one begins.
+        self._debugger.expect_outside_writes(self._arriving | set(block_ids))
+        self._arriving = set(block_ids)
 
     def begin(self, batch: InputBatch, step: StepInputs) -> None:
-        self._debugger.accept_blocks(sorted(self._arriving))
         written = {}
         for index, group in enumerate(self._config.kv_cache_groups):
             spec = group.kv_cache_spec.manager_spec
@@ -132,9 +131,8 @@ class _DebugWriteWatch(WriteWatch):
         return sorted(blocks - {0})
 
     def end(self) -> None:
-        self._debugger.accept_blocks(sorted(self._arriving))
         self._debugger.end_step()
-        self._arriving = self._arriving_now
+        self._debugger.expect_outside_writes(self._arriving)
 
     def close(self) -> None:
         self._debugger.accept_blocks(sorted(self._arriving))

@@ -52,6 +52,7 @@ from vllm.v1.worker.kv_hooks import (
 from vllm.v1.worker.prompt_logprobs import PromptLogprobs
 from vllm.v1.worker.utils import (
     bind_kv_cache,
+    clear_layer_kv_caches,
     get_backend_constraints,
     get_kv_cache_specs,
     get_kv_sharing_targets,
@@ -443,8 +444,7 @@ class ModelRunner:
         try:
             self._write_watch.close()
         finally:
-            for layer in self.layers.values():
-                layer.kv_cache = torch.empty(0)
+            clear_layer_kv_caches(self.layers)
         self.kv_caches.clear()
 
     def get_model(self) -> nn.Module:

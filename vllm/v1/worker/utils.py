@@ -28,7 +28,7 @@ from vllm.v1.kv_cache.views import (
     group_kernel_blocks,
     map_kv_caches_to_kernel_blocks,
 )
-from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheSpec
+from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheGroupSpec, KVCacheSpec
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -41,6 +41,8 @@ __all__ = [
     "KVCacheBlockCopy",
     "allocate_kv_cache",
     "bind_kv_cache",
+    "bind_kv_cache_to_layers",
+    "clear_layer_kv_caches",
     "copy_kv_cache_blocks_inplace",
     "create_kv_cache_views",
     "extract_layer_index",
@@ -86,6 +88,8 @@ def bind_kv_cache(
     forward_context: Mapping[str, Any],
     runner_kv_caches: list[torch.Tensor],
     num_attn_module: int = 1,
+    kv_cache_groups: Sequence[KVCacheGroupSpec] | None = None,
+    layer_kv_caches: Mapping[str, torch.Tensor] | None = None,
 ) -> None:
     """Give the runner the raw tensors in layer order, and every layer its own.
 
@@ -96,11 +100,13 @@ def bind_kv_cache(
             ``kv_caches``.
         runner_kv_caches: empty; gets the raw tensors by ascending layer index, and within an
             index in the order of ``kv_caches``.
+        kv_cache_groups: every layer of theirs must have a cache; None to leave that open.
+        layer_kv_caches: what layers get where it is not the runner's tensor.
 
     Raises:
         NotImplementedError: two caches have one layer index, on a device whose runner cannot
             tell them apart.
-        ConfigError: dim 0 of a tensor is not the block.
+        ConfigError: dim 0 of a tensor is not the block, or a layer has no cache.
     """
     assert not runner_kv_caches, "runner_kv_caches must be empty before binding"
     if isinstance(kv_caches, AllocatedKVCache):
@@ -113,8 +119,36 @@ def bind_kv_cache(
         if len(names) > 1:
             _check_shared_index(index, names)
         runner_kv_caches.extend(kv_caches[name] for name in names)
+    own = kv_caches if layer_kv_caches is None else layer_kv_caches
+    bind_kv_cache_to_layers(own, forward_context, num_attn_module, kv_cache_groups)
+
+
+def bind_kv_cache_to_layers(
+    kv_caches: Mapping[str, torch.Tensor],
+    forward_context: Mapping[str, Any],
+    num_attn_module: int = 1,
+    kv_cache_groups: Sequence[KVCacheGroupSpec] | None = None,
+) -> None:
+    """The layers' half of ``bind_kv_cache``: each gets its tensor, in the order of ``kv_caches``.
+
+    Raises:
+        ConfigError: a layer of ``kv_cache_groups`` has no cache.
+        ValueError: a name does not say which layer it is (see ``extract_layer_index``).
+    """
+    for group in kv_cache_groups or ():
+        missing = [name for name in group.layer_names if name not in kv_caches]
+        if missing:
+            raise ConfigError(f"layers {', '.join(missing)} have a cache group and no cache")
+    for name in kv_caches:
+        extract_layer_index(name, num_attn_module)
     for name, kv_cache in kv_caches.items():
         forward_context[name].bind_kv_cache(kv_cache)
+
+
+def clear_layer_kv_caches(layers: Mapping[str, Any]) -> None:
+    """Let go of what the layers have bound, so that the backing can be freed."""
+    for layer in layers.values():
+        layer.kv_cache = torch.empty(0)
 
 
 def _check_shared_index(index: int, names: Sequence[str]) -> None:

@@ -122,8 +122,13 @@ class MambaMixer2(nn.Module, MambaBase):
         )
         self.multipliers: torch.Tensor | None = None
         if multipliers is not None and any(factor != 1.0 for factor in multipliers):
-            sizes = torch.tensor([inner, inner, group, group, self.num_heads])
-            self.multipliers = torch.tensor(list(multipliers)).repeat_interleave(sizes)
+            sizes = (inner, inner, group, group, self.num_heads)
+            self.multipliers = torch.cat(
+                [
+                    torch.full((size,), factor, dtype=torch.float32)
+                    for size, factor in zip(sizes, multipliers, strict=True)
+                ]
+            )
         self.declare_states(vllm_config, prefix, shapes)
 
     def process_weights_after_loading(self) -> None:

@@ -229,8 +229,8 @@ class MultiConnector(KVConnectorBase_V1, SupportsHMA):
         sent = connector_output.finished_sending or set()
         by_part: list[set[str]] = [set() for _ in self._parts]
         for name in sent:
-            index, _, request_id = name.partition(":")
-            by_part[int(index)].add(request_id)
+            number, _, request_id = name.partition(":")
+            by_part[int(number)].add(request_id)
             self._sends_left[request_id] = self._sends_left.get(request_id, 0) - 1
         ended = {r for r in set().union(*by_part) if self._sends_left[r] == 0}
         for request_id in ended:
