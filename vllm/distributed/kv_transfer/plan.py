@@ -310,7 +310,7 @@ def plan_transfer(
             f"the caches of the two engines do not mean the same: {'; '.join(differences[:8])}"
         )
     there = {layer.name: layer for layer in source.layers}
-    made: dict[tuple[object, ...], list[LayerCopy]] = {}
+    made: dict[tuple[int, int, int, tuple[int, ...]], list[LayerCopy]] = {}
     for layer in target.layers:
         copy = plan_layer_copy(
             there[layer.name], layer, source_shard, target_shard, total_heads.get(layer.name)
@@ -321,8 +321,7 @@ def plan_transfer(
                 layer.group,
                 there[layer.name].group,
                 copy.tokens_per_unit,
-                _shape(copy.source),
-                _shape(copy.target),
+                (*_shape(copy.source), *_shape(copy.target)),
             )
             made.setdefault(key, []).append(copy)
     tables = [
@@ -335,7 +334,7 @@ def plan_transfer(
             lanes=_lanes(copies),
             copies=tuple(copies),
         )
-        for (group, source_group, tokens, *_), copies in made.items()  # type: ignore[misc]
+        for (group, source_group, tokens, _), copies in made.items()
     ]
     return TransferPlan(
         rank=source_shard.rank,
