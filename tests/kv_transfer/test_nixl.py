@@ -114,6 +114,20 @@ def test_layouts_and_block_sizes_may_differ(make_llm, make_nixl, monkeypatch, ou
     wait_until_free(d)
 
 
+@pytest.mark.parametrize(
+    ("theirs", "ours"), [(2, 1), (1, 2), pytest.param(2, 2, marks=pytest.mark.slow)]
+)
+def test_the_numbers_of_ranks_may_differ(make_llm, make_nixl, theirs, ours):
+    plain = greedy(make_llm(), PROMPTS)
+    p = make_nixl("kv_producer", tensor_parallel_size=theirs)
+    d = make_nixl("kv_consumer", tensor_parallel_size=ours, block_size=32)
+    tokens, outputs = decode(d, PROMPTS, prefill(p, PROMPTS))
+    assert tokens == plain
+    assert [out.num_cached_tokens for out in outputs] == [70, 33, 128, 5]
+    wait_until_free(p)
+    wait_until_free(d)
+
+
 def test_the_bytes_that_were_fetched_are_the_ones_that_count(make_nixl, monkeypatch):
     """Otherwise tokens could be right because D computed them itself."""
     monkeypatch.setenv("VLLM_KV_CACHE_DEBUG", "0")

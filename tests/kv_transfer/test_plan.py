@@ -9,12 +9,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.kv_cache.helpers import full, placed, sliding
+from tests.kv_cache.helpers import full, make_config, placed, sliding
 from tests.kv_cache.test_rearrange import attention, gdn
+from vllm.distributed.kv_transfer.kv_connector.v1.topology import TransferTopology
 from vllm.distributed.kv_transfer.plan import plan_transfer
 from vllm.distributed.kv_transfer.transport.memory import MemoryFabric, MemoryPort
 from vllm.distributed.kv_transfer.transport.port import PortError
-from vllm.errors import KVTransferError
+from vllm.entrypoints.cli.kv_plan import predict_transfer
+from vllm.errors import ConfigError, KVTransferError
 from vllm.v1.kv_cache import allocate_kv_cache
 from vllm.v1.kv_cache.declare import kv_heads_of_rank
 from vllm.v1.kv_cache.descriptors import CacheDescriptor, describe
@@ -316,3 +318,57 @@ def test_the_port_reaches_registered_memory_only():
         one.prepare("two", rows + np.array([[1, 0, 0, 0]]))
     with pytest.raises(PortError, match="is not registered by one"):
         one.prepare(None, rows)
+
+
+@pytest.mark.parametrize("layout", ["LBHNC", "BLHNC", "BHLNC"])
+def test_kv_plan_predicts_what_a_request_takes(layout):
+    spec = full(4, 4, 16)
+    config = placed([dict.fromkeys(LAYERS, spec)], KVCacheLayout(layout), 20)
+    told = predict_transfer(config, make_config(max_model_len=128))
+    own = describe(config)
+    plan = plan_of(own, own)
+    units = plan.units([[1, 3, 5, 7, 9, 11, 13, 15]], [[2, 4, 6, 8, 10, 12, 14, 16]], 128)
+    assert told["transfer_descriptors"] == plan.num_descriptors(units)
+    assert told["transfer_bytes"] == plan.num_bytes(units)
+    assert told["transfer_regions"] == (3 if layout == "LBHNC" else 1)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "rank", "aligned", "consumers"),
+    [
+        ((4, 2), 3, (1,), (1,)),
+        ((2, 4), 1, (2, 3), (2, 3)),
+        ((2, 2), 1, (1,), (1,)),
+        ((1, 2), 0, (0, 1), (0, 1)),
+    ],
+)
+def test_every_rank_is_told_by_somebody(sizes, rank, aligned, consumers):
+    topology = TransferTopology(
+        tp_rank=rank, tp_size=sizes[0], remote_tp_size=sizes[1], total_heads=(8,)
+    )
+    assert topology.aligned_ranks() == aligned
+    assert topology.consumers() == consumers
+
+
+@given(
+    sizes=st.tuples(st.sampled_from([1, 2, 4, 8]), st.sampled_from([1, 2, 4, 8])),
+    heads=st.sampled_from([(), (1,), (2,), (8,), (2, 8)]),
+)
+def test_who_tells_and_who_waits_agree(sizes, heads):
+    told: dict[int, set[int]] = {rank: set() for rank in range(sizes[1])}
+    for rank in range(sizes[0]):
+        topology = TransferTopology(
+            tp_rank=rank, tp_size=sizes[0], remote_tp_size=sizes[1], total_heads=heads
+        )
+        for other in topology.notified_ranks():
+            told[other].add(rank)
+    for rank, tellers in told.items():
+        waiting = TransferTopology(
+            tp_rank=rank, tp_size=sizes[1], remote_tp_size=sizes[0], total_heads=heads
+        )
+        assert tellers and tellers == set(waiting.consumers())
+
+
+def test_sizes_that_do_not_divide_are_refused():
+    with pytest.raises(ConfigError, match="--tensor-parallel-size 3 here and 2 there"):
+        TransferTopology(tp_rank=0, tp_size=3, remote_tp_size=2)

@@ -25,7 +25,6 @@ from vllm.v1.kv_cache.rearrange import LayerCopy, Shard, UnitGrid, plan_layer_co
 __all__ = [
     "CostModel",
     "Lane",
-    "Strategy",
     "TransferPlan",
     "TransferTable",
     "UnitBlocks",
@@ -40,16 +39,9 @@ class CostModel:
 
     seconds_per_descriptor: float = 4.2e-6
     bytes_per_second: float = 385e9
-    scatter_bytes_per_second: float = 1.0e12
-    """Of moving bytes on from a staging buffer."""
 
-    def direct(self, num_descriptors: int, num_bytes: int) -> float:
+    def seconds(self, num_descriptors: int, num_bytes: int) -> float:
         return num_descriptors * self.seconds_per_descriptor + num_bytes / self.bytes_per_second
-
-    def staged(self, num_descriptors: int, num_bytes: int) -> float:
-        return (
-            self.direct(num_descriptors, num_bytes) + 2 * num_bytes / self.scatter_bytes_per_second
-        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -195,17 +187,6 @@ def _starts(grid: UnitGrid, blocks: np.ndarray, parts: np.ndarray) -> np.ndarray
         + kernel * grid.kernel_stride
         + inside * grid.part_stride
     )
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Strategy:
-    """How the bytes of a request go, and what the cost model says of it."""
-
-    name: str
-    """"direct": each lane straight to its place; "staged": whole source blocks to a buffer."""
-    num_descriptors: int
-    num_bytes: int
-    seconds: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
