@@ -1,4 +1,4 @@
-"""Every kind of cache goes from one engine to another: windows, latents, states beside attention."""
+"""Every kind of cache goes from one engine to another: windows, latents, states."""
 
 from __future__ import annotations
 
