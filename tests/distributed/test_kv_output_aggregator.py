@@ -64,3 +64,17 @@ def test_what_else_workers_report_is_put_together():
     assert joined.kv_connector_stats.count == 3
     assert joined.kv_cache_events == ["a", "b"]
     assert joined.invalid_block_ids == {1, 2}
+
+
+def test_counters_are_added_up_and_one_stuck_worker_is_enough():
+    aggregator = KVOutputAggregator(2)
+    joined = aggregator.aggregate(
+        [
+            output(kv_connector_stats={"bytes": 3, "loads": 1}),
+            output(kv_connector_stats={"bytes": 4}, stuck_recving={"z"}),
+        ]
+    ).kv_connector_output
+    assert joined.kv_connector_stats == {"bytes": 7, "loads": 1}
+    assert joined.stuck_recving == {"z"} and not joined.failed_recving
+    later = aggregator.aggregate([output(finished_recving={"z"}), output(failed_recving={"z"})])
+    assert later.kv_connector_output.failed_recving == {"z"}

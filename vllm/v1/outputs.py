@@ -38,6 +38,8 @@ class KVConnectorOutput:
     kv_cache_events: Any = None
     invalid_block_ids: set[int] = field(default_factory=set)
     failed_recving: set[str] = field(default_factory=set)
+    stuck_recving: set[str] = field(default_factory=set)
+    """Loads that cannot be waited for; their blocks stay until they have ended."""
     kv_connector_worker_meta: Any = None
 
     def is_empty(self) -> bool:
@@ -48,6 +50,7 @@ class KVConnectorOutput:
             or self.kv_cache_events
             or self.invalid_block_ids
             or self.failed_recving
+            or self.stuck_recving
             or self.kv_connector_worker_meta
         )
 

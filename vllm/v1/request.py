@@ -230,6 +230,20 @@ class Request:
         self.block_hashes.extend(hasher(self))
         self._next_hash_at = (len(self.block_hashes) + 1) * hasher.block_size
 
+    def drop_last_prompt_token(self) -> None:
+        """Compute one token less of the prompt; before anything is computed."""
+        assert self.num_computed_tokens == 0
+        assert self.num_tokens == self.num_prompt_tokens
+        self.prompt_token_ids = self.prompt_token_ids[:-1]
+        self.all_token_ids.pop()
+        self.num_prompt_tokens -= 1
+        self.num_tokens -= 1
+        self.num_expected_tokens -= 1
+        if self.max_tokens is not None:
+            self.max_total_tokens -= 1
+        if self._block_hasher is not None:
+            self.set_block_hasher(self._block_hasher)
+
     def append_output_token_id(self, token_id: int) -> int:
         """Returns the number of tokens there are then."""
         self.all_token_ids.append(token_id)

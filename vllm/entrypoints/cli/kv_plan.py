@@ -242,6 +242,35 @@ def plan(args: argparse.Namespace) -> tuple[KVCacheConfig, VllmConfig]:
     return plan_kv_cache(vllm_config, specs, args.memory, limits, movement), vllm_config
 
 
+def predict_transfer(config: KVCacheConfig, vllm_config: VllmConfig) -> dict[str, Any]:
+    """What fetching the longest request from a like engine takes, its blocks scattered."""
+    from vllm.distributed.kv_transfer.plan import CostModel, plan_transfer
+    from vllm.v1.kv_cache.descriptors import describe
+    from vllm.v1.kv_cache.rearrange import Shard
+    from vllm.v1.kv_cache.runs import regions
+
+    descriptor = describe(config)
+    heads = {
+        layer.name: layer.head_axis.count if layer.head_axis else None
+        for layer in descriptor.layers
+    }
+    plan = plan_transfer(descriptor, descriptor, Shard(), Shard(), heads)
+    tokens = vllm_config.model_config.max_model_len
+    descriptors = num_bytes = 0
+    for table in plan.tables:
+        units = -(-tokens // table.tokens_per_unit) if table.tokens_per_unit else 1
+        descriptors += units * len(table.lanes)
+        num_bytes += units * table.bytes_per_unit
+    seconds = CostModel().seconds(descriptors, num_bytes)
+    return {
+        "transfer_regions": len(regions(config)),
+        "transfer_tokens": tokens,
+        "transfer_descriptors": descriptors,
+        "transfer_bytes": num_bytes,
+        "transfer_ms_over_nvlink": round(seconds * 1e3, 2),
+    }
+
+
 def run(args: argparse.Namespace) -> int:
     """Print the report."""
     from vllm.v1.kv_cache.explain import build_report
@@ -256,6 +285,8 @@ def run(args: argparse.Namespace) -> int:
         "kv_cache_dtype": args.kv_cache_dtype,
         "tensor_parallel_size": args.tensor_parallel_size,
     }
+    if args.connector:
+        facts.update(predict_transfer(config, vllm_config))
     if args.json:
         sys.stdout.write(json.dumps({**facts, **report.to_dict()}, indent=2) + "\n")
         return 0

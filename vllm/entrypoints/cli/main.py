@@ -45,6 +45,7 @@ _COMMANDS: dict[str, Command | dict[str, Command]] = {
         ("chat", "chat", "Chat with a running server."),
         ("complete", "complete", "Complete text with a running server."),
         ("kv-plan", "kv_plan", "Plan a model's KV cache: no weights, no GPU."),
+        ("router", "router", "One address for prefill and decode servers."),
         ("collect-env", "collect_env", "Print what this installation runs on."),
     )
 }

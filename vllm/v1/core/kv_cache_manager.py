@@ -236,6 +236,21 @@ class KVCacheManager:
         for manager in self.managers:
             manager.free(request.request_id)
 
+    def set_aside(self, request_id: str, name: str) -> None:
+        """The blocks of ``request_id`` belong to ``name`` from now on, who only holds them."""
+        for manager in self.managers:
+            row = manager.req_to_blocks.get(request_id)
+            if row is not None:
+                assert name not in manager.req_to_blocks
+                manager.req_to_blocks[name] = list(row)
+                manager.req_to_blocks[request_id] = []
+                manager.free(request_id)
+
+    def free_row(self, name: str) -> None:
+        """Let go of blocks that were set aside."""
+        for manager in self.managers:
+            manager.free(name)
+
     def evict_blocks(self, block_ids: Iterable[int]) -> None:
         """Make blocks with bad content unfindable."""
         self.block_pool.evict_blocks(block_ids)

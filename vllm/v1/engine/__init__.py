@@ -131,6 +131,8 @@ class SchedulerStats(msgspec.Struct, array_like=True, gc=False, omit_defaults=Tr
     num_preemptions: int = 0
     num_scheduled_tokens: int = 0
     num_waiting_by_reason: dict[str, int] = {}
+    kv_connector: dict[str, float] = {}
+    """Increments of what the connector's worker halves count."""
 
     def add_increments(self, earlier: "SchedulerStats") -> None:
         """Take in what was counted before; gauges stay as they are."""
@@ -140,6 +142,8 @@ class SchedulerStats(msgspec.Struct, array_like=True, gc=False, omit_defaults=Tr
         self.external_prefix_cache_hits += earlier.external_prefix_cache_hits
         self.num_preemptions += earlier.num_preemptions
         self.num_scheduled_tokens += earlier.num_scheduled_tokens
+        for name, value in earlier.kv_connector.items():
+            self.kv_connector[name] = self.kv_connector.get(name, 0) + value
 
 
 class EngineCoreOutputs(msgspec.Struct, array_like=True, omit_defaults=True, gc=False):

@@ -10,14 +10,15 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
 
+import msgspec
+
 from vllm.errors import KVTransferError
 from vllm.v1.kv_cache.config import KVCacheConfig
-from vllm.v1.kv_cache.content import Segment, StateSlice
+from vllm.v1.kv_cache.content import StateSlice
 from vllm.v1.kv_cache.runs import ByteRun, merge_runs, runs_by_layer
 from vllm.v1.kv_cache.strides import compute_layer_kv_cache_shape_bytes, tensor_strides
 
@@ -31,6 +32,10 @@ __all__ = [
 ]
 
 VERSION = 1
+
+
+class _Versioned(msgspec.Struct):
+    version: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -147,42 +152,19 @@ class CacheDescriptor:
             KVTransferError: it is no descriptor, or of another version.
         """
         try:
-            data = json.loads(text)
-            if data["version"] != VERSION:
+            version = msgspec.json.decode(text, type=_Versioned).version
+            if version != VERSION:
                 raise KVTransferError(
-                    f"cache descriptor has version {data['version']}, this engine reads {VERSION}"
+                    f"cache descriptor has version {version}, this engine reads {VERSION}"
                 )
-            groups = tuple(
-                GroupDescriptor(**{**group, "layers": tuple(group["layers"])})
-                for group in data.pop("groups")
-            )
-            layers = tuple(_layer_from_json(layer) for layer in data.pop("layers"))
-            return cls(**data, groups=groups, layers=layers)
-        except (ValueError, KeyError, TypeError) as error:
-            raise KVTransferError(f"not a cache descriptor: {error!r}") from error
+            return msgspec.json.decode(text, type=cls)
+        except (ValueError, TypeError) as error:
+            raise KVTransferError(f"not a cache descriptor: {error}") from error
 
     def fingerprint(self) -> str:
         """SHA-256 over everything but the base address, in hex."""
         text = dataclasses.replace(self, base=0).to_json()
         return hashlib.sha256(text.encode()).hexdigest()
-
-
-def _layer_from_json(data: Mapping[str, Any]) -> LayerDescriptor:
-    axis = data["head_axis"]
-    return LayerDescriptor(
-        **{
-            **data,
-            "parts": tuple((name, size) for name, size in data["parts"]),
-            "runs": tuple(ByteRun(**run) for run in data["runs"]),
-            "head_axis": HeadAxis(**axis) if axis is not None else None,
-            "states": tuple(_state_from_json(state) for state in data["states"]),
-        }
-    )
-
-
-def _state_from_json(data: Mapping[str, Any]) -> StateSlice:
-    segments = tuple(Segment(**segment) for segment in data["segments"])
-    return StateSlice(**{**data, "shape": tuple(data["shape"]), "segments": segments})
 
 
 def describe(config: KVCacheConfig, base_ptr: int = 0) -> CacheDescriptor:

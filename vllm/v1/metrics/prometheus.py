@@ -44,6 +44,26 @@ _GAUGE_MODE: Any = "mostrecent"
 _SLEEP_STATES = ("awake", "weights_offloaded", "discard_all")
 _WAITING_REASONS = ("capacity", "deferred")
 _SOURCES = ("local_compute", "local_cache_hit", "external_kv_transfer")
+_KV_TRANSFER_COUNTERS = {
+    "transfers": "Requests whose KV was fetched from another engine.",
+    "transfer_bytes": "Bytes of KV fetched from other engines.",
+    "transfer_descriptors": "Runs of bytes that these were fetched in.",
+    "transfer_seconds": "Seconds from the order to fetch until the last byte was confirmed.",
+    "failed_transfers": "Loads that failed.",
+    "late_reads": "Loads whose blocks had been given back before they were read.",
+    "quarantined_blocks": "Blocks kept back because something may still be written to them.",
+    "expired_leases": "Prefills that nobody fetched in time.",
+    "handshakes": "Engines that KV can be fetched from.",
+    "failed_handshakes": "Engines that could not be connected with.",
+    "failed_notifications": "Messages to other engines that could not be sent.",
+    "refused_notifications": "Messages of other engines that mean nothing here.",
+    "offload_load_bytes": "Bytes of KV brought back from host memory.",
+    "offload_store_bytes": "Bytes of KV copied to host memory.",
+    "offload_load_blocks": "Blocks brought back from host memory.",
+    "offload_store_blocks": "Blocks copied to host memory.",
+    "offload_load_seconds": "Seconds spent on bringing blocks back.",
+    "offload_store_seconds": "Seconds spent on copying blocks out.",
+}
 # What cache_config_info says of settings that exist in vLLM only: that they are off.
 _CACHE_INFO_OFF = {
     "enable_mamba_shared_prefix_checkpoint": "False",
@@ -136,7 +156,7 @@ class PrometheusStatLogger:
         names = model_config.served_model_name
         self._labels = (names[0] if names else model_config.model, str(engine_index))
         self._make_gauges()
-        self._make_counters()
+        self._make_counters(vllm_config)
         self._make_histograms(model_config.max_model_len)
         info = {**cache_config_labels(vllm_config, facts), "engine": str(engine_index)}
         Gauge(
@@ -190,8 +210,13 @@ class PrometheusStatLogger:
         )
         self._sleep_state["awake"].set(1)
 
-    def _make_counters(self) -> None:
+    def _make_counters(self, vllm_config: VllmConfig) -> None:
         counter = self._counter
+        transfer = vllm_config.kv_transfer_config
+        self._kv_transfer = {
+            name: counter(f"vllm:kv_{name}", text)
+            for name, text in (_KV_TRANSFER_COUNTERS.items() if transfer is not None else ())
+        }
         self._prefix_queries = counter(
             "vllm:prefix_cache_queries", "Prompt tokens looked up in the prefix cache."
         )
@@ -326,6 +351,10 @@ class PrometheusStatLogger:
         if stats.external_prefix_cache_queries:
             self._external_queries.inc(stats.external_prefix_cache_queries)
             self._external_hits.inc(stats.external_prefix_cache_hits)
+        for name, value in stats.kv_connector.items():
+            counter = self._kv_transfer.get(name)
+            if counter is not None:
+                counter.inc(value)
         if stats.num_preemptions:
             self._preemptions.inc(stats.num_preemptions)
         if stats.num_scheduled_tokens:

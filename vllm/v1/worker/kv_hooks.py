@@ -135,6 +135,7 @@ class _DebugWriteWatch(WriteWatch):
         self._debugger.expect_outside_writes(self._arriving)
 
     def close(self) -> None:
+        self._debugger.accept_blocks(sorted(self._arriving))
         self._debugger.check_everything()
 
 
@@ -253,6 +254,7 @@ class ActiveConnectorStep(ConnectorStep):
             finished_sending=results.finished_sending or None,
             finished_recving=results.finished_recving or None,
             failed_recving=set(results.failed_recving or ()),
+            stuck_recving=set(results.stuck_recving or ()),
             invalid_block_ids=connector.get_block_ids_with_load_errors(),
             kv_connector_stats=connector.get_kv_connector_stats(),
             kv_cache_events=connector.get_kv_connector_kv_cache_events(),

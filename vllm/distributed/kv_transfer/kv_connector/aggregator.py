@@ -77,6 +77,8 @@ class KVOutputAggregator:
             self._failed |= failed
             received |= self._recving.report((report.finished_recving or set()) | failed)
             joined.invalid_block_ids |= report.invalid_block_ids
+            # Who waits for one worker waits for all.
+            joined.stuck_recving |= report.stuck_recving
             for name in _JOINED:
                 setattr(joined, name, _add(getattr(joined, name), getattr(report, name)))
         joined.finished_sending = sent or None
@@ -87,9 +89,13 @@ class KVOutputAggregator:
 
 
 def _add(mine: Any, other: Any) -> Any:
-    """Reports of one kind: their own ``aggregate`` makes one of two; lists are put together."""
+    """Reports of one kind: their own ``aggregate`` makes one of two; counters are added up, lists
+    put together.
+    """
     if mine is None or other is None:
         return other if mine is None else mine
     if hasattr(mine, "aggregate"):
         return mine.aggregate(other)
+    if isinstance(mine, dict):
+        return {name: mine.get(name, 0) + other.get(name, 0) for name in mine.keys() | other.keys()}
     return [*mine, *other]

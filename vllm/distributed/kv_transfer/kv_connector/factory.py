@@ -35,6 +35,7 @@ class KVConnectorFactory:
     _registry: dict[str, tuple[str, str]] = {
         "ExampleConnector": (f"{_V1}.example_connector", "ExampleConnector"),
         "MultiConnector": (f"{_V1}.multi_connector", "MultiConnector"),
+        "NixlConnector": (f"{_V1}.nixl.connector", "NixlConnector"),
         "OffloadingConnector": (f"{_V1}.offloading_connector", "OffloadingConnector"),
     }
 

@@ -7,10 +7,12 @@ from collections.abc import Sequence
 import torch
 
 from vllm.distributed.kv_transfer.kv_connector.aggregator import KVOutputAggregator
+from vllm.distributed.kv_transfer.kv_connector.v1.topology import TransferTopology
 from vllm.v1.kv_cache.pack import permute_received_blocks
 
 __all__ = [
     "KVOutputAggregator",
+    "TransferTopology",
     "kv_postprocess_blksize_and_layout_on_receive",
     "kv_postprocess_blksize_on_receive",
     "kv_postprocess_layout_on_receive",

@@ -55,7 +55,10 @@ class KVTransferTracker:
         """Requests that a load has failed; they are computed."""
         self._holding: dict[str, tuple[Request, set[str]]] = {}
         """Ended requests whose blocks must stay, and what for."""
+        self._quarantined: dict[str, str] = {}
+        """Requests that go on without their load -> the row that its blocks are in."""
         self._stats = PrefixCacheStats()
+        self._counted: dict[str, float] = {}
         self._watched = envs.VLLM_KV_CACHE_DEBUG and not self._is_null
         self._arriving: set[int] = set()
         """Blocks of the synchronous loads of this step, in debug mode."""
@@ -70,8 +73,15 @@ class KVTransferTracker:
 
     @property
     def holding(self) -> Collection[str]:
-        """Ids of ended requests whose blocks must stay."""
-        return self._holding.keys()
+        """Rows of blocks that must stay though no living request has them."""
+        return self._holding.keys() | set(self._quarantined.values())
+
+    @property
+    def waits_for_blocks(self) -> bool:
+        """Something may still be written into blocks that no living request has."""
+        return bool(self._quarantined) or any(
+            _RECEIVE in reasons for _, reasons in self._holding.values()
+        )
 
     # Before a step
 
@@ -104,7 +114,7 @@ class KVTransferTracker:
             return set()
         arriving, self._arriving = self._arriving, set()
         held = [rid for rid, (_, reasons) in self._holding.items() if _RECEIVE in reasons]
-        for request_id in (*self._loading, *held):
+        for request_id in (*self._loading, *held, *self._quarantined.values()):
             arriving |= _unshared(self._kv.get_blocks(request_id))
         return arriving
 
@@ -115,6 +125,11 @@ class KVTransferTracker:
     def take_stats(self) -> PrefixCacheStats:
         stats, self._stats = self._stats, PrefixCacheStats()
         return stats
+
+    def take_counted(self) -> dict[str, float]:
+        """What the connector's worker halves have counted since the last call."""
+        counted, self._counted = self._counted, {}
+        return counted
 
     # A request ends
 
@@ -153,7 +168,12 @@ class KVTransferTracker:
 
     def update(self, output: KVConnectorOutput) -> None:
         """Take in which transfers have ended."""
+        if isinstance(output.kv_connector_stats, dict):
+            for name, value in output.kv_connector_stats.items():
+                self._counted[name] = self._counted.get(name, 0) + value
         self.connector.update_connector_output(output)
+        for request_id in output.stuck_recving:
+            self._give_up(request_id)
         for request_id in output.finished_recving or ():
             self._end_load(request_id, failed=False)
         for request_id in output.failed_recving:
@@ -171,7 +191,34 @@ class KVTransferTracker:
             del self._holding[request_id]
             self._kv.free(request)
 
+    def _give_up(self, request_id: str) -> None:
+        """Go on without a load whose blocks may still be written: they stay with nobody."""
+        request = self._loading.get(request_id)
+        if request is None:
+            return
+        if not self._recompute_failed:
+            self._fail(request)
+            return
+        del self._loading[request_id]
+        self._arrived_bad.discard(request_id)
+        aside = f"{request_id} (given up)"
+        self._kv.set_aside(request_id, aside)
+        self._quarantined[request_id] = aside
+        self._compute_instead(request)
+
+    def _compute_instead(self, request: Request) -> None:
+        request.num_computed_tokens = 0
+        request.num_cached_tokens = -1
+        request.kv_capacity = 0
+        self._load_nothing.add(request.request_id)
+        request.status = RequestStatus.WAITING
+        self._scheduler.waiting.prepend_request(request)
+
     def _end_load(self, request_id: str, failed: bool) -> None:
+        aside = self._quarantined.pop(request_id, None)
+        if aside is not None:
+            self._kv.free_row(aside)
+            return
         request = self._loading.get(request_id)
         if request is None:
             self._stop_holding(request_id, _RECEIVE)
@@ -185,13 +232,11 @@ class KVTransferTracker:
         del self._loading[request_id]
         if failed:
             self._kv.free(request)
-            request.num_computed_tokens = 0
-            request.num_cached_tokens = -1
-            self._load_nothing.add(request_id)
-        else:
-            self._kv.cache_blocks(request, request.num_computed_tokens)
-            # The last token is computed here, for its logits.
-            request.num_computed_tokens = min(request.num_computed_tokens, request.num_tokens - 1)
+            self._compute_instead(request)
+            return
+        self._kv.cache_blocks(request, request.num_computed_tokens)
+        # The last token is computed here, for its logits.
+        request.num_computed_tokens = min(request.num_computed_tokens, request.num_tokens - 1)
         request.status = RequestStatus.WAITING
         self._scheduler.waiting.prepend_request(request)
 

@@ -598,6 +598,7 @@ class Scheduler(SchedulerInterface):
         return (
             bool(self.requests)
             or self.has_finished_requests()
+            or self.kv_transfer.waits_for_blocks
             or self.kv_transfer.connector.has_pending_push_work()
         )
 
@@ -619,6 +620,7 @@ class Scheduler(SchedulerInterface):
             num_preemptions=self._num_preemptions,
             num_scheduled_tokens=self._num_scheduled_tokens,
             num_waiting_by_reason={"capacity": len(self.waiting), "deferred": num_deferred},
+            kv_connector=self.kv_transfer.take_counted(),
         )
         self._num_preemptions = 0
         self._num_scheduled_tokens = 0

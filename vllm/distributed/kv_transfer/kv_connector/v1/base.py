@@ -79,6 +79,9 @@ class KVConnectorTransferResults:
     finished_sending: set[str] | None = None
     finished_recving: set[str] | None = None
     failed_recving: set[str] | None = None
+    stuck_recving: set[str] | None = None
+    """Loads that cannot be waited for: the requests fail or are computed now, their blocks stay
+    until the load is reported as finished or failed."""
 
 
 class SupportsHMA(ABC):

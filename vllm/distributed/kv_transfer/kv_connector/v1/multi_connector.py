@@ -157,15 +157,17 @@ class MultiConnector(KVConnectorBase_V1, SupportsHMA):
         """Receiving ends when the one part that loads says so; sending is reported by part,
         ``"part:request"``, and counted by the scheduler half.
         """
-        total = KVConnectorTransferResults(set(), set(), set())
+        total = KVConnectorTransferResults(set(), set(), set(), set())
         assert total.finished_sending is not None
         assert total.finished_recving is not None
         assert total.failed_recving is not None
+        assert total.stuck_recving is not None
         for index, part in enumerate(self._parts):
             results = part.get_transfer_results(finished_req_ids)
             total.finished_sending |= {f"{index}:{r}" for r in results.finished_sending or ()}
             total.finished_recving |= results.finished_recving or set()
             total.failed_recving |= results.failed_recving or set()
+            total.stuck_recving |= results.stuck_recving or set()
         return total
 
     def get_block_ids_with_load_errors(self) -> set[int]:

@@ -1,0 +1,93 @@
+"""Starts a prefill server, a decode server and the router on this machine, and asks a question.
+
+    pip install 'vllm[nixl]'
+    python examples/disaggregated/serve.py [MODEL]
+
+Everything ends with Ctrl-C, or at once with ``--once``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+
+import httpx
+
+PREFILL, DECODE, ROUTER = 8100, 8200, 8000
+
+
+def connector(role: str) -> str:
+    return json.dumps({"kv_connector": "NixlConnector", "kv_role": role})
+
+
+@contextlib.contextmanager
+def running(*arguments: str, **environment: str) -> Iterator[subprocess.Popen[bytes]]:
+    """A ``vllm`` command in a process of its own, ended with the block."""
+    command = [sys.executable, "-m", "vllm.entrypoints.cli.main", *arguments]
+    process = subprocess.Popen(command, env={**os.environ, **environment})
+    try:
+        yield process
+    finally:
+        process.terminate()
+        process.wait()
+
+
+def wait_for(url: str, *processes: subprocess.Popen[bytes]) -> None:
+    while all(process.poll() is None for process in processes):
+        with contextlib.suppress(httpx.TransportError):
+            if httpx.get(url, timeout=5).status_code == 200:
+                return
+        time.sleep(0.5)
+    raise SystemExit(f"a server ended before {url} was ready")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("model", nargs="?", default="smollm2")
+    parser.add_argument("--once", action="store_true", help="end after the answer")
+    parser.add_argument("--question", default="What is a KV cache? Answer in one sentence.")
+    options = parser.parse_args()
+    # Each engine answers handshakes on a port of its own.
+    prefill = running(
+        *("serve", options.model, "--port", str(PREFILL)),
+        *("--kv-transfer-config", connector("kv_producer")),
+        VLLM_NIXL_SIDE_CHANNEL_PORT="5600",
+    )
+    decode = running(
+        *("serve", options.model, "--port", str(DECODE)),
+        *("--kv-transfer-config", connector("kv_consumer")),
+        VLLM_NIXL_SIDE_CHANNEL_PORT="5601",
+    )
+    router = running(
+        *("router", "--port", str(ROUTER)),
+        *("--prefill", f"http://127.0.0.1:{PREFILL}", "--decode", f"http://127.0.0.1:{DECODE}"),
+    )
+    with prefill as first, decode as second, router as third:
+        wait_for(f"http://127.0.0.1:{ROUTER}/health", first, second, third)
+        answer = httpx.post(
+            f"http://127.0.0.1:{ROUTER}/v1/chat/completions",
+            json={
+                "model": options.model,
+                "messages": [{"role": "user", "content": options.question}],
+                "max_tokens": 64,
+                "temperature": 0,
+            },
+            timeout=300,
+        )
+        answer.raise_for_status()
+        print(options.question)
+        print(answer.json()["choices"][0]["message"]["content"])
+        if not options.once:
+            print(f"The router listens on http://127.0.0.1:{ROUTER}/v1; Ctrl-C ends everything.")
+            with contextlib.suppress(KeyboardInterrupt):
+                third.wait()
+
+
+if __name__ == "__main__":
+    main()

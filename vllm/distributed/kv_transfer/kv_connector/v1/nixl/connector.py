@@ -1,0 +1,187 @@
+"""NixlConnector: prefill here, decode there, over NIXL.
+
+The decoder reads (pull). Two halves: ``scheduler.NixlScheduler`` and ``worker.TransferWorker``.
+"""
+
+from __future__ import annotations
+
+import uuid
+from typing import TYPE_CHECKING, Any
+
+from vllm.distributed.kv_transfer.kv_connector.v1.base import (
+    KVConnectorBase_V1,
+    KVConnectorHandshakeMetadata,
+    KVConnectorMetadata,
+    KVConnectorRole,
+    KVConnectorTransferResults,
+    SupportsHMA,
+)
+from vllm.distributed.kv_transfer.kv_connector.v1.nixl.messages import (
+    CONNECTOR_VERSION,
+    NixlHandshakeMetadata,
+    NixlStepMetadata,
+    parse_settings,
+)
+from vllm.distributed.kv_transfer.kv_connector.v1.nixl.scheduler import NixlScheduler
+
+if TYPE_CHECKING:
+    import torch
+
+    from vllm.config import VllmConfig
+    from vllm.distributed.kv_transfer.kv_connector.v1.nixl.worker import TransferWorker
+    from vllm.forward_context import ForwardContext
+    from vllm.v1.core.sched.output import SchedulerOutput
+    from vllm.v1.kv_cache_interface import KVCacheConfig
+    from vllm.v1.outputs import KVConnectorOutput
+    from vllm.v1.request import Request
+
+__all__ = ["NixlConnector"]
+
+
+class NixlConnector(KVConnectorBase_V1, SupportsHMA):
+    """``kv_connector_extra_config`` is a ``messages.NixlSettings``.
+
+    Raises:
+        ConfigError: the settings cannot work, or NIXL is not installed.
+    """
+
+    works_between_layers = False
+
+    def __init__(
+        self,
+        vllm_config: VllmConfig,
+        role: KVConnectorRole,
+        kv_cache_config: KVCacheConfig | None,
+    ) -> None:
+        super().__init__(vllm_config, role, kv_cache_config)
+        assert kv_cache_config is not None
+        assert self._kv_transfer_config is not None
+        self._settings = parse_settings(
+            type(self).__name__, self._kv_transfer_config.kv_connector_extra_config
+        )
+        self._worker: TransferWorker | None = None
+        self._handshake: NixlHandshakeMetadata | None = None
+        if role is KVConnectorRole.SCHEDULER:
+            self._scheduler = NixlScheduler(vllm_config, self._settings, kv_cache_config)
+
+    def _factors(self) -> dict[str, str]:
+        """What two engines must have in common; sizes of ranks and blocks need not be equal."""
+        import vllm
+
+        config = self._vllm_config
+        model = config.model_config
+        return {
+            "vllm": vllm.__version__,
+            "connector": f"{type(self).__name__} {CONNECTOR_VERSION}",
+            "architecture": model.architecture,
+            "layers": str(model.get_num_layers()),
+            "kv_heads": str(model.get_total_num_kv_heads()),
+            "head_size": str(model.get_head_size()),
+            "vocabulary": str(model.get_vocab_size()),
+            "dtype": model.dtype_name,
+            "kv_cache_dtype": config.cache_config.cache_dtype,
+            "hybrid_kv_cache_manager": str(
+                not config.scheduler_config.disable_hybrid_kv_cache_manager
+            ),
+        }
+
+    # Worker half
+
+    def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
+        from vllm.distributed.kv_transfer.kv_connector.v1.nixl.assembly import start_worker
+        from vllm.distributed.kv_transfer.transport.nixl import NixlPort
+
+        assert self._kv_cache_config is not None
+        port = NixlPort(
+            f"vllm-{uuid.uuid4().hex}", self._settings.backends, self._settings.num_threads
+        )
+        self._worker, payload = start_worker(
+            self._vllm_config,
+            self._kv_cache_config,
+            self._settings,
+            kv_caches,
+            port,
+            self._factors(),
+        )
+        self._handshake = NixlHandshakeMetadata(payload)
+
+    def get_handshake_metadata(self) -> KVConnectorHandshakeMetadata | None:
+        return self._handshake
+
+    def start_load_kv(self, forward_context: ForwardContext, **kwargs: Any) -> None:
+        assert self._worker is not None
+        metadata = self._get_connector_metadata()
+        assert isinstance(metadata, NixlStepMetadata)
+        if metadata.says_something:
+            self._worker.submit(metadata)
+
+    def wait_for_layer_load(self, layer_name: str) -> None:
+        """Loads end between steps."""
+
+    def save_kv_layer(
+        self, layer_name: str, kv_layer: torch.Tensor, attn_metadata: Any, **kwargs: Any
+    ) -> None:
+        """Whole requests are fetched once they have ended."""
+
+    def wait_for_save(self) -> None:
+        """Nothing is saved inside a step."""
+
+    def get_transfer_results(self, finished_req_ids: set[str]) -> KVConnectorTransferResults:
+        assert self._worker is not None
+        return self._worker.take_results()
+
+    def get_kv_connector_stats(self) -> dict[str, float] | None:
+        assert self._worker is not None
+        return self._worker.take_stats()
+
+    # Scheduler half
+
+    def set_xfer_handshake_metadata_pp_aware(
+        self, metadata: dict[tuple[int, int], KVConnectorHandshakeMetadata]
+    ) -> None:
+        payloads = {}
+        for rank, item in metadata.items():
+            assert isinstance(item, NixlHandshakeMetadata)
+            payloads[rank] = item.payload
+        self._scheduler.serve_handshakes(payloads)
+
+    def on_new_request(self, request: Request) -> None:
+        self._scheduler.on_new_request(request)
+
+    def get_num_new_matched_tokens(
+        self, request: Request, num_computed_tokens: int
+    ) -> tuple[int | None, bool]:
+        return self._scheduler.get_num_new_matched_tokens(request, num_computed_tokens)
+
+    def update_state_after_alloc(
+        self, request: Request, blocks: Any, num_external_tokens: int
+    ) -> None:
+        self._scheduler.update_state_after_alloc(request, blocks, num_external_tokens)
+
+    def build_connector_meta(self, scheduler_output: SchedulerOutput) -> KVConnectorMetadata:
+        return self._scheduler.build_connector_meta()
+
+    def update_connector_output(self, connector_output: KVConnectorOutput) -> None:
+        self._scheduler.update_connector_output(connector_output)
+
+    def request_finished(
+        self, request: Request, block_ids: list[int]
+    ) -> tuple[bool, dict[str, Any] | None]:
+        return self._scheduler.request_finished(request, (block_ids,))
+
+    def request_finished_all_groups(
+        self, request: Request, block_ids: tuple[list[int], ...]
+    ) -> tuple[bool, dict[str, Any] | None]:
+        return self._scheduler.request_finished(request, block_ids)
+
+    def has_pending_push_work(self) -> bool:
+        return self._scheduler.has_pending_push_work()
+
+    # Both
+
+    def shutdown(self) -> None:
+        if self._worker is not None:
+            self._worker.close()
+            self._worker = None
+        if self.role is KVConnectorRole.SCHEDULER:
+            self._scheduler.shutdown()

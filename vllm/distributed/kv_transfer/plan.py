@@ -1,0 +1,447 @@
+"""The transfer plan: from two cache descriptors to tables of byte runs that requests index.
+
+Pure arithmetic, done once per peer rank at the handshake. A request adds block ids only. Asks
+descriptors, never kinds of layers.
+
+Terms: a *unit* is the largest stretch of tokens inside one kernel block on both sides (see
+``rearrange``); a *lane* is one run of bytes that every unit has, over one or more layers. Lane r of
+unit (block b, part p) starts at ``lane.source + source.start(b, p)`` there and at ``lane.target +
+target.start(b, p)`` here. Descriptor number of that in a prepared list, on either side:
+``(first_row + r * parts + p) * num_blocks + b``: one strided row of descriptors a (lane, part).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from vllm.errors import KVTransferError
+from vllm.v1.kv_cache.descriptors import CacheDescriptor, LayerDescriptor, content_differences
+from vllm.v1.kv_cache.rearrange import LayerCopy, Shard, UnitGrid, plan_layer_copy
+
+__all__ = [
+    "CostModel",
+    "Lane",
+    "TransferPlan",
+    "TransferTable",
+    "UnitBlocks",
+    "check_descriptor",
+    "plan_transfer",
+]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CostModel:
+    """What a transfer costs. The figures of two H200 over NVLink, measured with NIXL 1.5.1."""
+
+    seconds_per_descriptor: float = 4.2e-6
+    bytes_per_second: float = 385e9
+
+    def seconds(self, num_descriptors: int, num_bytes: int) -> float:
+        return num_descriptors * self.seconds_per_descriptor + num_bytes / self.bytes_per_second
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Lane:
+    """A run of bytes of every unit."""
+
+    source: int
+    target: int
+    length: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UnitBlocks:
+    """The units of one request in one table: block and part on either side, in order."""
+
+    source_blocks: np.ndarray
+    source_parts: np.ndarray
+    target_blocks: np.ndarray
+    target_parts: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.source_blocks)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TransferTable:
+    """What one peer rank has for one cache group, as far as it is cut alike."""
+
+    group: int
+    source_group: int
+    tokens_per_unit: int
+    """0 for a state page."""
+    source: UnitGrid
+    target: UnitGrid
+    lanes: tuple[Lane, ...]
+    copies: tuple[LayerCopy, ...]
+    """The same by layer, for whoever rearranges instead of copying runs."""
+
+    @property
+    def bytes_per_unit(self) -> int:
+        return sum(lane.length for lane in self.lanes)
+
+    def rows(self, side: str) -> list[tuple[int, int, int]]:
+        """(offset of block 0, length, block stride) of each strided row, in order."""
+        grid = self.source if side == "source" else self.target
+        return [
+            (getattr(lane, side) + grid.start(0, part), lane.length, grid.block_stride)
+            for lane in self.lanes
+            for part in range(grid.parts_per_block)
+        ]
+
+    def units(
+        self,
+        source_blocks: Sequence[int],
+        target_blocks: Sequence[int],
+        num_tokens: int,
+        first_token: int = 0,
+    ) -> UnitBlocks:
+        """The units of tokens ``[first_token, num_tokens)`` of a request with these rows.
+
+        Blocks of the target that are 0 (the null block) need nothing.
+
+        Raises:
+            KVTransferError: a row is too short, or the source has no block where one is needed.
+        """
+        source = np.asarray(source_blocks, dtype=np.int64)
+        target = np.asarray(target_blocks, dtype=np.int64)
+        if self.tokens_per_unit == 0:
+            return self._last_state(source, target)
+        units = np.arange(
+            first_token // self.tokens_per_unit, -(-num_tokens // self.tokens_per_unit)
+        )
+        from_index, from_part = np.divmod(units, self.source.parts_per_block)
+        to_index, to_part = np.divmod(units, self.target.parts_per_block)
+        for what, row, index in (("source", source, from_index), ("target", target, to_index)):
+            if len(index) and index[-1] >= len(row):
+                raise KVTransferError(
+                    f"group {self.group}: {num_tokens} tokens need {index[-1] + 1} blocks of the "
+                    f"{what}, which has {len(row)}"
+                )
+        wanted = target[to_index] != 0
+        found = UnitBlocks(
+            source_blocks=source[from_index][wanted],
+            source_parts=from_part[wanted],
+            target_blocks=target[to_index][wanted],
+            target_parts=to_part[wanted],
+        )
+        if not found.source_blocks.all():
+            raise KVTransferError(
+                f"group {self.group}: the source has given back blocks that are needed"
+            )
+        return found
+
+    def _last_state(self, source: np.ndarray, target: np.ndarray) -> UnitBlocks:
+        zero = np.zeros(1, dtype=np.int64)
+        from_live, to_live = source[source != 0], target[target != 0]
+        if not len(from_live) or not len(to_live):
+            raise KVTransferError(f"group {self.group}: a state is needed, and one side has none")
+        return UnitBlocks(
+            source_blocks=from_live[-1:],
+            source_parts=zero,
+            target_blocks=to_live[-1:],
+            target_parts=zero,
+        )
+
+    def indices(self, units: UnitBlocks, side: str, num_blocks: int, first_row: int) -> np.ndarray:
+        """Descriptor numbers of every lane of every unit, lanes outermost so that runs merge."""
+        grid = self.source if side == "source" else self.target
+        blocks = getattr(units, f"{side}_blocks")
+        parts = getattr(units, f"{side}_parts")
+        rows = first_row + np.arange(len(self.lanes))[:, None] * grid.parts_per_block + parts
+        return (rows * num_blocks + blocks).ravel()
+
+    def num_descriptors(self, units: UnitBlocks) -> int:
+        """Runs on the wire: neighbours on both sides are one."""
+        return sum(len(lengths) for _, _, lengths in self.runs(units))
+
+    def runs(self, units: UnitBlocks) -> Iterable[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+        """Of each lane: source offsets, target offsets and lengths, with neighbours joined."""
+        starts = [
+            _starts(self.source, units.source_blocks, units.source_parts),
+            _starts(self.target, units.target_blocks, units.target_parts),
+        ]
+        if not len(units):
+            return
+        for lane in self.lanes:
+            gap = np.ones(len(units), dtype=bool)
+            gap[1:] = (np.diff(starts[0]) != lane.length) | (np.diff(starts[1]) != lane.length)
+            first = np.flatnonzero(gap)
+            counts = np.diff(np.append(first, len(units)))
+            yield (
+                starts[0][first] + lane.source,
+                starts[1][first] + lane.target,
+                counts * lane.length,
+            )
+
+
+def _starts(grid: UnitGrid, blocks: np.ndarray, parts: np.ndarray) -> np.ndarray:
+    kernel, inside = np.divmod(parts, grid.parts_per_kernel)
+    return (
+        grid.offset
+        + blocks * grid.block_stride
+        + kernel * grid.kernel_stride
+        + inside * grid.part_stride
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TransferPlan:
+    """What a rank here takes from one rank there."""
+
+    rank: int
+    """Of the peer."""
+    tables: tuple[TransferTable, ...]
+    source_blocks: int
+    target_blocks: int
+
+    def first_rows(self, side: str) -> list[int]:
+        """Number of the first strided row of each table."""
+        counts = [len(table.rows(side)) for table in self.tables]
+        return [sum(counts[:i]) for i in range(len(counts))]
+
+    def rows(self, side: str) -> np.ndarray:
+        """Strided rows of all tables ``(rows, 4)`` int64: offset, length, stride, count."""
+        count = self.source_blocks if side == "source" else self.target_blocks
+        rows = [(*row, count) for table in self.tables for row in table.rows(side)]
+        return np.array(rows, dtype=np.int64).reshape(-1, 4)
+
+    def units(
+        self,
+        source_blocks: Sequence[Sequence[int]],
+        target_blocks: Sequence[Sequence[int]],
+        num_tokens: int,
+        first_token: int = 0,
+    ) -> list[UnitBlocks]:
+        """Of each table, the units of a request with these rows (one a group).
+
+        Raises:
+            KVTransferError: block ids that are not of this cache, or too few of them.
+        """
+        for what, rows, limit in (
+            ("source", source_blocks, self.source_blocks),
+            ("target", target_blocks, self.target_blocks),
+        ):
+            for row in rows:
+                if len(row) and not (min(row) >= 0 and max(row) < limit):
+                    raise KVTransferError(f"{what} block ids must be 0 to {limit - 1}")
+        needed = max((table.source_group for table in self.tables), default=-1)
+        if needed >= len(source_blocks):
+            raise KVTransferError(
+                f"the source names blocks of {len(source_blocks)} groups, not of {needed + 1}"
+            )
+        return [
+            table.units(
+                source_blocks[table.source_group],
+                target_blocks[table.group],
+                num_tokens,
+                first_token,
+            )
+            for table in self.tables
+        ]
+
+    def indices(self, units: Sequence[UnitBlocks], side: str) -> np.ndarray:
+        """Descriptor numbers of a request in the prepared list of ``rows(side)``."""
+        count = self.source_blocks if side == "source" else self.target_blocks
+        parts = [
+            table.indices(own, side, count, first)
+            for table, own, first in zip(self.tables, units, self.first_rows(side), strict=True)
+        ]
+        return np.concatenate(parts) if parts else np.empty(0, dtype=np.int64)
+
+    def num_descriptors(self, units: Sequence[UnitBlocks]) -> int:
+        return sum(
+            table.num_descriptors(own) for table, own in zip(self.tables, units, strict=True)
+        )
+
+    def num_bytes(self, units: Sequence[UnitBlocks]) -> int:
+        return sum(
+            table.bytes_per_unit * len(own) for table, own in zip(self.tables, units, strict=True)
+        )
+
+
+def plan_transfer(
+    source: CacheDescriptor,
+    target: CacheDescriptor,
+    source_shard: Shard,
+    target_shard: Shard,
+    total_heads: dict[str, int | None],
+) -> TransferPlan:
+    """What rank ``target_shard`` takes from rank ``source_shard``.
+
+    Args:
+        total_heads: of each layer, KV heads of the whole model; None (or left out) where it is
+            not cut by head.
+
+    Raises:
+        KVTransferError: bytes mean different things, a layer is missing on one side, or a format
+            cannot be cut that way; names what works.
+    """
+    check_descriptor(source)
+    differences = content_differences(target, source)
+    missing = {layer.name for layer in target.layers} ^ {layer.name for layer in source.layers}
+    if missing:
+        differences.append(f"layers on one side only: {', '.join(sorted(missing)[:4])}")
+    if differences:
+        raise KVTransferError(
+            f"the caches of the two engines do not mean the same: {'; '.join(differences[:8])}"
+        )
+    there = {layer.name: layer for layer in source.layers}
+    made: dict[tuple[int, int, int, tuple[int, ...]], list[LayerCopy]] = {}
+    for layer in target.layers:
+        copy = plan_layer_copy(
+            there[layer.name], layer, source_shard, target_shard, total_heads.get(layer.name)
+        )
+        if copy is not None:
+            check_inside(copy, layer, there[layer.name], source, target)
+            key = (
+                layer.group,
+                there[layer.name].group,
+                copy.tokens_per_unit,
+                (*_shape(copy.source), *_shape(copy.target)),
+            )
+            made.setdefault(key, []).append(copy)
+    tables = [
+        TransferTable(
+            group=group,
+            source_group=source_group,
+            tokens_per_unit=tokens,
+            source=_at_zero(copies[0].source),
+            target=_at_zero(copies[0].target),
+            lanes=_lanes(copies),
+            copies=tuple(copies),
+        )
+        for (group, source_group, tokens, _), copies in made.items()
+    ]
+    return TransferPlan(
+        rank=source_shard.rank,
+        tables=tuple(tables),
+        source_blocks=source.num_blocks,
+        target_blocks=target.num_blocks,
+    )
+
+
+def check_descriptor(cache: CacheDescriptor) -> None:
+    """A peer's descriptor makes sense in itself.
+
+    Raises:
+        KVTransferError: naming the layer and what is wrong.
+    """
+    if cache.num_blocks < 1 or cache.size_bytes < 1 or cache.base < 0:
+        raise KVTransferError("the cache of the peer has no blocks")
+    for layer in cache.layers:
+        axis = layer.head_axis
+        counts = (
+            layer.tokens_per_block,
+            layer.kernel_blocks_per_block,
+            layer.num_head_slots,
+            layer.num_states,
+            layer.content_bytes,
+        )
+        parts = sum(size for _, size in layer.parts)
+        if not 0 <= layer.group < len(cache.groups):
+            problem = f"group {layer.group} does not exist"
+        elif min(counts) < 1 or max(counts) > cache.size_bytes:
+            problem = f"counts {counts}"
+        elif not layer.states and parts != layer.content_bytes:
+            problem = f"parts of {parts} bytes in a content of {layer.content_bytes}"
+        elif axis is not None and (
+            axis.count * axis.sides != layer.num_head_slots or axis.stride != layer.head_stride
+        ):
+            problem = f"heads {axis} in {layer.num_head_slots} slots of {layer.head_stride} bytes"
+        else:
+            continue
+        raise KVTransferError(
+            f"the descriptor of the peer contradicts itself: {layer.name}: {problem}"
+        )
+
+
+def check_inside(
+    copy: LayerCopy,
+    layer: LayerDescriptor,
+    source_layer: LayerDescriptor,
+    source: CacheDescriptor,
+    target: CacheDescriptor,
+) -> None:
+    """Every byte of the copy lies in the two caches: a peer's numbers are not believed.
+
+    Raises:
+        KVTransferError: some would not.
+    """
+    for what, grid, cache in (("source", copy.source, source), ("target", copy.target, target)):
+        strides = (grid.block_stride, grid.kernel_stride, grid.part_stride, grid.offset)
+        if min(strides) < 0:
+            raise KVTransferError(f"{layer.name}: negative strides of the {what}")
+        last = grid.start(cache.num_blocks - 1, grid.parts_per_block - 1)
+        for box in copy.boxes:
+            offset = box.source_offset if what == "source" else box.target_offset
+            steps = box.source_strides if what == "source" else box.target_strides
+            if offset < 0 or box.length <= 0 or any(step < 0 for step in steps):
+                raise KVTransferError(f"{layer.name}: negative sizes of the {what}")
+            reach = sum((n - 1) * step for n, step in zip(box.counts, steps, strict=True))
+            if last + offset + reach + box.length > cache.size_bytes:
+                raise KVTransferError(
+                    f"{layer.name}: blocks of the {what} end outside its {cache.size_bytes} bytes"
+                )
+
+
+def _shape(grid: UnitGrid) -> tuple[int, ...]:
+    return (
+        grid.block_stride,
+        grid.kernel_stride,
+        grid.part_stride,
+        grid.parts_per_kernel,
+        grid.parts_per_block,
+    )
+
+
+def _at_zero(grid: UnitGrid) -> UnitGrid:
+    return UnitGrid(
+        offset=0,
+        block_stride=grid.block_stride,
+        kernel_stride=grid.kernel_stride,
+        part_stride=grid.part_stride,
+        parts_per_kernel=grid.parts_per_kernel,
+        parts_per_block=grid.parts_per_block,
+    )
+
+
+def _lanes(copies: Sequence[LayerCopy]) -> tuple[Lane, ...]:
+    """The runs of all layers, those that are neighbours on both sides joined."""
+    runs = sorted(
+        (
+            copy.source.offset + source,
+            copy.target.offset + target,
+            length,
+        )
+        for copy in copies
+        for source, target, length in _box_runs(copy)
+    )
+    joined: list[list[int]] = []
+    for source, target, length in runs:
+        last = joined[-1] if joined else None
+        if last and last[0] + last[2] == source and last[1] + last[2] == target:
+            last[2] += length
+        else:
+            joined.append([source, target, length])
+    return tuple(Lane(source=s, target=t, length=n) for s, t, n in joined)
+
+
+def _box_runs(copy: LayerCopy) -> Iterable[tuple[int, int, int]]:
+    for box in copy.boxes:
+        for index in range(math.prod(box.counts)):
+            source, target, rest = box.source_offset, box.target_offset, index
+            for count, from_step, to_step in zip(
+                reversed(box.counts),
+                reversed(box.source_strides),
+                reversed(box.target_strides),
+                strict=True,
+            ):
+                rest, position = divmod(rest, count)
+                source += position * from_step
+                target += position * to_step
+            yield source, target, box.length

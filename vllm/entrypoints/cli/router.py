@@ -1,0 +1,57 @@
+"""``vllm router``: the options of the proxy before prefill and decode servers."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass
+
+from vllm.utils.argparse_utils import FlexibleArgumentParser
+from vllm.utils.flags import Kind, arg, flags_of
+
+__all__ = ["RouterArgs", "make_parser", "run"]
+
+_GROUP = "router"
+
+
+@dataclass(frozen=True, kw_only=True)
+class RouterArgs:
+    host: str = arg("127.0.0.1", _GROUP, Kind.STR, "Address to listen on.")
+    port: int = arg(8000, _GROUP, Kind.INT, "Port to listen on.", minimum=1)
+    prefill: list[str] = arg(
+        [], _GROUP, Kind.LIST, "URLs of prefill servers, such as http://127.0.0.1:8100."
+    )
+    decode: list[str] = arg([], _GROUP, Kind.LIST, "URLs of decode servers.")
+    timeout: float = arg(
+        600.0, _GROUP, Kind.FLOAT, "Seconds without a byte of an answer.", minimum=0.1
+    )
+    health_interval: float = arg(
+        2.0, _GROUP, Kind.FLOAT, "Seconds between two looks at each server.", minimum=0.05
+    )
+    retries: int = arg(
+        2, _GROUP, Kind.INT, "Other prefill servers to try where one fails.", minimum=0
+    )
+    admin_key: str | None = arg(
+        None,
+        _GROUP,
+        Kind.STR,
+        "Bearer token that servers joining and leaving must show; without it none may.",
+    )
+
+
+def make_parser() -> FlexibleArgumentParser:
+    """The parser of ``vllm router``."""
+    parser = FlexibleArgumentParser(
+        prog="vllm router",
+        usage="vllm router --prefill URL... --decode URL... [options]",
+        description="One address for prefill and decode servers.",
+    )
+    for flag in flags_of(RouterArgs).values():
+        parser.add_flag(flag)
+    return parser
+
+
+def run(args: argparse.Namespace) -> int:
+    """Serve until a signal."""
+    from vllm.entrypoints.router.app import serve
+
+    return serve(RouterArgs(**{name: getattr(args, name) for name in flags_of(RouterArgs)}))
