@@ -268,6 +268,26 @@ FAMILIES: dict[str, tuple[Any, Any, dict[str, Any]]] = {
             "forced_eos_token_id": None,
         },
     ),
+    "kimi_linear": (
+        transformers.KimiLinearConfig,
+        transformers.KimiLinearForCausalLM,
+        {
+            "num_key_value_heads": 8,
+            "kv_lora_rank": 256,
+            "qk_nope_head_dim": 64,
+            "qk_rope_head_dim": 32,
+            "v_head_dim": 64,
+            "linear_num_heads": 8,
+            "linear_head_dim": 64,
+            "layer_types": [*["linear_attention"] * 3, "full_attention"] * 2,
+            "num_local_experts": 32,
+            "num_experts_per_tok": 4,
+            "moe_intermediate_size": 256,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+            "pad_token_id": 0,
+        },
+    ),
 }
 BATCH, SHORT, LONG = 8, 16, 2048
 OUTPUT = 16
