@@ -29,6 +29,7 @@ _BUILT_IN: dict[str, str] = {
     "GptOssForCausalLM": f"{_MODELS}.gpt_oss:GptOssForCausalLM",
     "GraniteMoeHybridForCausalLM": f"{_MODELS}.granitemoehybrid:GraniteMoeHybridForCausalLM",
     "JambaForCausalLM": f"{_MODELS}.jamba:JambaForCausalLM",
+    "KimiLinearForCausalLM": f"{_MODELS}.kimi_linear:KimiLinearForCausalLM",
     "Lfm2ForCausalLM": f"{_MODELS}.lfm2:Lfm2ForCausalLM",
     "Lfm2MoeForCausalLM": f"{_MODELS}.lfm2:Lfm2MoeForCausalLM",
     "Llama4ForCausalLM": f"{_MODELS}.llama4:Llama4ForCausalLM",
