@@ -600,7 +600,7 @@ def _rope_kernel_takes(
         and query.is_cpu
         and query.dtype in DTYPE_CODES
         and cos_sin_cache.dtype in DTYPE_CODES
-        and cos_sin_cache.shape[1] <= _MAX_ROTARY
+        and cos_sin_cache.shape[1] <= min(_MAX_ROTARY, query.shape[2])
         and positions.dtype is torch.int64
         and query.stride(2) == 1
         and (key is None or (key.stride(2) == 1 and key.dtype is query.dtype))

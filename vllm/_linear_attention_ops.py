@@ -41,8 +41,10 @@ def gated_delta_rule(
     Args:
         query, key: (T, Hk, Dk), value: (T, H, Dv); rows and heads may be strided. H is a multiple
             of Hk: each of their heads serves that many neighbours.
-        gate, beta: (T, H), rows may be strided.
-        rates, biases: (H,) float32.
+        gate: (T, H), or (T, H, Dk) where each number of a key has a decay of its own, as in Kimi
+            delta attention (arXiv:2510.26692). Rows may be strided.
+        beta: (T, H), rows may be strided.
+        rates: (H,) float32; biases: float32, of the shape of a token's gates.
         state: (B, H, Dv, Dk); blocks and heads may be strided.
 
     Returns:
@@ -108,6 +110,8 @@ def _run(
     num_tokens, num_heads, value_size = value.shape
     num_key_heads, key_size = key.shape[1:]
     _check_shapes(query, key, value, state)
+    if gate is not None and gate.dim() == 3 and gate.shape != (num_tokens, num_heads, key_size):
+        raise ValueError(f"gates {tuple(gate.shape)} are not one for each number of a key")
     out = value.new_empty((num_tokens, num_heads, value_size))
     if not _kernel_takes(query, key, value, gate, beta, state):
         _reference(
@@ -116,7 +120,8 @@ def _run(
         return out
     indices = segments.token_starts, segments.request_starts, segments.sources, segments.targets
     assert all(x.dtype is torch.int32 and x.is_contiguous() for x in indices)
-    assert all(x is None or x.dtype is torch.float32 for x in (rates, biases))
+    for x in (rates, biases):
+        assert x is None or (x.dtype is torch.float32 and x.is_contiguous())
     ops._C.linear_attention(
         query.data_ptr(),
         query.stride(0),
@@ -147,6 +152,7 @@ def _run(
         value_size,
         scale,
         normalize,
+        gate is not None and gate.dim() == 3,
         ops.DTYPE_CODES[value.dtype],
         ops.DTYPE_CODES[state.dtype],
     )
@@ -185,6 +191,7 @@ def _kernel_takes(
         and state.dtype in ops.DTYPE_CODES
         and value.dtype in ops.DTYPE_CODES
         and all(x.dtype is value.dtype and x.stride(-1) == 1 for x in inputs)
+        and (gate is None or gate.dim() == 2 or gate.stride(1) == gate.shape[2])
         and state.stride(3) == 1
         and state.stride(2) == state.shape[3]
     )
@@ -213,10 +220,13 @@ def _reference(
             x * torch.rsqrt(x.square().sum(-1, keepdim=True) + _NORM_EPS) for x in (queries, keys)
         )
     queries = queries * scale
-    logs = -rates.to(wide).expand(value.shape[:2])
+    logs = -rates.to(wide)[:, None].expand(*value.shape[:2], 1)
     if gate is not None and biases is not None:
-        logs = logs * F.softplus(gate.to(wide) + biases.to(wide))
-    decays = logs.exp()[..., None, None]
+        sums = gate.to(wide) + biases.to(wide)
+        logs = logs * F.softplus(
+            sums.unflatten(1, (value.shape[1], -1)) if gate.dim() == 2 else sums
+        )
+    decays = logs.exp()[..., None, :]
     strengths = None if beta is None else beta.to(wide).sigmoid()[..., None]
     for source, parts in segments.runs():
         memory = torch.zeros_like(state[0], dtype=wide)

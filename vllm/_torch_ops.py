@@ -7,6 +7,8 @@ B cache blocks, N tokens per block.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 
@@ -104,7 +106,12 @@ def rotary_embedding(
 
 
 def store_kv_cache(
-    key: torch.Tensor, value: torch.Tensor, kv_cache: torch.Tensor, slot_mapping: torch.Tensor
+    key: torch.Tensor,
+    value: torch.Tensor,
+    kv_cache: torch.Tensor,
+    slot_mapping: torch.Tensor,
+    fmt: Any = None,
+    scales: Any = None,
 ) -> None:
     """Write each token's key and value to its slot.
 
@@ -113,6 +120,8 @@ def store_kv_cache(
         kv_cache: (B, K, N, 2 * D), any strides with a dense last dim.
         slot_mapping: (S,) int64, S <= T; slot = block * N + offset, -1 is skipped. Tokens at and
             after S are padding.
+        fmt, scales: the ``KVFormat`` of a cache of single bytes, (B, K, N, content), and the
+            ``SideScales`` of its layer.
     """
     block_size = kv_cache.shape[2]
     head_size = key.shape[-1]
@@ -120,6 +129,10 @@ def store_kv_cache(
     keep = (slot_mapping >= 0).nonzero().squeeze(-1)
     slots = slot_mapping[keep]
     blocks, offsets = slots // block_size, slots % block_size
+    if fmt is not None:
+        content = fmt.quantise_kv(key[:num][keep], value[:num][keep], scales)
+        kv_cache.view(torch.uint8)[blocks, :, offsets] = content
+        return
     kv_cache[blocks, :, offsets, :head_size] = key[:num][keep].to(kv_cache.dtype)
     kv_cache[blocks, :, offsets, head_size:] = value[:num][keep].to(kv_cache.dtype)
 
@@ -165,6 +178,8 @@ def paged_attention(
     logits_soft_cap: float = 0.0,
     alibi_slopes: torch.Tensor | None = None,
     sinks: torch.Tensor | None = None,
+    fmt: Any = None,
+    scales: Any = None,
     value_offset: int | None = None,
 ) -> None:
     """Attention of new tokens over a paged cache that holds their keys and values already.
@@ -183,6 +198,7 @@ def paged_attention(
         logits_soft_cap: c of c * tanh(score / c); 0 for none.
         alibi_slopes: (Q,) float32; adds slope * (key position - query position).
         sinks: (Q,) float32; a score per head that takes part in the softmax and has no value.
+        fmt, scales: as in ``store_kv_cache``.
         value_offset: where the Dv elements of the value begin in a content; None: after the key. 0
             for a latent, which is both.
     """
@@ -197,7 +213,8 @@ def paged_attention(
             continue
         num_blocks = -(-seq_len // block_size)
         pages = kv_cache[block_table[index, :num_blocks].long()]
-        states = pages.transpose(1, 2).flatten(0, 1)[:seq_len].to(wide)
+        states = pages.transpose(1, 2).flatten(0, 1)[:seq_len]
+        states = states.to(wide) if fmt is None else fmt.dequantise_kv(states, scales).to(wide)
         key, value = (
             part.repeat_interleave(group, dim=1)
             for part in (
@@ -209,7 +226,8 @@ def paged_attention(
         if logits_soft_cap > 0:
             scores = logits_soft_cap * torch.tanh(scores / logits_soft_cap)
         key_pos = torch.arange(seq_len, device=query.device)
-        query_pos = key_pos[seq_len - (last - first) :]
+        # An encoder's output may be shorter than the queries: they have no position in it.
+        query_pos = torch.arange(seq_len - (last - first), seq_len, device=query.device)
         distance = key_pos[None, :] - query_pos[:, None]
         if alibi_slopes is not None:
             scores = scores + alibi_slopes.to(wide)[:, None, None] * distance

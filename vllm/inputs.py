@@ -2,7 +2,7 @@
 
 from typing import NotRequired, TypedDict
 
-__all__ = ["PromptType", "TextPrompt", "TokensPrompt"]
+__all__ = ["ExplicitEncoderDecoderPrompt", "PromptType", "TextPrompt", "TokensPrompt"]
 
 
 class TextPrompt(TypedDict):
@@ -20,4 +20,13 @@ class TokensPrompt(TypedDict):
     cache_salt: NotRequired[str]
 
 
-PromptType = str | list[int] | TextPrompt | TokensPrompt
+class ExplicitEncoderDecoderPrompt(TypedDict):
+    """What the encoder reads, and what the decoder's output begins with: None for the model's own
+    start. Any other prompt is the encoder's, where a model has one.
+    """
+
+    encoder_prompt: str | list[int] | TextPrompt | TokensPrompt
+    decoder_prompt: NotRequired[str | list[int] | TextPrompt | TokensPrompt | None]
+
+
+PromptType = str | list[int] | TextPrompt | TokensPrompt | ExplicitEncoderDecoderPrompt

@@ -55,4 +55,6 @@ class RequestOutput:
     metrics: RequestMetrics | None = None
     num_cached_tokens: int | None = None
     kv_transfer_params: dict[str, Any] | None = None
+    encoder_prompt_token_ids: list[int] | None = None
+    """What the encoder read, where the model has one; the prompt is the decoder's then."""
     extra: dict[str, Any] = field(default_factory=dict)

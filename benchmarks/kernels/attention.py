@@ -1,9 +1,10 @@
 """TRITON_ATTN on a GPU, as fractions of what the same run reads, copies and multiplies.
 
-    python benchmarks/kernels/attention.py [--output FILE]
+    python benchmarks/kernels/attention.py [--only REGEX] [--output FILE]
 
 32 query heads, 8 KV heads, head size 128, bf16; block tables shuffled. Decode is timed as a CUDA
-graph's replay, in GB/s of K and V read; prefill in TFLOP/s of the causal half.
+graph's replay, in GB/s of K and V read; prefill in TFLOP/s of the causal half. Quantised caches
+hold normal numbers and are counted by their own bytes, scales included.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import platform
+import re
 import sys
 from collections.abc import Callable
 from datetime import UTC, datetime
@@ -22,6 +24,7 @@ from triton.testing import do_bench
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from vllm.v1.attention.ops.kv_formats import FORMATS, KVFormat, kv_format
 from vllm.v1.attention.ops.triton_decode import plan_decodes
 from vllm.v1.attention.ops.triton_paged_attention import paged_attention
 
@@ -52,15 +55,30 @@ def cache_view(order: str, blocks: int, page: int, layers: int) -> torch.Tensor:
     return torch.empty(blocks, KV_HEADS, layers, page, 2 * D, **options)[:, :, layers // 2]
 
 
+def quantised_cache(blocks: int, page: int, fmt: KVFormat) -> torch.Tensor:
+    """``(B, H, N, 2 * side_bytes)`` uint8, LBHNC."""
+    content = 2 * fmt.side_bytes(D)
+    cache = torch.empty(blocks, KV_HEADS, page, content, device="cuda", dtype=torch.uint8)
+    for start in range(0, blocks, 2048):
+        part = cache[start : start + 2048]
+        sides = torch.randn(2, *part.shape[:3], D, device="cuda")
+        part.copy_(fmt.quantise_kv(*sides))
+    return cache
+
+
 def batch(lengths: list[int], page: int, order: str, prefill: bool) -> dict:
-    """Inputs of one launch with random content."""
+    """Inputs of one launch with random content; ``order`` may name a quantised format instead."""
     pages = [-(-n // page) for n in lengths]
     blocks = sum(pages) + 1
     pool_bytes = blocks * KV_HEADS * page * 2 * D * 2
     layers = min(LAYERS, max(2, int(40e9 // pool_bytes)))
-    cache = cache_view(order, blocks, page, layers)
-    for start in range(0, blocks, 4096):
-        cache[start : start + 4096].normal_()
+    fmt = kv_format(order)
+    if fmt is not None:
+        cache = quantised_cache(blocks, page, fmt)
+    else:
+        cache = cache_view(order, blocks, page, layers)
+        for start in range(0, blocks, 4096):
+            cache[start : start + 4096].normal_()
     shuffled = torch.randperm(blocks - 1, device="cuda", dtype=torch.int32) + 1
     table = torch.zeros(len(lengths), max(pages), dtype=torch.int32, device="cuda")
     at = 0
@@ -76,7 +94,7 @@ def batch(lengths: list[int], page: int, order: str, prefill: bool) -> dict:
         "query_start_loc": starts.cuda(),
         "seq_lens": torch.tensor(lengths, dtype=torch.int32, device="cuda"),
         "block_table": table, "max_query_len": max(query_lens), "max_seq_len": max(lengths),
-        "scale": D**-0.5, "has_decodes": not prefill,
+        "scale": D**-0.5, "has_decodes": not prefill, "fmt": fmt,
     }  # fmt: skip
 
 
@@ -107,7 +125,8 @@ def decode_row(name: str, lengths: list[int], page: int, order: str) -> dict:
         inputs["seq_lens"], inputs["query_start_loc"], KV_HEADS, inputs["max_seq_len"]
     )
     ms = replay_ms(lambda: paged_attention(**inputs))
-    size = sum(lengths) * KV_HEADS * 2 * D * 2
+    fmt = inputs["fmt"]
+    size = sum(lengths) * KV_HEADS * 2 * (fmt.side_bytes(D) if fmt else 2 * D)
     row = {"case": f"decode {name}", "page": page, "order": order, "us": round(ms * 1e3, 1)}
     row |= {"gb_s": round(size / ms / 1e6, 1), "plain_read_gb_s": round(plain_read_gb_s(size), 1)}
     return row
@@ -123,6 +142,7 @@ def prefill_row(name: str, lengths: list[int], page: int, order: str) -> dict:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", default="", help="cases whose name, page and order match")
     parser.add_argument("--output", type=Path, help="write the result as JSON here")
     args = parser.parse_args()
     result: dict = {
@@ -147,8 +167,14 @@ def main() -> None:
     prefills = [("4 x 4096", [4096] * 4, page, "LBHNC") for page in (16, 32, 64, 128)]
     prefills += [("4 x 4096", [4096] * 4, 64, order) for order in ORDERS[1:]]
     prefills += [("1 x 32768", [32768], page, "LBHNC") for page in (16, 64)]
+    prefills += [("4 x 2048", [2048] * 4, 64, "LBHNC")]
+    formats = [name for name in FORMATS if name != "fp8"]
+    cases += [("64 x 8192", [8192] * 64, 64, name) for name in ("LBHNC", *formats)]
+    prefills += [("4 x 4096", [4096] * 4, 64, name) for name in formats]
     for measure, rows in ((decode_row, cases), (prefill_row, prefills)):
         for case in rows:
+            if not re.search(args.only, f"{measure.__name__} {case[0]} {case[2]} {case[3]}"):
+                continue
             row = measure(*case)
             result["rows"].append(row)
             print("  ".join(f"{key}={value}" for key, value in row.items()), flush=True)

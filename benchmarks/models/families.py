@@ -38,6 +38,17 @@ SHAPE = {
     "num_key_value_heads": 4,
     "max_position_embeddings": 4096,
 }
+LATENT = {
+    "num_key_value_heads": 8,
+    "kv_lora_rank": 256,
+    "qk_nope_head_dim": 64,
+    "qk_rope_head_dim": 32,
+    "v_head_dim": 64,
+    "n_routed_experts": 32,
+    "num_experts_per_tok": 4,
+    "moe_intermediate_size": 256,
+    "first_k_dense_replace": 1,
+}
 FAMILIES: dict[str, tuple[Any, Any, dict[str, Any]]] = {
     "llama": (transformers.LlamaConfig, transformers.LlamaForCausalLM, {}),
     "gemma2": (
@@ -101,6 +112,160 @@ FAMILIES: dict[str, tuple[Any, Any, dict[str, Any]]] = {
             "num_local_experts": 8,
             "interleave_moe_layer_step": 2,
             "attention_chunk_size": 1024,
+        },
+    ),
+    "qwen3_next": (
+        transformers.Qwen3NextConfig,
+        transformers.Qwen3NextForCausalLM,
+        {
+            "head_dim": 64,
+            "linear_num_key_heads": 4,
+            "linear_num_value_heads": 8,
+            "linear_key_head_dim": 64,
+            "linear_value_head_dim": 64,
+            "num_experts": 32,
+            "num_experts_per_tok": 4,
+            "moe_intermediate_size": 256,
+            "shared_expert_intermediate_size": 256,
+        },
+    ),
+    "lfm2": (
+        transformers.Lfm2Config,
+        transformers.Lfm2ForCausalLM,
+        {
+            "num_hidden_layers": 16,
+            "layer_types": ["conv", "conv", "full_attention", "conv"] * 4,
+            "block_auto_adjust_ff_dim": False,
+        },
+    ),
+    "minimax": (
+        transformers.MiniMaxConfig,
+        transformers.MiniMaxForCausalLM,
+        {
+            "head_dim": 64,
+            "intermediate_size": 1024,
+            "num_local_experts": 8,
+            "layer_types": [*["linear_attention"] * 3, "full_attention"] * 2,
+        },
+    ),
+    "mamba": (
+        transformers.MambaConfig,
+        transformers.MambaForCausalLM,
+        {"hidden_size": 768, "intermediate_size": 1536, "num_hidden_layers": 16},
+    ),
+    "falcon_mamba": (
+        transformers.FalconMambaConfig,
+        transformers.FalconMambaForCausalLM,
+        {"hidden_size": 768, "intermediate_size": 1536, "num_hidden_layers": 16},
+    ),
+    "mamba2": (
+        transformers.Mamba2Config,
+        transformers.Mamba2ForCausalLM,
+        {
+            "hidden_size": 768,
+            "num_hidden_layers": 16,
+            "num_heads": 24,
+            "head_dim": 64,
+            "n_groups": 1,
+        },
+    ),
+    "bamba": (
+        transformers.BambaConfig,
+        transformers.BambaForCausalLM,
+        {
+            "num_hidden_layers": 12,
+            "attn_layer_indices": [3, 7, 11],
+            "mamba_n_heads": 16,
+            "mamba_d_state": 128,
+        },
+    ),
+    "granitemoehybrid": (
+        transformers.GraniteMoeHybridConfig,
+        transformers.GraniteMoeHybridForCausalLM,
+        {
+            "num_hidden_layers": 12,
+            "layer_types": (["linear_attention"] * 3 + ["full_attention"]) * 3,
+            "intermediate_size": 256,
+            "shared_intermediate_size": 512,
+            "mamba_n_heads": 16,
+            "mamba_d_state": 128,
+        },
+    ),
+    "jamba": (
+        transformers.JambaConfig,
+        transformers.JambaForCausalLM,
+        {"intermediate_size": 1024, "num_experts": 4, "attn_layer_period": 4},
+    ),
+    "nemotron_h": (
+        transformers.NemotronHConfig,
+        transformers.NemotronHForCausalLM,
+        {
+            "num_hidden_layers": None,
+            "layers_block_type": ["linear_attention", "mlp", "full_attention", "mlp"] * 5,
+            "head_dim": 64,
+            "mamba_num_heads": 16,
+            "n_groups": 1,
+        },
+    ),
+    "falcon_h1": (
+        transformers.FalconH1Config,
+        transformers.FalconH1ForCausalLM,
+        {
+            "head_dim": 64,
+            "mamba_d_ssm": 1024,
+            "mamba_n_heads": 16,
+            "mamba_d_state": 128,
+            "num_hidden_layers": 10,
+        },
+    ),
+    "zamba2": (
+        transformers.Zamba2Config,
+        transformers.Zamba2ForCausalLM,
+        {
+            "hidden_size": 768,
+            "num_hidden_layers": 12,
+            "num_key_value_heads": 8,
+            "layers_block_type": (["linear_attention"] * 3 + ["hybrid"]) * 3,
+            "n_mamba_heads": 24,
+            "num_mem_blocks": 2,
+        },
+    ),
+    "deepseek_v2": (
+        transformers.DeepseekV2Config,
+        transformers.DeepseekV2ForCausalLM,
+        {**LATENT, "q_lora_rank": None, "n_shared_experts": 2},
+    ),
+    "deepseek_v3": (
+        transformers.DeepseekV3Config,
+        transformers.DeepseekV3ForCausalLM,
+        {**LATENT, "q_lora_rank": 256, "n_shared_experts": 1, "n_group": 4, "topk_group": 2},
+    ),
+    "deepseek_v4": (
+        transformers.DeepseekV4Config,
+        transformers.DeepseekV4ForCausalLM,
+        {
+            "num_key_value_heads": 1,
+            "head_dim": 128,
+            "q_lora_rank": 256,
+            "o_groups": 2,
+            "o_lora_rank": 256,
+            "index_n_heads": 8,
+            "index_head_dim": 64,
+            "index_topk": 128,
+            "n_routed_experts": 32,
+            "num_experts_per_tok": 4,
+            "moe_intermediate_size": 256,
+        },
+    ),
+    "bart": (
+        transformers.BartConfig,
+        transformers.BartForConditionalGeneration,
+        {
+            "decoder_layers": 8,
+            "decoder_attention_heads": 8,
+            "encoder_ffn_dim": 2048,
+            "decoder_ffn_dim": 2048,
+            "forced_eos_token_id": None,
         },
     ),
 }

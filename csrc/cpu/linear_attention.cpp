@@ -1,4 +1,5 @@
-// Attention whose memory is one matrix a head: gated delta rule and lightning attention.
+// Attention whose memory is one matrix a head: gated delta rule, Kimi's with a gate for each number
+// of a key, and lightning attention.
 //
 // The state S (Dv, Dk) of a head decays with every token, then takes up the token's value at its
 // key; the query reads it:
@@ -51,6 +52,7 @@ struct Scratch {
   float* keys;      // [kRun][Dk], as they are stored
   float* seen;      // [kRun][Dk], keys times decay: what they find in the state before it decays
   float* queries;   // [kRun][Dk], likewise
+  float* decays;    // [1 + kRun][Dk], ones and then each token's, where they differ by number
   Token* tokens;    // [kRun]
 };
 
@@ -79,11 +81,32 @@ VLLM_INLINE void prepare_row(const T* x, float* to, int64_t size, bool normalize
   }
 }
 
+// exp(-rate * softplus(gate + bias)) of each number of a key.
 template <typename T>
-Token prepare_token(const Head& h, int64_t t, float* key, float* seen, float* query) {
+void prepare_decays(const Head& h, int64_t t, float* decays) {
   const LinearAttentionArgs& a = h.a;
+  const T* gate = at<T>(a.gate, t * a.gate_stride + h.head * a.key_size);
+  const float* bias = a.biases + h.head * a.key_size;
+  for (int64_t i = 0; i < a.key_size; i += kLanes) {
+    const int lanes = static_cast<int>(smaller(kLanes, a.key_size - i));
+    float x[kLanes], y[kLanes];
+    const Vec sum = add(load(gate + i, lanes), load(bias + i, lanes));
+    store(x, sum);
+    store(y, exp(sum));
+    for (int l = 0; l < lanes; ++l) y[l] = x[l] > 20.0f ? x[l] : __builtin_log1pf(y[l]);
+    store(decays + i, exp(mul(set1(-h.rate), load(y, lanes))), lanes);
+  }
+}
+
+template <typename T>
+Token prepare_token(const Head& h, const Scratch& s, int64_t t, int64_t row) {
+  const LinearAttentionArgs& a = h.a;
+  float *key = s.keys + row * a.key_size, *seen = s.seen + row * a.key_size;
+  float *query = s.queries + row * a.key_size, *decays = s.decays + (1 + row) * a.key_size;
   Token token{1.0f, 1.0f, 0.0f};
-  if (a.gate) {
+  if (a.channel_gates) {
+    prepare_decays<T>(h, t, decays);
+  } else if (a.gate) {
     const float gate = to_float(*at<T>(a.gate, t * a.gate_stride + h.head));
     token.decay = exp1(-h.rate * softplus1(gate + h.bias));
   } else {
@@ -100,9 +123,10 @@ Token prepare_token(const Head& h, int64_t t, float* key, float* seen, float* qu
   for (int64_t i = 0; i < a.key_size; i += kLanes) {
     const int lanes = static_cast<int>(smaller(kLanes, a.key_size - i));
     const Vec k = load(key + i, lanes), q = load(query + i, lanes);
+    const Vec d = a.channel_gates ? load(decays + i, lanes) : decay;
     dot = fma(k, q, dot);
-    store(seen + i, mul(k, decay), lanes);
-    store(query + i, mul(q, decay), lanes);
+    store(seen + i, mul(k, d), lanes);
+    store(query + i, mul(q, d), lanes);
   }
   token.dot = reduce_add(dot);
   return token;
@@ -140,10 +164,11 @@ VLLM_INLINE void step_rows(const LinearAttentionArgs& a, const Token& token, con
   for (int64_t i = 0; i < size; i += kLanes) {
     const int lanes = static_cast<int>(smaller(kLanes, size - i));
     const Vec k = load(s.keys + i, lanes);
+    const Vec d = a.channel_gates ? load(s.decays + size + i, lanes) : decay;
 #pragma GCC unroll 4
     for (int r = 0; r < N; ++r) {
       const Vec row = load(from + r * size + i, lanes);
-      store(to + r * size + i, fma(row, decay, mul(k, change[r])), lanes);
+      store(to + r * size + i, fma(row, d, mul(k, change[r])), lanes);
     }
   }
 }
@@ -151,7 +176,7 @@ VLLM_INLINE void step_rows(const LinearAttentionArgs& a, const Token& token, con
 template <typename T, typename S>
 void one_token(const Head& h, const Scratch& s, int64_t t, const S* from, S* to) {
   const LinearAttentionArgs& a = h.a;
-  const Token token = prepare_token<T>(h, t, s.keys, s.seen, s.queries);
+  const Token token = prepare_token<T>(h, s, t, 0);
   const T* value = at<T>(a.value, t * a.value_token_stride + h.head * a.value_head_stride);
   T* out = at<T>(a.out, t * a.out_token_stride + h.head * a.value_size);
   int64_t v = 0;
@@ -202,7 +227,7 @@ void store_state(const LinearAttentionArgs& a, const float* panels, S* to) {
 
 // A panel through a run of tokens. The change of one token and what the next one finds are made in
 // one passage over the panel.
-template <bool kDelta, typename T>
+template <bool kDelta, bool kChannels, typename T>
 void run_panel(const Head& h, const Scratch& s, int64_t first, int64_t count, int64_t panel) {
   const LinearAttentionArgs& a = h.a;
   const int64_t size = a.key_size;
@@ -220,6 +245,7 @@ void run_panel(const Head& h, const Scratch& s, int64_t first, int64_t count, in
     for (int64_t k = 0; k < size; ++k) {
       float* row = state + k * kValues;
       const Vec x = set1(key[k]);
+      if (kChannels) decay = set1(s.decays[t * size + k]);
       const Vec s0 = fma(load(row), decay, mul(x, change0));
       const Vec s1 = fma(load(row + kLanes), decay, mul(x, change1));
       store(row, s0);
@@ -246,12 +272,13 @@ void run_panel(const Head& h, const Scratch& s, int64_t first, int64_t count, in
     const Vec dot = set1(token.dot);
     store(out, fma(change0, dot, read0), low);
     if (high) store(out + kLanes, fma(change1, dot, read1), high);
-    decay = set1(token.decay);
+    if (!kChannels) decay = set1(token.decay);
     key = s.keys + t * size;
   }
   for (int64_t k = 0; k < size; ++k) {
     float* row = state + k * kValues;
     const Vec x = set1(key[k]);
+    if (kChannels) decay = set1(s.decays[count * size + k]);
     store(row, fma(load(row), decay, mul(x, change0)));
     store(row + kLanes, fma(load(row + kLanes), decay, mul(x, change1)));
   }
@@ -263,16 +290,14 @@ void many_tokens(const Head& h, const Scratch& s, int64_t first, int64_t last) {
   const int64_t panels = num_panels(a);
   for (int64_t t = first; t < last; t += kRun) {
     const int64_t count = smaller(kRun, last - t);
-    for (int64_t i = 0; i < count; ++i) {
-      const int64_t row = i * a.key_size;
-      s.tokens[i] =
-          prepare_token<T>(h, t + i, s.keys + row, s.seen + row, s.queries + row);
-    }
+    for (int64_t i = 0; i < count; ++i) s.tokens[i] = prepare_token<T>(h, s, t + i, i);
     for (int64_t panel = 0; panel < panels; ++panel) {
-      if (a.beta) {
-        run_panel<true, T>(h, s, t, count, panel);
+      if (a.channel_gates) {
+        run_panel<true, true, T>(h, s, t, count, panel);
+      } else if (a.beta) {
+        run_panel<true, false, T>(h, s, t, count, panel);
       } else {
-        run_panel<false, T>(h, s, t, count, panel);
+        run_panel<false, false, T>(h, s, t, count, panel);
       }
     }
   }
@@ -280,20 +305,22 @@ void many_tokens(const Head& h, const Scratch& s, int64_t first, int64_t last) {
 
 Scratch scratch_of(const LinearAttentionArgs& a) {
   const int64_t state = num_panels(a) * a.key_size * kValues, run = kRun * a.key_size;
-  const int64_t floats = state + 3 * run;
+  const int64_t floats = state + 4 * run + a.key_size;
   Scratch s;
   s.state = static_cast<float*>(thread_scratch(floats * sizeof(float) + kRun * sizeof(Token)));
   s.keys = s.state + state;
   s.seen = s.keys + run;
   s.queries = s.seen + run;
-  s.tokens = reinterpret_cast<Token*>(s.queries + run);
+  s.decays = s.queries + run;
+  s.tokens = reinterpret_cast<Token*>(s.decays + run + a.key_size);
+  for (int64_t i = 0; i < a.key_size; ++i) s.decays[i] = 1.0f;
   return s;
 }
 
 template <typename T, typename S>
 void run_head(const LinearAttentionArgs& a, int64_t request, int64_t head) {
   Head h{a, head, head / (a.num_heads / a.num_key_heads), a.rates[head],
-         a.biases ? a.biases[head] : 0.0f};
+         a.biases && !a.channel_gates ? a.biases[head] : 0.0f};
   const Scratch s = scratch_of(a);
   const int64_t begin = a.request_starts[request], end = a.request_starts[request + 1];
   const int64_t source = a.sources[request];

@@ -352,7 +352,7 @@ ENTRY(argmax) {
 }
 
 ENTRY(linear_attention) {
-  Reader r(argv, argc, 34);
+  Reader r(argv, argc, 35);
   LinearAttentionArgs a;
   a.query = r.pointer<void>();
   a.query_token_stride = r.number();
@@ -386,6 +386,7 @@ ENTRY(linear_attention) {
   a.value_size = r.number();
   a.scale = r.real();
   a.normalize = r.number() != 0;
+  a.channel_gates = r.number() != 0;
   a.dtype = static_cast<int>(r.number());
   a.state_dtype = static_cast<int>(r.number());
   return run(r, kernels().linear_attention, a);

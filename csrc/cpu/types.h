@@ -261,12 +261,12 @@ struct LinearAttentionArgs {
   int64_t key_token_stride, key_head_stride;
   const void* value;
   int64_t value_token_stride, value_head_stride;
-  const void* gate;  // (T, heads), or null: a token's decay is exp(-rate), else
+  const void* gate;  // (T, heads) or (T, heads, Dk), or null: a token's decay is exp(-rate), else
   int64_t gate_stride;
   const void* beta;  // (T, heads) before its sigmoid, or null: no delta rule
   int64_t beta_stride;
   const float* rates;   // (heads,)
-  const float* biases;  // (heads,): exp(-rate * softplus(gate + bias)); null without a gate
+  const float* biases;  // as a token's gates: exp(-rate * softplus(gate + bias)); null without
   void* out;            // (T, heads, Dv)
   int64_t out_token_stride;
   void* state;
@@ -275,6 +275,7 @@ struct LinearAttentionArgs {
   int64_t num_tokens, num_requests, num_heads, num_key_heads, key_size, value_size;
   float scale;     // of queries
   bool normalize;  // queries and keys to length one
+  bool channel_gates;  // a gate for each number of a key; there is beta then
   int dtype, state_dtype;
 };
 

@@ -41,7 +41,13 @@ def prompts() -> list[list[int]]:
 @pytest.fixture(scope="session")
 def greedy(hf_model, prompts) -> list[list[int]]:
     """Forty tokens for each prompt, by transformers in float32 on the CPU."""
-    return [hf_greedy(hf_model, prompt, 40) for prompt in prompts]
+    # Tests may run in many processes: a team of threads each would keep the others waiting.
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        return [hf_greedy(hf_model, prompt, 40) for prompt in prompts]
+    finally:
+        torch.set_num_threads(before)
 
 
 @pytest.fixture

@@ -105,3 +105,16 @@ def test_too_little_memory_is_told_with_a_setting_that_starts(start) -> None:
         start(kv_cache_memory_bytes=None, gpu_memory_utilization=0.01)
     least = float(str(failure.value).rpartition("at least ")[2])
     start(kv_cache_memory_bytes=None, gpu_memory_utilization=least)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["fp8", "fp8_e5m2", "int8_per_token_head", "fp8_per_token_head", "int4_per_token_head"],
+)
+def test_quantised_caches_give_the_tokens_of_the_plain_formula(start, prompts, name) -> None:
+    options = {"kv_cache_dtype": name, "block_size": 32}
+    ours = generate(start(**options), prompts, max_tokens=12)
+    theirs = generate(start(**options, attention_backend="TORCH_REF"), prompts, max_tokens=12)
+    # A number at a boundary between two steps of the format may fall on either side.
+    assert sum(a == b for a, b in zip(ours, theirs, strict=True)) >= 0.7 * len(prompts)
+    assert [a[0] for a in ours] == [b[0] for b in theirs]

@@ -276,6 +276,15 @@ def test_rope_and_store_match_the_reference(
     )
 
 
+def test_a_rotation_wider_than_its_heads_is_refused() -> None:
+    around = torch.zeros(4, 1, 64)
+    with pytest.raises(RuntimeError):
+        ops.rotary_embedding(
+            torch.arange(4), around[..., 16:32], None, 16, torch.randn(9, 32), True
+        )
+    assert torch.count_nonzero(around) == 0
+
+
 def test_a_position_outside_the_table_is_refused() -> None:
     query = torch.randn(2, 1, 16)
     with pytest.raises(IndexError, match="position 64 is not below 64"):

@@ -74,6 +74,10 @@ class Call:
         self.gate, self.beta = gate * 3, beta
         self.rates = torch.rand(shape.heads) * 0.5
         self.biases = torch.randn(shape.heads)
+        gates = torch.randn(shape.num_tokens, shape.heads * shape.key_size + 5) * 4
+        gates[0, 0] = 50  # beyond 20 softplus is what it is of
+        self.gates = gates.to(dtype)[:, :-5].unflatten(-1, (shape.heads, shape.key_size))
+        self.gate_biases = torch.randn(shape.heads, shape.key_size)
         counts = [count for request in shape.requests for count in request]
         blocks = rng.sample(range(1, 4 * len(counts)), 2 * len(counts))
         sources = blocks[: len(shape.requests)]
@@ -99,6 +103,17 @@ class Call:
         if wide:
             inputs = tuple(x.double() for x in inputs)
         out = linear_ops.gated_delta_rule(*inputs, self.rates, self.biases, state, self.segments)
+        return out, state
+
+    def kimi(self, wide: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+        """As ``gated``, with a gate for each number of a key."""
+        state = self._state(wide)
+        inputs = (self.query, self.key, self.value, self.gates, self.beta)
+        if wide:
+            inputs = tuple(x.double() for x in inputs)
+        out = linear_ops.gated_delta_rule(
+            *inputs, self.rates, self.gate_biases, state, self.segments
+        )
         return out, state
 
     def lightning(self, wide: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
@@ -143,6 +158,16 @@ def assert_same(
 def test_gated_delta_rule(isa: str, rng: random.Random, dtype: torch.dtype, shape: str) -> None:
     call = Call(SHAPES[shape], dtype, rng, dtype)
     assert_same(call.gated(), call.gated(wide=True), dtype)
+
+
+@needs_kernels
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_gate_for_each_number_of_a_key(
+    isa: str, rng: random.Random, dtype: torch.dtype, shape: str
+) -> None:
+    call = Call(SHAPES[shape], dtype, rng, dtype)
+    assert_same(call.kimi(), call.kimi(wide=True), dtype)
 
 
 @needs_kernels

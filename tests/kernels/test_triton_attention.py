@@ -9,14 +9,17 @@ import pytest
 import torch
 import triton
 
+from tests.kernels.covering import covering_array
 from vllm import _torch_ops
 from vllm.v1.attention.backends.triton_attn import TritonAttentionBackend
+from vllm.v1.attention.ops.kv_formats import FORMATS, KVFormat, SideScales, kv_format
 from vllm.v1.attention.ops.triton_decode import make_plan_buffers, max_items, plan_decodes
 from vllm.v1.attention.ops.triton_kv_store import rotate_and_store
 from vllm.v1.attention.ops.triton_paged_attention import default_config, paged_attention
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 3e-3, torch.bfloat16: 2e-2}
+SCALES = SideScales(k=0.03, v=0.07)
 # Physical orders of one layer's view, as permutations of (B, H, N, C).
 ORDERS = {"HND": (0, 1, 2, 3), "NHD": (0, 2, 1, 3)}
 
@@ -38,15 +41,28 @@ class Case:
     dtype: torch.dtype = torch.float32
     order: str = "HND"
     pad: int = 0
+    cache_dtype: str = "auto"
+
+    @property
+    def format(self) -> KVFormat | None:
+        return kv_format(self.cache_dtype)
+
+    @property
+    def content(self) -> int:
+        """Elements of one (head, token)."""
+        return 2 * (self.format.side_bytes(self.head_size) if self.format else self.head_size)
 
 
 def poisoned_cache(case: Case, blocks: int) -> torch.Tensor:
     """NaN everywhere, in the case's physical order, blocks ``pad`` elements further apart."""
     order = ORDERS[case.order]
-    logical = (blocks, case.kv_heads, case.page, 2 * case.head_size)
+    logical = (blocks, case.kv_heads, case.page, case.content)
     shape = [logical[axis] for axis in order]
     dense = shape[1] * shape[2] * shape[3]
-    raw = torch.full((blocks * (dense + case.pad),), float("nan"), dtype=case.dtype, device=DEVICE)
+    # All bits set are a NaN of every float.
+    dtype = torch.uint8 if case.format else case.dtype
+    fill = 255 if case.format else float("nan")
+    raw = torch.full((blocks * (dense + case.pad),), fill, dtype=dtype, device=DEVICE)
     strides = (dense + case.pad, shape[2] * shape[3], shape[3], 1)
     inverse = [order.index(axis) for axis in range(4)]
     return raw.as_strided(shape, strides).permute(inverse)
@@ -54,6 +70,7 @@ def poisoned_cache(case: Case, blocks: int) -> torch.Tensor:
 
 def relative_error(case: Case, seed: int) -> float:
     torch.manual_seed(seed)
+    fmt = case.format
     seq_lens = torch.tensor([n for n, _ in case.lengths], dtype=torch.int32)
     query_lens = torch.tensor([n for _, n in case.lengths])
     starts = torch.zeros(len(case.lengths) + 1, dtype=torch.int32)
@@ -67,9 +84,12 @@ def relative_error(case: Case, seed: int) -> float:
             block = free.pop()
             table[request, page] = block
             used = min(case.page, length - page * case.page)
-            cache[block, :, :used] = torch.randn(
-                case.kv_heads, used, 2 * case.head_size, dtype=case.dtype
-            ).to(DEVICE)
+            key, value = torch.randn(2, case.kv_heads, used, case.head_size, dtype=case.dtype)
+            # Heads of different magnitude: each has scales of its own, or none.
+            if fmt and fmt.per_token_head:
+                value *= torch.logspace(-2, 2, case.kv_heads)[:, None, None]
+            content = fmt.quantise_kv(key, value, SCALES) if fmt else torch.cat((key, value), -1)
+            cache[block, :, :used] = content.to(DEVICE)
     tokens = int(starts[-1])
     # A query inside a wider row, as a fused projection leaves it.
     wide = torch.randn(tokens, case.heads + 2, case.head_size).to(case.dtype).to(DEVICE)
@@ -87,12 +107,13 @@ def relative_error(case: Case, seed: int) -> float:
         has_decodes=bool((query_lens == 1).any()), window=case.window, soft_cap=case.soft_cap,
         alibi_slopes=None if slopes is None else slopes.to(DEVICE),
         sinks=None if sinks is None else sinks.to(DEVICE), causal=case.causal,
+        fmt=fmt, scales=SCALES,
     )  # fmt: skip
     exact = torch.zeros(tokens, case.heads, case.head_size, dtype=torch.float64)
     _torch_ops.paged_attention(
-        query.cpu().double(), torch.nan_to_num(cache.cpu().double()), exact, starts, seq_lens,
-        table, scale, causal=case.causal, sliding_window=case.window,
-        logits_soft_cap=case.soft_cap, alibi_slopes=slopes, sinks=sinks,
+        query.cpu().double(), cache.cpu() if fmt else torch.nan_to_num(cache.cpu().double()), exact,
+        starts, seq_lens, table, scale, causal=case.causal, sliding_window=case.window,
+        logits_soft_cap=case.soft_cap, alibi_slopes=slopes, sinks=sinks, fmt=fmt, scales=SCALES,
     )  # fmt: skip
     return float((out.cpu().double() - exact).norm() / exact.norm())
 
@@ -123,6 +144,120 @@ def test_attention_equals_float64(name: str) -> None:
     seed = random.randrange(1 << 30)
     print("seed", seed)
     assert relative_error(CASES[name], seed) < TOLERANCE[CASES[name].dtype]
+
+
+QUANTISED = [name for name in FORMATS if name != "fp8"]
+FORMAT_FEATURES = {
+    "cache_dtype": QUANTISED,
+    "order": list(ORDERS),
+    "page": [16, 64],
+    "head_size": [16, 80],
+    "group": [1, 3],
+    "pad": [0, 64],
+    "dtype": [torch.float32, torch.float16],
+    "lengths": [((33, 1), (300, 1), (1, 1)), ((70, 5), (33, 2), (9, 1))],
+    "feature": [{}, {"window": 24}, {"soft_cap": 20.0}, {"alibi": True}, {"sinks": True}],
+}
+
+
+def test_attention_over_quantised_caches_equals_float64() -> None:
+    """Each pair of features meets at least once; the reference reads the same bytes."""
+    seed = random.randrange(1 << 30)
+    print("seed", seed)
+    rng = random.Random(seed)
+    for row in covering_array(FORMAT_FEATURES, rng):
+        kv_heads = rng.choice([1, 2])
+        case = Case(
+            heads=kv_heads * row.pop("group"), kv_heads=kv_heads, **row.pop("feature"), **row
+        )
+        assert relative_error(case, seed) < TOLERANCE[case.dtype], case
+
+
+@pytest.mark.parametrize("name", QUANTISED)
+@pytest.mark.parametrize("order", ORDERS)
+def test_stored_bytes_are_those_of_the_format(name: str, order: str) -> None:
+    """On inputs that need no rounding, which is what the interpreter can't do for fp8."""
+    case = Case(
+        lengths=((9, 9),), heads=4, kv_heads=3, head_size=80, order=order, pad=32, cache_dtype=name
+    )
+    fmt, scales = case.format, SideScales(k=0.25, v=2.0)
+    content = torch.randint(0, 256, (8, 3, case.content), dtype=torch.uint8)
+    if fmt.dtype.is_floating_point:
+        content &= 0x77
+    for start in (0, fmt.side_bytes(80)) if fmt.per_token_head else ():
+        # One number of each side is the largest, and scales are powers of two.
+        largest = torch.tensor([fmt.largest]).to(fmt.dtype).view(torch.uint8)
+        content[..., start] = 0x8F if fmt.is_int4 else largest
+        content[..., start + fmt.data_bytes(80) :][..., :4] = torch.tensor([0, 0, 0, 64])
+    if fmt.is_int4:
+        low, high = (content & 15).clamp(min=1), (content >> 4).clamp(min=1)
+        whole = [*range(fmt.data_bytes(80), fmt.side_bytes(80))]
+        whole += [fmt.side_bytes(80) + i for i in whole]
+        kept = content[..., whole]
+        content = low | high << 4
+        content[..., whole] = kept
+    elif fmt.dtype == torch.int8:
+        content[content == 128] = 129
+    key, value = fmt.dequantise_kv(content, scales).to(DEVICE).split(80, dim=-1)
+    slots = torch.tensor([17, 3, -1, 40, 41, 79, 0, -1], device=DEVICE)
+    ours = poisoned_cache(case, 5)
+    theirs = poisoned_cache(case, 5)
+    rotate_and_store(None, key, value, ours, slots, fmt=fmt, scales=scales)
+    written = slots[slots >= 0]
+    theirs[written // 16, :, written % 16] = content.to(DEVICE)[slots >= 0]
+    assert torch.equal(ours, theirs)
+    _torch_ops.store_kv_cache(key, value, theirs.fill_(255), slots, fmt, scales)
+    assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=[pytest.mark.gpu] * ("fp8" in n)) for n in QUANTISED],
+)
+@pytest.mark.parametrize("rotary", [64, 0])
+def test_norms_and_rotation_come_before_quantising(name: str, rotary: int) -> None:
+    case = Case(lengths=((9, 9),), heads=4, kv_heads=3, head_size=80, cache_dtype=name)
+    fmt = case.format
+    ours, theirs = poisoned_cache(case, 5), poisoned_cache(case, 5)
+    qkv = torch.randn(8, 10, 80, device=DEVICE)
+    qkv *= torch.logspace(-1, 1, 8, device=DEVICE)[:, None, None]
+    query, key, value = qkv[:, :4].clone(), qkv[:, 4:7], qkv[:, 7:]
+    slots = torch.tensor([17, 3, -1, 40, 41, 79, 0, -1], device=DEVICE)
+    positions = torch.tensor([5, 0, 3, 9, 2, 7, 7, 1], device=DEVICE)
+    weights = torch.randn(80, device=DEVICE), torch.randn(80, device=DEVICE)
+    table = torch.randn(10, rotary, device=DEVICE) if rotary else None
+    expected = _torch_ops.rms_norm(key, weights[1], 1e-5)
+    if table is not None:
+        _torch_ops.rotary_embedding(positions, expected, None, 80, table, True)
+    rotate_and_store(
+        query, key, value, ours, slots, positions, table, norm_weights=weights, eps=1e-5, fmt=fmt,
+        scales=SCALES,
+    )  # fmt: skip
+    _torch_ops.store_kv_cache(expected, value, theirs, slots, fmt, SCALES)
+    at = (slots[slots >= 0] // 16, slice(None), slots[slots >= 0] % 16)
+    ours, theirs = (fmt.dequantise_kv(cache[at], SCALES) for cache in (ours, theirs))
+    # The last bit of a norm may move a number to the next step of the format, seldom.
+    assert ((ours - theirs).abs() > 1e-3 * theirs.abs()).float().mean() < 0.02
+    assert (ours - theirs).norm() < 0.02 * theirs.norm()
+
+
+def test_scales_of_a_layer_move_values_that_fp8_would_cut_off() -> None:
+    fmt = kv_format("fp8_e4m3")
+    x = torch.randn(5, 32) * 1000
+    assert fmt.quantise(x).view(fmt.dtype).float().abs().max() == fmt.largest
+    back = fmt.dequantise(fmt.quantise(x, 16.0), 16.0)
+    assert (back - x).norm() < 0.04 * x.norm()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", QUANTISED)
+def test_quantised_caches_in_bfloat16(name: str) -> None:
+    for lengths in (MIXED, ((700, 1), (300, 1))):
+        case = Case(
+            lengths=lengths, heads=8, kv_heads=2, head_size=128, page=64, cache_dtype=name,
+            dtype=torch.bfloat16,
+        )  # fmt: skip
+        assert relative_error(case, random.randrange(1 << 30)) < TOLERANCE[torch.bfloat16]
 
 
 @pytest.mark.gpu

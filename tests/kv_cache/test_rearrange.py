@@ -15,6 +15,7 @@ from vllm.v1.kv_cache.descriptors import describe
 from vllm.v1.kv_cache.rearrange import (
     Shard,
     copy_units,
+    copy_units_by_kernel,
     copy_units_indexed,
     plan_layer_copy,
     units_of_rows,
@@ -27,7 +28,7 @@ from vllm.v1.kv_cache_layout import KVCacheLayout
 
 HEADS = 4
 CANARY = 0x55
-COPIERS = [copy_units, copy_units_indexed]
+COPIERS = [copy_units, copy_units_indexed, copy_units_by_kernel]
 
 
 def attention(block_size, heads, kind):

@@ -101,3 +101,59 @@ def write_gguf(
     writer.write_tensors_to_file()
     writer.close()
     return path
+
+
+MAMBA_PARTS = {
+    "backbone.embeddings": "token_embd",
+    "backbone.norm_f": "output_norm",
+    "lm_head": "output",
+    "norm": "attn_norm",
+    "mixer.in_proj": "ssm_in",
+    "mixer.conv1d": "ssm_conv1d",
+    "mixer.x_proj": "ssm_x",
+    "mixer.dt_proj": "ssm_dt",
+    "mixer.out_proj": "ssm_out",
+}
+
+
+def write_mamba_gguf(
+    path: Path, model: Any, quantization: GGMLQuantizationType = GGMLQuantizationType.F32
+) -> Path:
+    """Mamba 1 or Falcon-Mamba; projections in ``quantization``."""
+    config = model.config
+    writer = GGUFWriter(str(path), "mamba")
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_context_length(1 << 20)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(0)
+    writer.add_head_count(0)
+    writer.add_ssm_conv_kernel(config.conv_kernel)
+    writer.add_ssm_inner_size(config.intermediate_size)
+    writer.add_ssm_state_size(config.state_size)
+    writer.add_ssm_time_step_rank(int(config.time_step_rank))
+    writer.add_layer_norm_rms_eps(config.layer_norm_epsilon)
+    writer.add_ssm_dt_b_c_rms(config.model_type == "falcon_mamba")
+    for name, tensor in model.state_dict().items():
+        if name == "lm_head.weight" and config.tie_word_embeddings:
+            continue
+        weight, last = tensor.float().numpy(), name.rsplit(".", 1)[-1]
+        block = f"blk.{name.split('.')[2]}." if name.startswith("backbone.layers.") else ""
+        if last == "A_log":
+            writer.add_tensor(f"{block}ssm_a", -np.exp(weight))
+        elif last == "D":
+            writer.add_tensor(f"{block}ssm_d", weight)
+        else:
+            stem = name.rsplit(".", 1)[0]
+            part = MAMBA_PARTS[stem.split(".", 3)[3] if block else stem]
+            weight = np.ascontiguousarray(weight.squeeze(1) if "conv1d.w" in name else weight)
+            fits = name.endswith("_proj.weight") and weight.shape[1] % 32 == 0
+            if fits and quantization != GGMLQuantizationType.F32:
+                packed = quantize(weight, quantization)
+                writer.add_tensor(f"{block}{part}.{last}", packed, raw_dtype=quantization)
+            else:
+                writer.add_tensor(f"{block}{part}.{last}", weight)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path

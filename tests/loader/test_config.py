@@ -292,9 +292,9 @@ def test_gguf_scaling_forms(tmp_path):
 
 def test_an_unknown_gguf_architecture_is_refused_by_name(tmp_path):
     hf = make_hf_model("llama")
-    hf.config.model_type = "mamba"
+    hf.config.model_type = "rwkv7"
     path = write_gguf(tmp_path / "m.gguf", hf)
-    with pytest.raises(UnsupportedError, match="GGUF architecture 'mamba' is not supported"):
+    with pytest.raises(UnsupportedError, match="GGUF architecture 'rwkv7' is not supported"):
         load_hf_config(path)
 
 

@@ -5,9 +5,11 @@ import pytest
 import torch
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFReader, dequantize
 
-from tests.loader.gguf_writer import write_gguf
+from tests.loader.gguf_writer import write_gguf, write_mamba_gguf
 from tests.models.checkpoints import make_hf_model
 from tests.models.harness import TOKENS, PagedModel, make_config
+from tests.models.parity import assert_equals_transformers, engine, generate
+from tests.models.state_checkpoints import make_state_model
 from tests.models.test_llama import assert_logits_equal, reference
 from vllm.errors import ConfigError, UnsupportedError
 from vllm.model_executor.model_loader import get_model, gguf_weights
@@ -214,3 +216,34 @@ def test_an_unknown_type_is_refused_by_number(tmp_path):
     strange = type(tensor)(name="t", shape=(1,), type_id=999, offset=0)
     with pytest.raises(UnsupportedError, match="tensor t has the unknown type 999"):
         gguf_weights._read(torch.zeros(8, dtype=torch.uint8), strange, torch.float32, gguf, 8)
+
+
+@pytest.mark.parametrize("overrides", [{}, {"use_bias": True, "use_conv_bias": False}])
+@pytest.mark.parametrize("model_type", ["mamba", "falcon_mamba"])
+def test_a_mamba_file_gives_the_logits_of_the_model_it_came_from(model_type, overrides, tmp_path):
+    hf = make_state_model(model_type, **overrides)
+    if model_type == "falcon_mamba":
+        hf.config.mixer_rms_eps = hf.config.layer_norm_epsilon
+        hf = reload_state_model(hf)
+    path = write_mamba_gguf(tmp_path / "m.gguf", hf)
+    with engine(path) as llm:
+        assert_equals_transformers(generate(llm, [TOKENS]), hf)
+
+
+def reload_state_model(hf):
+    """The same weights under what the configuration says now: a file has one epsilon for all."""
+    again = type(hf)(hf.config).eval()
+    again.load_state_dict(hf.state_dict())
+    return again
+
+
+def test_a_quantised_mamba_file_is_expanded(tmp_path):
+    hf = make_state_model("mamba", state_size=16)
+    path = write_mamba_gguf(tmp_path / "m.gguf", hf, GGMLQuantizationType.Q8_0)
+    ours = dict(read_weights(read_gguf(path), torch.float32))
+    assert ours.keys() == {n for n in hf.state_dict() if n != "lm_head.weight"}
+    for name, theirs in hf.state_dict().items():
+        if name != "lm_head.weight":
+            assert ours[name].shape == theirs.shape
+            most = theirs.abs().max().item()
+            assert torch.allclose(ours[name], theirs, atol=most / 100, rtol=1e-5), name

@@ -65,6 +65,8 @@ _LATENT = {
     "max_position_embeddings": 512,
 }
 KINDS: dict[str, dict[str, Any]] = {
+    # Wide enough that a few requests fill a small pool: every layer forgets what is out of it.
+    "mistral": {"sliding_window": 200},
     "deepseek_v2": {
         **_LATENT,
         "topk_method": "group_limited_greedy",

@@ -22,6 +22,7 @@ CLASSES = {
     "qwen3_next": (transformers.Qwen3NextConfig, transformers.Qwen3NextForCausalLM),
     "lfm2": (transformers.Lfm2Config, transformers.Lfm2ForCausalLM),
     "lfm2_moe": (transformers.Lfm2MoeConfig, transformers.Lfm2MoeForCausalLM),
+    "kimi_linear": (transformers.KimiLinearConfig, transformers.KimiLinearForCausalLM),
     "minimax": (transformers.MiniMaxConfig, transformers.MiniMaxForCausalLM),
 }
 _CONV, _LINEAR, _FULL = "conv", "linear_attention", "full_attention"
@@ -41,6 +42,26 @@ KINDS: dict[str, dict[str, Any]] = {
     },
     "lfm2": {"layer_types": [_CONV, _FULL, _CONV, _CONV, _FULL]},
     "lfm2_moe": {**_MOE, "layer_types": [_CONV, _FULL, _CONV, _CONV, _FULL], "num_dense_layers": 2},
+    "kimi_linear": {
+        "layer_types": [_LINEAR, _FULL, _LINEAR, _LINEAR, _FULL],
+        "mlp_layer_types": ["dense", "sparse", "dense", "sparse", "sparse"],
+        "num_attention_heads": 4,
+        "num_key_value_heads": 4,
+        "kv_lora_rank": 40,
+        "qk_nope_head_dim": 16,
+        "qk_rope_head_dim": 8,
+        "v_head_dim": 12,
+        "linear_num_heads": 4,
+        "linear_head_dim": 16,
+        "num_local_experts": 8,
+        "num_experts_per_tok": 3,
+        "moe_intermediate_size": 64,
+        "n_group": 4,
+        "topk_group": 2,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "pad_token_id": 0,
+    },
     "minimax": {
         "layer_types": [_LINEAR, _FULL, _LINEAR, _LINEAR, _FULL],
         "head_dim": 16,
@@ -69,7 +90,7 @@ def make_linear_model(model_type: str, seed: int = 0, **overrides: Any) -> Any:
             last = name.rsplit(".", 1)[-1]
             if last == "A_log":
                 param.uniform_(-3.0, 1.0)
-            elif last in ("dt_bias", "bias", "expert_bias"):
+            elif last in ("dt_bias", "bias", "expert_bias", "e_score_correction_bias"):
                 param.normal_(0, 0.3)
             elif "norm" in name:
                 # Qwen3-Next's are stored less one, but for the gated ones.

@@ -23,6 +23,7 @@ from vllm.distributed.parallel_state import (
     init_distributed_environment,
     initialize_model_parallel,
 )
+from vllm.model_executor.layers.attention import Attention
 
 
 def check_collectives(rank: int, size: int) -> None:
@@ -52,7 +53,9 @@ def main() -> None:
     for checkpoint in checkpoints:
         paged = PagedModel(make_config(checkpoint, tensor_parallel_size=size))
         logits.append(paged.logits(TOKENS, chunk=40))
-        heads.append([layer.num_kv_heads for layer in paged.layers.values()])
+        heads.append(
+            [layer.num_kv_heads for layer in paged.layers.values() if isinstance(layer, Attention)]
+        )
     torch.save({"logits": logits, "kv_heads": heads}, f"{output}.{rank}")
     destroy_model_parallel()
     destroy_distributed_environment()

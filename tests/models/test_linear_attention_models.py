@@ -1,4 +1,6 @@
-"""Qwen3-Next, LFM2 and MiniMax-Text-01 give the logits of transformers, whole and in chunks."""
+"""Models with linear attention and short convolutions give the logits of transformers: Qwen3-Next,
+LFM2, Kimi Linear and MiniMax-Text-01, whole, in chunks and in batches.
+"""
 
 import json
 
@@ -34,6 +36,12 @@ VARIANTS = {
         "no bias": {"use_expert_bias": False},
         "weights as they are": {"norm_topk_prob": False, "routed_scaling_factor": 1.7},
     },
+    "kimi_linear": {
+        "plain": {},
+        "low-rank queries": {"q_lora_rank": 24},
+        "weights as they are": {"norm_topk_prob": False, "n_group": 1, "topk_group": 1},
+        "wide kernel": {"linear_conv_kernel_dim": 6},
+    },
     "minimax": {
         "plain": {},
         "as many heads as a power of two": {"num_attention_heads": 4},
@@ -42,9 +50,15 @@ VARIANTS = {
 }
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(
-    ("model_type", "variant"), [(kind, name) for kind in VARIANTS for name in VARIANTS[kind]]
+    ("model_type", "variant", "backend"),
+    [
+        (kind, name, backend)
+        for kind in VARIANTS
+        for name in VARIANTS[kind]
+        # Latents have backends of their own.
+        for backend in ([None] if kind == "kimi_linear" else BACKENDS)
+    ],
 )
 def test_logits_equal_transformers(model_type, variant, backend, tmp_path):
     hf = make_linear_model(model_type, **VARIANTS[model_type][variant])

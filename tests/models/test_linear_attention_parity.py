@@ -1,5 +1,5 @@
-"""Qwen3-Next, LFM2 and MiniMax-Text-01 generate what transformers generates, whatever the scheduler
-does: the tests of ``test_state_parity``, and every layout and order of states.
+"""Qwen3-Next, LFM2, Kimi Linear and MiniMax-Text-01 generate what transformers generates, whatever
+the scheduler does: the tests of ``test_state_parity``, and every layout and order of states.
 """
 
 from __future__ import annotations
@@ -18,12 +18,17 @@ from tests.models.test_state_parity import (  # noqa: F401 - run with the fixtur
     test_prompts_in_chunks,
 )
 
-ALIKE = ("lfm2_moe",)
-"""A variant of one that runs each time."""
+ALIKE = ("lfm2_moe", "kimi_linear")
+"""Variants of those that run each time."""
 MODELS = [pytest.param(name, marks=[pytest.mark.slow] if name in ALIKE else []) for name in CLASSES]
 LAYOUTS = ("LBHNC", "LBNHC", "BLHNC", "BLNHC")
 """Those that keep a page together, as pages of unlike layers must be."""
-COVERING = {("qwen3_next", "BLNHC", "DS"), ("lfm2", "LBHNC", "SD"), ("minimax", "LBNHC", "DS")}
+COVERING = {
+    ("qwen3_next", "BLNHC", "DS"),
+    ("lfm2", "LBHNC", "SD"),
+    ("minimax", "LBNHC", "DS"),
+    ("kimi_linear", "BLHNC", "SD"),
+}
 """The others are slow to run each time."""
 
 

@@ -24,7 +24,7 @@ from tests.models.parity import (
     metric,
 )
 
-ELSEWHERE = ("llama", "mistral", "qwen2", "qwen3", "deepseek_v4")
+ELSEWHERE = ("llama", "qwen2", "qwen3", "deepseek_v4")
 """Like others, or with tests of their own."""
 ARCHITECTURES = [name for name in CLASSES if name not in ELSEWHERE]
 MIXED = ("gemma3_text", "gpt_oss", "llama4_text")

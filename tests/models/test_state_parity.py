@@ -25,14 +25,19 @@ from tests.models.parity import (
     metric,
 )
 from tests.models.state_checkpoints import CLASSES, make_state_model
+from vllm.errors import ConfigError
 
-ALIKE = ("falcon_mamba",)
-"""A variant of one that runs each time."""
-MODELS = [pytest.param(name, marks=[pytest.mark.slow] if name in ALIKE else []) for name in CLASSES]
+EACH_TIME = ("mamba", "bamba")
+"""One of each recurrence, one with attention. The others are slow to run each time."""
+MODELS = [
+    pytest.param(name, marks=[] if name in EACH_TIME else pytest.mark.slow) for name in CLASSES
+]
 BLOCK = 32
 """Of caches that keep states: attention's blocks have as many tokens."""
 EVERY_BLOCK = {"mamba_cache_mode": "all", "block_size": BLOCK}
 """A state at the end of each block is kept; by default one for the whole request is."""
+WITHOUT_ATTENTION = ("mamba", "falcon_mamba", "mamba2")
+COVERING = {("mamba2", "BHLNC"), ("bamba", "BLNHC"), ("zamba2", "LHBNC")}
 LAYOUTS = ("LBHNC", "LBNHC", "LHBNC", "BLHNC", "BLNHC", "BHLNC")
 
 
@@ -107,3 +112,36 @@ def test_after_preemption(case):
     with engine(case.folder, **settings) as llm:
         assert_same(generate(llm, case.reference.prompts), case.reference)
         assert metric(llm, "num_preemptions") > 0
+
+
+@pytest.mark.parametrize(
+    ("model_type", "layout"),
+    [
+        pytest.param(
+            model_type, layout, marks=[] if (model_type, layout) in COVERING else pytest.mark.slow
+        )
+        for model_type in CLASSES
+        for layout in LAYOUTS
+    ],
+)
+def test_in_every_layout(model_type, layout, tmp_path, monkeypatch):
+    monkeypatch.setenv("VLLM_KV_CACHE_LAYOUT", layout)
+    hf = make_state_model(model_type)
+    save(hf, tmp_path)
+    splits_pages = layout in ("LHBNC", "BHLNC")
+    if splits_pages and model_type not in WITHOUT_ATTENTION:
+        with pytest.raises(ConfigError, match=f"{layout} does not keep a page together"):
+            engine(tmp_path).__enter__()
+        return
+    with engine(tmp_path) as llm:
+        assert_equals_transformers(generate(llm, make_prompts()), hf)
+
+
+@pytest.mark.parametrize("model_type", EACH_TIME)
+def test_nothing_is_written_outside_of_what_a_step_owns(model_type, tmp_path, monkeypatch):
+    """The debug mode watches every byte of the caches."""
+    monkeypatch.setenv("VLLM_KV_CACHE_DEBUG", "1")
+    monkeypatch.setenv("VLLM_SSM_CONV_STATE_LAYOUT", "DS")
+    hf = make_state_model(model_type)
+    with engine(save(hf, tmp_path), **EVERY_BLOCK, enable_prefix_caching=True) as llm:
+        assert_equals_transformers(generate(llm, make_prompts()[:5]), hf)

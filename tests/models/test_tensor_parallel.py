@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from tests.models.checkpoints import make_hf_model, save
+from tests.models.linear_attention_checkpoints import make_linear_model
 from tests.models.test_llama import assert_logits_equal, reference
 from vllm.distributed.parallel_state import (
     get_pp_group,
@@ -31,13 +32,16 @@ MODELS = {
     "experts with biases, sinks": ("gpt_oss", {}),
     "experts beside a shared one, chunks": ("llama4_text", {}),
 }
+LINEAR_MODELS = {
+    "gated delta nets and gated attention": ("qwen3_next", {}),
+    "short convolutions": ("lfm2", {}),
+    "lightning attention": ("minimax", {}),
+    "Kimi delta attention": ("kimi_linear", {}),
+}
 
 
-@pytest.fixture(scope="module")
-def ranks(tmp_path_factory):
-    """What each of two ranks saved, and the models of transformers, by name."""
-    folder = tmp_path_factory.mktemp("tensor_parallel")
-    models = {name: make_hf_model(kind, **options) for name, (kind, options) in MODELS.items()}
+def run_ranks(models, folder):
+    """What each of two ranks makes of these models, by name."""
     for name, model in models.items():
         save(model, folder / name)
     command = [sys.executable, "-m", "tests.models.tensor_parallel_worker"]
@@ -54,10 +58,20 @@ def ranks(tmp_path_factory):
     finally:
         for process in processes:
             process.kill()
-    return [torch.load(f"{folder}/out.{rank}") for rank in range(2)], models
+    return [torch.load(f"{folder}/out.{rank}") for rank in range(2)]
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory):
+    """What each of two ranks saved, and the models of transformers, by name."""
+    models = {name: make_hf_model(kind, **options) for name, (kind, options) in MODELS.items()}
+    models |= {
+        name: make_linear_model(kind, **options) for name, (kind, options) in LINEAR_MODELS.items()
+    }
+    return run_ranks(models, tmp_path_factory.mktemp("tensor_parallel")), models
+
+
+@pytest.mark.parametrize("name", [*MODELS, *LINEAR_MODELS])
 @pytest.mark.parametrize("rank", [0, 1])
 def test_two_ranks_give_the_logits_of_one(name, rank, ranks):
     saved, models = ranks
@@ -68,7 +82,8 @@ def test_two_ranks_give_the_logits_of_one(name, rank, ranks):
 def test_each_rank_caches_its_own_kv_heads(ranks):
     saved, _ = ranks
     for rank in saved:
-        assert all(set(heads) == {1} for heads in rank["kv_heads"])
+        # A latent has no heads.
+        assert all(set(heads) == {1} for heads in rank["kv_heads"] if heads)
 
 
 def test_alone_everything_is_a_no_op():

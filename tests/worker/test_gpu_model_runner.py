@@ -125,6 +125,18 @@ def test_chunks_preemption_and_few_rows_change_no_token(model, start) -> None:
     same(run(core, requests), theirs)
 
 
+@pytest.mark.parametrize("name", ["int8_per_token_head", "int4_per_token_head"])
+def test_quantised_caches_give_the_tokens_of_the_plain_formula(model, start, name) -> None:
+    params = SamplingParams(temperature=0.0, max_tokens=4)
+    requests = {f"r{i}": ([i + 1, 7, 3 * i] * (i + 2), params) for i in range(3)}
+    found = []
+    for config in (make_config(model), make_interpreted_config(model, overlapped=True)):
+        cache = replace(config.cache_config, cache_dtype=name)
+        outputs = run(start(replace(config, cache_config=cache)), requests)
+        found.append({key: value[:2] for key, value in outputs.items()})
+    assert found[0] == found[1]
+
+
 def test_requests_that_are_dropped_while_a_step_runs_leave_nothing(model, start) -> None:
     plain = {"temperature": 0.0, "max_tokens": 9}
     requests = {f"r{i}": ([i + 1] * (i + 1), SamplingParams(**plain)) for i in range(5)}

@@ -27,7 +27,7 @@ class CacheConfig:
     cache_dtype: str = "auto"
     """--kv-cache-dtype; "auto" is the model's dtype."""
     kv_cache_dtype_skip_layers: tuple[str, ...] = ()
-    """Names of layers, or kinds of attention, that keep the model's dtype."""
+    """Layers that keep the model's dtype: numbers, names, or "sliding_window"."""
     num_gpu_blocks_override: int | None = None
     """Blocks of the pool, whatever the memory allows."""
     enable_prefix_caching: bool = True
@@ -59,3 +59,11 @@ class CacheConfig:
         within(self, 0.01, 1.0, "gpu_memory_utilization")
         one_of(self, HASH_ALGORITHMS, "prefix_caching_hash_algo")
         one_of(self, MAMBA_CACHE_MODES, "mamba_cache_mode")
+
+    def dtype_of_layer(self, layer_name: str, has_window: bool = False) -> str:
+        """The cache dtype of one layer: "auto" where it is to be skipped."""
+        skipped = self.kv_cache_dtype_skip_layers
+        numbers = {part for part in layer_name.split(".") if part.isdecimal()}
+        if layer_name in skipped or not numbers.isdisjoint(skipped):
+            return "auto"
+        return "auto" if has_window and "sliding_window" in skipped else self.cache_dtype

@@ -98,6 +98,11 @@ class ModelConfig:
 
         return getattr(torch, self.dtype_name)
 
+    @property
+    def is_encoder_decoder(self) -> bool:
+        """An encoder reads the prompt, and a decoder answers with tokens of its own."""
+        return bool(getattr(self.hf_config, "is_encoder_decoder", False))
+
     def get_vocab_size(self) -> int:
         """Token ids that the model knows."""
         return self.hf_text_config.vocab_size

@@ -307,21 +307,33 @@ class EngineArgs:
         "CacheConfig",
         Kind.STR,
         "Data type of the KV cache; auto: the model's.",
-        choices=("auto", "bfloat16", "float16", "float32"),
-        later=(
+        choices=(
+            "auto",
+            "bfloat16",
+            "float16",
+            "float32",
             "fp8",
             "fp8_e4m3",
             "fp8_e5m2",
+            "int8_per_token_head",
+            "fp8_per_token_head",
+            "int4_per_token_head",
+        ),
+        later=(
             "fp8_inc",
             "fp8_ds_mla",
             "nvfp4",
-            "int8_per_token_head",
-            "fp8_per_token_head",
             "turboquant_k8v4",
             "turboquant_4bit_nc",
             "turboquant_k3v4_nc",
             "turboquant_3bit_nc",
         ),
+    )
+    kv_cache_dtype_skip_layers: list[str] | None = arg(
+        None,
+        "CacheConfig",
+        Kind.LIST,
+        "Layers that keep the model's data type: their numbers, names, or sliding_window.",
     )
     enable_prefix_caching: bool | None = arg(
         None,
@@ -750,6 +762,7 @@ class EngineArgs:
             gpu_memory_utilization=self.gpu_memory_utilization,
             kv_cache_memory_bytes=pool,
             cache_dtype=self.kv_cache_dtype,
+            kv_cache_dtype_skip_layers=tuple(map(str, self.kv_cache_dtype_skip_layers or ())),
             num_gpu_blocks_override=self.num_gpu_blocks_override,
             enable_prefix_caching=self.enable_prefix_caching is not False,
             prefix_caching_hash_algo=self.prefix_caching_hash_algo,
@@ -768,13 +781,12 @@ class EngineArgs:
         from vllm.platforms import current_platform
 
         block = self.block_size or current_platform.default_block_size
-        cache_dtype = self.kv_cache_dtype
-        dtype = model_config.dtype_name if cache_dtype == "auto" else cache_dtype
         per_token = resolve.kv_bytes_per_token(
             num_layers=model_config.get_num_layers(),
             num_kv_heads=max(1, model_config.get_total_num_kv_heads() // self.tensor_parallel_size),
             head_size=model_config.get_head_size(),
-            element_size=4 if dtype == "float32" else 2,
+            cache_dtype=self.kv_cache_dtype,
+            model_dtype=model_config.dtype_name,
         )
         # One block stays with the pool: it is the null block.
         tokens = None if pool is None else max(1, pool // (per_token * block) - 1) * block

@@ -141,7 +141,6 @@ _VALUES: dict[str, dict[str, str]] = {
         "worker-extension-cls": "",
     },
     "CacheConfig": {
-        "kv-cache-dtype-skip-layers": "",
         "kv-offloading-backend": "native",
         "kv-offloading-size": "",
         "prefix-cache-retention-interval": "",

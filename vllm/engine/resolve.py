@@ -219,10 +219,21 @@ def check_tensor_parallel(size: int, text_config: Any) -> None:
 
 
 def kv_bytes_per_token(
-    *, num_layers: int, num_kv_heads: int, head_size: int, element_size: int
+    *, num_layers: int, num_kv_heads: int, head_size: int, cache_dtype: str, model_dtype: str
 ) -> int:
     """Bytes of keys and values of one token over all layers, as if every layer were full."""
-    return 2 * num_layers * num_kv_heads * head_size * element_size
+    from vllm.v1.kv_cache.attention_specs import FullAttentionSpec
+    from vllm.v1.kv_cache.declare import kv_cache_storage
+
+    dtype, quant = kv_cache_storage(cache_dtype, model_dtype)
+    layer = FullAttentionSpec(
+        block_size=1,
+        num_kv_heads=num_kv_heads,
+        head_size=head_size,
+        dtype=dtype,
+        kv_quant_mode=quant,
+    )
+    return num_layers * layer.page_size_bytes
 
 
 def kv_pool_bytes(

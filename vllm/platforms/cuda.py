@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from vllm.errors import UnsupportedError
 from vllm.platforms.interface import DeviceCapability, Platform, PlatformEnum
 
 if TYPE_CHECKING:
     import torch
+
+    from vllm.config import VllmConfig
 
 
 class CudaPlatform(Platform):
@@ -88,6 +91,17 @@ class CudaPlatform(Platform):
         import torch
 
         torch.cuda.manual_seed_all(seed)
+
+    @classmethod
+    def check_config(cls, vllm_config: VllmConfig) -> None:
+        model_config = vllm_config.model_config
+        if model_config.is_encoder_decoder:
+            raise UnsupportedError(
+                f"{model_config.architecture} has an encoder, which this engine runs on the CPU "
+                "only: hide the GPUs with CUDA_VISIBLE_DEVICES=",
+                parameter="model",
+                value=model_config.model,
+            )
 
     @classmethod
     def describe(cls) -> dict[str, Any]:

@@ -17,6 +17,7 @@ GGUF_ARCHITECTURES = {
     "qwen3": ("Qwen3ForCausalLM", "qwen3"),
     "gemma2": ("Gemma2ForCausalLM", "gemma2"),
     "gemma3": ("Gemma3ForCausalLM", "gemma3_text"),
+    "mamba": ("MambaForCausalLM", "mamba"),
 }
 """``general.architecture`` -> (class, model_type); Mistral's files say llama."""
 
@@ -26,6 +27,14 @@ _REQUIRED = (
     "attention.head_count",
     "block_count",
     "context_length",
+)
+_REQUIRED_OF_MAMBA = (
+    "embedding_length",
+    "block_count",
+    "ssm.conv_kernel",
+    "ssm.inner_size",
+    "ssm.state_size",
+    "ssm.time_step_rank",
 )
 _F32_FILE, _F16_FILE = 0, 1
 _SCALED_BY_WIDTH = {"gemma2": 46, "gemma3": 62}
@@ -46,16 +55,20 @@ def gguf_config_values(gguf: GGUFFile) -> dict[str, Any]:
             f"these are: {', '.join(sorted(GGUF_ARCHITECTURES))}",
             parameter="model",
         )
-    absent = [key for key in _REQUIRED if gguf.get(key) is None]
+    is_mamba = gguf.architecture == "mamba"
+    absent = [
+        key for key in (_REQUIRED_OF_MAMBA if is_mamba else _REQUIRED) if gguf.get(key) is None
+    ]
     if absent:
         names = ", ".join(f"{gguf.architecture}.{key}" for key in absent)
         raise ConfigError(
             f"--model {gguf.path}: the GGUF metadata lacks {names}", parameter="model"
         )
+    if is_mamba:
+        return _mamba_values(gguf)
     architecture, model_type = GGUF_ARCHITECTURES[gguf.architecture]
     heads = gguf.get("attention.head_count")
     hidden = gguf.get("embedding_length")
-    dtypes = {_F32_FILE: "float32", _F16_FILE: "float16"}
     values: dict[str, Any] = {
         "architectures": [architecture],
         "model_type": model_type,
@@ -68,10 +81,26 @@ def gguf_config_values(gguf: GGUFFile) -> dict[str, Any]:
         "head_dim": gguf.get("attention.key_length") or hidden // heads,
         "attention_bias": "blk.0.attn_q.bias" in gguf.tensors,
         "mlp_bias": "blk.0.ffn_up.bias" in gguf.tensors,
-        # The file holds a float32: 9.99999974e-06 is 1e-05.
-        "rms_norm_eps": float(f"{gguf.get('attention.layer_norm_rms_epsilon', 1e-6):.6g}"),
+        "rms_norm_eps": _norm_eps(gguf),
         "rope_theta": gguf.get("rope.freq_base", 10000.0),
         "rope_parameters": _rope_parameters(gguf),
+        **_common_values(gguf),
+    }
+    if gguf.get("attention.sliding_window"):
+        values["sliding_window"] = gguf.get("attention.sliding_window")
+    if gguf.architecture in _SCALED_BY_WIDTH:
+        values |= _gemma_values(gguf, values)
+    return values
+
+
+def _norm_eps(gguf: GGUFFile) -> float:
+    """The file holds a float32: 9.99999974e-06 is 1e-05."""
+    return float(f"{gguf.get('attention.layer_norm_rms_epsilon', 1e-6):.6g}")
+
+
+def _common_values(gguf: GGUFFile) -> dict[str, Any]:
+    dtypes = {_F32_FILE: "float32", _F16_FILE: "float16"}
+    return {
         "tie_word_embeddings": "output.weight" not in gguf.tensors,
         "vocab_size": gguf.tensors["token_embd.weight"].shape[0]
         if "token_embd.weight" in gguf.tensors
@@ -79,11 +108,28 @@ def gguf_config_values(gguf: GGUFFile) -> dict[str, Any]:
         "torch_dtype": dtypes.get(gguf.metadata.get("general.file_type", -1), "bfloat16"),
         **_special_token_ids(gguf),
     }
-    if gguf.get("attention.sliding_window"):
-        values["sliding_window"] = gguf.get("attention.sliding_window")
-    if gguf.architecture in _SCALED_BY_WIDTH:
-        values |= _gemma_values(gguf, values)
-    return values
+
+
+def _mamba_values(gguf: GGUFFile) -> dict[str, Any]:
+    """Mamba, and Falcon-Mamba, whose files say that step, B and C are normed."""
+    is_falcon = bool(gguf.get("ssm.dt_b_c_rms"))
+    hidden, inner = gguf.get("embedding_length"), gguf.get("ssm.inner_size")
+    return {
+        "architectures": ["FalconMambaForCausalLM" if is_falcon else "MambaForCausalLM"],
+        "model_type": "falcon_mamba" if is_falcon else "mamba",
+        "hidden_size": hidden,
+        "intermediate_size": inner,
+        "expand": inner / hidden if inner % hidden else inner // hidden,
+        "num_hidden_layers": gguf.get("block_count"),
+        "conv_kernel": gguf.get("ssm.conv_kernel"),
+        "state_size": gguf.get("ssm.state_size"),
+        "time_step_rank": gguf.get("ssm.time_step_rank"),
+        "layer_norm_epsilon": _norm_eps(gguf),
+        "mixer_rms_eps": _norm_eps(gguf),
+        "use_conv_bias": "blk.0.ssm_conv1d.bias" in gguf.tensors,
+        "use_bias": "blk.0.ssm_in.bias" in gguf.tensors,
+        **_common_values(gguf),
+    }
 
 
 def _gemma_values(gguf: GGUFFile, values: dict[str, Any]) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """Defaults and implied fields of the models with linear attention and short convolutions.
 
-As ``model_types``, for Qwen3-Next, LFM2 and MiniMax-Text-01. No torch.
+As ``model_types``, for Qwen3-Next, LFM2, MiniMax-Text-01 and Kimi Linear. No torch.
 """
 
 from __future__ import annotations
@@ -89,6 +89,40 @@ _LFM2_MOE: Values = {
     "routed_scaling_factor": 1.0,
     "use_expert_bias": True,
 }
+_KIMI_LINEAR: Values = {
+    **_COMMON,
+    "attention_bias": False,
+    "bos_token_id": 163584,
+    "eos_token_id": 163586,
+    "first_k_dense_replace": 1,
+    "hidden_size": 2304,
+    "intermediate_size": 9216,
+    "kv_lora_rank": 512,
+    "linear_attn_config": None,
+    "linear_conv_kernel_dim": 4,
+    "linear_head_dim": 128,
+    "linear_num_heads": 32,
+    "mlp_layer_types": None,
+    "model_max_length": 1048576,
+    "moe_intermediate_size": 1024,
+    "moe_renormalize": True,
+    "num_attention_heads": 32,
+    "num_expert_group": 1,
+    "num_experts": 256,
+    "num_experts_per_token": 8,
+    "num_hidden_layers": 27,
+    "num_key_value_heads": 32,
+    "num_shared_experts": 1,
+    "pad_token_id": 163839,
+    "q_lora_rank": None,
+    "qk_nope_head_dim": 128,
+    "qk_rope_head_dim": 64,
+    "rms_norm_eps": 1e-5,
+    "routed_scaling_factor": 2.446,
+    "topk_group": 1,
+    "v_head_dim": 128,
+    "vocab_size": 163840,
+}
 _FACTORS = ("full_attn", "linear_attn", "mlp")
 _MINIMAX: Values = {
     **_COMMON,
@@ -114,6 +148,7 @@ LINEAR_ATTENTION_DEFAULTS: dict[str, Values] = {
     "lfm2_moe": _LFM2_MOE,
     "minimax": _MINIMAX,
     "minimax_text_01": _MINIMAX,
+    "kimi_linear": _KIMI_LINEAR,
 }
 
 
@@ -189,11 +224,51 @@ def _finish_minimax(values: Values) -> None:
         )
 
 
+_KIMI_NAMES = {
+    "max_position_embeddings": "model_max_length",
+    "n_group": "num_expert_group",
+    "n_routed_experts": "num_experts",
+    "n_shared_experts": "num_shared_experts",
+    "norm_topk_prob": "moe_renormalize",
+    "num_experts_per_tok": "num_experts_per_token",
+}
+"""What DeepSeek V3 calls a field -> what Kimi Linear calls it."""
+
+
+def _finish_kimi_linear(values: Values) -> None:
+    """Kinds of layers by their numbers, which count from one in the first release."""
+    for name, own in _KIMI_NAMES.items():
+        values[name] = values.get(name, values[own])
+    values["scoring_func"], values["topk_method"] = "sigmoid", "noaux_tc"
+    values["rope_parameters"] = {"rope_type": "default", "rope_theta": values["rope_theta"]}
+    given = values["linear_attn_config"] or {}
+    for name, own in (
+        ("linear_head_dim", "head_dim"),
+        ("linear_num_heads", "num_heads"),
+        ("linear_conv_kernel_dim", "short_conv_kernel_size"),
+    ):
+        values[name] = given.get(own, values[name])
+    count = values["num_hidden_layers"]
+    if values["layer_types"] is None:
+        attending = [layer - 1 for layer in given.get("full_attn_layers", [])]
+        attending = attending or list(range(4, count, 4))
+        values["layer_types"] = [
+            "full_attention" if layer in attending else "linear_attention" for layer in range(count)
+        ]
+    _check_layer_types(values, ("linear_attention", "full_attention"))
+    if values["mlp_layer_types"] is None:
+        first = values["first_k_dense_replace"]
+        values["mlp_layer_types"] = [
+            "dense" if layer < first else "sparse" for layer in range(count)
+        ]
+
+
 LINEAR_ATTENTION_FINISHERS: dict[str, Callable[[Values], None]] = {
     "qwen3_next": _finish_qwen3_next,
     "lfm2": _finish_lfm2,
     "lfm2_moe": _finish_lfm2,
     "minimax": _finish_minimax,
     "minimax_text_01": _finish_minimax,
+    "kimi_linear": _finish_kimi_linear,
 }
 """Complete a configuration of this model type, in place, before its rotary settings are."""

@@ -252,7 +252,28 @@ _DEEPSEEK_V4: Values = {
     "swiglu_limit": 10.0,
     "vocab_size": 129280,
 }
+_BART: Values = {
+    "activation_function": "gelu",
+    "bos_token_id": 0,
+    "d_model": 1024,
+    "decoder_attention_heads": 16,
+    "decoder_ffn_dim": 4096,
+    "decoder_layers": 12,
+    "decoder_start_token_id": 2,
+    "encoder_attention_heads": 16,
+    "encoder_ffn_dim": 4096,
+    "encoder_layers": 12,
+    "eos_token_id": 2,
+    "init_std": 0.02,
+    "is_encoder_decoder": True,
+    "max_position_embeddings": 1024,
+    "pad_token_id": 1,
+    "scale_embedding": False,
+    "tie_word_embeddings": True,
+    "vocab_size": 50265,
+}
 DEFAULTS: dict[str, Values] = {
+    "bart": _BART,
     "deepseek_v4": _DEEPSEEK_V4,
     "deepseek_v2": _DEEPSEEK_V2,
     "deepseek_v3": _DEEPSEEK_V3,
@@ -432,7 +453,13 @@ def _finish_deepseek_v4(values: Values) -> None:
     if share is None:
         share = rotated / values["head_dim"] if rotated else 64 / 512
     values["partial_rotary_factor"] = share
-    values["qk_rope_head_dim"] = int(values["head_dim"] * share)
+    rotated = values["qk_rope_head_dim"] = int(values["head_dim"] * share)
+    if rotated > values["index_head_dim"]:
+        raise ConfigError(
+            f"config.json: index_head_dim {values['index_head_dim']} is less than the {rotated} "
+            "dimensions that are rotated",
+            parameter="model",
+        )
     _set_compressed_ropes(values, share)
 
 
@@ -459,7 +486,24 @@ def _set_compressed_ropes(values: Values, share: float) -> None:
     values["rope_parameters"] = {name: dict(given[name]) for name in ("main", "compress")}
 
 
+def _finish_bart(values: Values) -> None:
+    """The decoder's sizes by the names that other models have."""
+    heads, width = values["decoder_attention_heads"], values["d_model"]
+    for side in ("encoder", "decoder"):
+        if width % values[f"{side}_attention_heads"]:
+            raise ConfigError(
+                f"config.json: d_model {width} is not a multiple of {side}_attention_heads "
+                f"{values[f'{side}_attention_heads']}",
+                parameter="model",
+            )
+    values["hidden_size"] = width
+    values["num_attention_heads"] = values["num_key_value_heads"] = heads
+    values["num_hidden_layers"] = values["decoder_layers"]
+    values["head_dim"] = width // heads
+
+
 FINISHERS: dict[str, Callable[[Values], None]] = {
+    "bart": _finish_bart,
     "deepseek_v4": _finish_deepseek_v4,
     "deepseek_v2": _finish_deepseek,
     "deepseek_v3": _finish_deepseek,

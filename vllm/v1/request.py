@@ -87,7 +87,7 @@ class BlockHasher(Protocol):
 class Request:
     """A request inside the engine core.
 
-    ``all_token_ids`` is prompt then output; treat both lists as read-only and add tokens with
+    ``all_token_ids`` is prompt then output; treat it as read-only and add tokens with
     ``append_output_token_ids``. ``num_computed_tokens`` counts tokens whose KV is in the cache
     or is being computed by a step already scheduled. ``num_expected_tokens`` is ``num_tokens``
     and the tokens that such steps are going to sample, where the next one is scheduled before
@@ -103,6 +103,7 @@ class Request:
         "block_hashes",
         "cache_salt",
         "client_index",
+        "encoder_token_ids",
         "error",
         "error_type",
         "events",
@@ -118,7 +119,6 @@ class Request:
         "num_preemptions",
         "num_prompt_tokens",
         "num_tokens",
-        "output_token_ids",
         "priority",
         "prompt_token_ids",
         "request_id",
@@ -143,8 +143,10 @@ class Request:
         cache_salt: str | None = None,
         kv_transfer_params: dict[str, Any] | None = None,
         block_hasher: BlockHasher | None = None,
+        encoder_token_ids: list[int] | None = None,
     ) -> None:
         self.request_id = request_id
+        self.encoder_token_ids = encoder_token_ids
         self.client_index = client_index
         self.priority = priority
         self.sampling_params = sampling_params
@@ -160,7 +162,6 @@ class Request:
 
         self.prompt_token_ids = prompt_token_ids
         self.num_prompt_tokens = len(prompt_token_ids)
-        self.output_token_ids: list[int] = []
         self.all_token_ids = prompt_token_ids.copy()
         self.num_tokens = self.num_expected_tokens = self.num_prompt_tokens
 
@@ -210,6 +211,7 @@ class Request:
             cache_salt=request.cache_salt,
             kv_transfer_params=request.kv_transfer_params,
             block_hasher=block_hasher,
+            encoder_token_ids=request.encoder_token_ids,
         )
 
     def set_block_hasher(self, block_hasher: BlockHasher) -> None:
@@ -231,7 +233,7 @@ class Request:
     def drop_last_prompt_token(self) -> None:
         """Compute one token less of the prompt; before anything is computed."""
         assert self.num_computed_tokens == 0
-        assert not self.output_token_ids
+        assert self.num_tokens == self.num_prompt_tokens
         self.prompt_token_ids = self.prompt_token_ids[:-1]
         self.all_token_ids.pop()
         self.num_prompt_tokens -= 1
@@ -242,18 +244,29 @@ class Request:
         if self._block_hasher is not None:
             self.set_block_hasher(self._block_hasher)
 
-    def append_output_token_id(self, token_id: int) -> None:
-        self.output_token_ids.append(token_id)
+    def append_output_token_id(self, token_id: int) -> int:
+        """Returns the number of tokens there are then."""
         self.all_token_ids.append(token_id)
-        self.num_tokens += 1
-        if self.num_tokens > self.num_expected_tokens:
-            self.num_expected_tokens = self.num_tokens
-        if self.num_tokens >= self._next_hash_at:
+        self.num_tokens = num_tokens = self.num_tokens + 1
+        if num_tokens > self.num_expected_tokens:
+            self.num_expected_tokens = num_tokens
+        if num_tokens >= self._next_hash_at:
             self._hash_new_blocks()
+        return num_tokens
 
     def append_output_token_ids(self, token_ids: list[int] | int) -> None:
         for token_id in (token_ids,) if isinstance(token_ids, int) else token_ids:
             self.append_output_token_id(token_id)
+
+    @property
+    def num_encoder_tokens(self) -> int:
+        """Size of the cross-attention cache."""
+        return len(self.encoder_token_ids or ())
+
+    @property
+    def output_token_ids(self) -> list[int]:
+        """A copy of what comes after the prompt."""
+        return self.all_token_ids[self.num_prompt_tokens :]
 
     @property
     def num_output_tokens(self) -> int:

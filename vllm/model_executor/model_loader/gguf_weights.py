@@ -45,6 +45,19 @@ _GEMMA_PARTS = {
     "ffn_norm": "pre_feedforward_layernorm",
     "post_ffw_norm": "post_feedforward_layernorm",
 }
+_MAMBA_PARTS = {
+    "token_embd": "backbone.embeddings",
+    "output_norm": "backbone.norm_f",
+    "output": "lm_head",
+    "attn_norm": "norm",
+    "ssm_in": "mixer.in_proj",
+    "ssm_conv1d": "mixer.conv1d",
+    "ssm_x": "mixer.x_proj",
+    "ssm_dt": "mixer.dt_proj",
+    "ssm_a": "mixer.A_log",
+    "ssm_d": "mixer.D",
+    "ssm_out": "mixer.out_proj",
+}
 _GEMMAS = frozenset({"gemma2", "gemma3"})
 """Whose norms are stored with one added, as they are used; checkpoints have them without."""
 _NOT_WEIGHTS = frozenset({"rope_freqs.weight"})
@@ -99,20 +112,24 @@ _PLAIN = {
 
 def gguf_weight_names(gguf: GGUFFile) -> dict[str, GGUFTensor]:
     """Hugging Face name -> tensor; a tensor of another meaning keeps its GGUF name."""
-    known = _GEMMA_PARTS if gguf.architecture in _GEMMAS else _PARTS
+    known, layers = _PARTS, "model.layers"
+    if gguf.architecture in _GEMMAS:
+        known = _GEMMA_PARTS
+    elif gguf.architecture == "mamba":
+        known, layers = _MAMBA_PARTS, "backbone.layers"
     return {
-        _hf_name(name, known): tensor
+        _hf_name(name, known, layers): tensor
         for name, tensor in gguf.tensors.items()
         if name not in _NOT_WEIGHTS
     }
 
 
-def _hf_name(name: str, known: Mapping[str, str]) -> str:
+def _hf_name(name: str, known: Mapping[str, str], layers: str) -> str:
     prefix, parts = "", name.split(".")
-    if parts[0] == "blk" and len(parts) == 4:
-        prefix, parts = f"model.layers.{parts[1]}.", parts[2:]
-    if len(parts) == 2 and parts[0] in known:
-        return f"{prefix}{known[parts[0]]}.{parts[1]}"
+    if parts[0] == "blk" and len(parts) in (3, 4):
+        prefix, parts = f"{layers}.{parts[1]}.", parts[2:]
+    if len(parts) <= 2 and parts[0] in known:
+        return prefix + ".".join((known[parts[0]], *parts[1:]))
     return name
 
 
@@ -142,7 +159,12 @@ def gguf_weights(gguf: GGUFFile, dtype: torch.dtype) -> Iterator[tuple[str, torc
         if adds_one and name.endswith("norm.weight"):
             # In float32: in 16 bits the small rest would lose most of its digits.
             return _read(data, tensor, torch.float32, gguf, size).sub_(1).to(dtype)
+        if name.endswith("A_log"):
+            # Stored as it is used, -exp(A_log), which 16 bits would blur.
+            return _read(data, tensor, torch.float32, gguf, size).neg_().log_()
         weight = _read(data, tensor, dtype, gguf, size)
+        if name.endswith("conv1d.weight"):
+            return weight.unsqueeze(1)
         part = name.rsplit(".", 1)[0].split(".", 3)[-1]
         if interleaved and part in heads:
             return _split_rotary_halves(weight, heads[part])

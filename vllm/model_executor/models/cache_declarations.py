@@ -306,6 +306,28 @@ def _qwen3_next(model: _Declaring) -> Specs:
         yield model.state(f"model.layers.{i}.linear_attn", shapes)
 
 
+def _kimi_linear(model: _Declaring) -> Specs:
+    for i, kind in enumerate(model.need("layer_types")[: model.num_layers]):
+        if kind == "full_attention":
+            yield latent_spec(
+                model.vllm_config,
+                f"model.layers.{i}.self_attn.attn",
+                kv_lora_rank=model.need("kv_lora_rank"),
+                qk_rope_head_dim=model.need("qk_rope_head_dim"),
+            )
+            continue
+        heads, width = model.need("linear_num_heads"), model.need("linear_head_dim")
+        shapes = MambaStateShapeCalculator.kda(
+            tp_size=model.tp_size,
+            num_heads=heads,
+            head_dim=width,
+            num_k_heads=heads,
+            head_k_dim=width,
+            conv_kernel=model.need("linear_conv_kernel_dim"),
+        )
+        yield model.state(f"model.layers.{i}.self_attn", shapes)
+
+
 def _lfm2(model: _Declaring) -> Specs:
     attending = model.get("full_attn_idxs", default=())
     kinds = model.kinds("layer_types", "full_attention", "conv") or [
@@ -369,6 +391,7 @@ _DECLARATIONS: dict[str, Callable[[_Declaring], Specs]] = {
     "GptOssForCausalLM": _decoder,
     "GraniteMoeHybridForCausalLM": _mamba2_or_attention,
     "JambaForCausalLM": _jamba,
+    "KimiLinearForCausalLM": _kimi_linear,
     "Lfm2ForCausalLM": _lfm2,
     "Lfm2MoeForCausalLM": _lfm2,
     "Llama4ForCausalLM": _decoder,

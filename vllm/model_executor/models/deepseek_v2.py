@@ -24,7 +24,7 @@ from vllm.model_executor.layers.linear import (
     RowParallelLinear,
     divide,
 )
-from vllm.model_executor.layers.rotary_embedding import get_rope
+from vllm.model_executor.layers.rotary_embedding import RotaryEmbedding, get_rope
 from vllm.model_executor.layers.weight_loading import make_parameter
 from vllm.model_executor.models.llama import (
     HotModule,
@@ -76,13 +76,7 @@ class DeepseekV2Attention(HotModule):
             prefix=f"{prefix}.o_proj",
             return_bias=False,
         )
-        self.rotary_emb = get_rope(
-            self.rope,
-            max_position=vllm_config.model_config.max_model_len,
-            is_neox_style=not config.rope_interleave,
-            rope_parameters=config.rope_parameters,
-            trained_max_position=config.max_position_embeddings,
-        )
+        self.rotary_emb = self.make_rotary_emb(vllm_config, config)
         self.attn = MLAAttention(
             self.num_heads,
             head_dim**-0.5 * _yarn_temperature(config.rope_parameters),
@@ -96,6 +90,15 @@ class DeepseekV2Attention(HotModule):
             prefix=f"{prefix}.attn",
         )
 
+    def make_rotary_emb(self, vllm_config: VllmConfig, config: Any) -> RotaryEmbedding | None:
+        return get_rope(
+            self.rope,
+            max_position=vllm_config.model_config.max_model_len,
+            is_neox_style=not config.rope_interleave,
+            rope_parameters=config.rope_parameters,
+            trained_max_position=config.max_position_embeddings,
+        )
+
     def forward(self, positions: torch.Tensor, hidden_states: torch.Tensor) -> torch.Tensor:
         if self.has_low_rank_query:
             latent = self.q_a_layernorm.forward(self.q_a_proj.forward(hidden_states))
@@ -106,7 +109,8 @@ class DeepseekV2Attention(HotModule):
         kv = self.kv_a_proj_with_mqa.forward(hidden_states)
         kv_c, k_pe = kv.split([self.kv_lora_rank, self.rope], dim=-1)
         self.kv_a_layernorm.forward_in_place(kv_c)
-        self.rotary_emb.forward(positions, query[..., self.nope :], k_pe.unsqueeze(1))
+        if self.rotary_emb is not None:
+            self.rotary_emb.forward(positions, query[..., self.nope :], k_pe.unsqueeze(1))
         return self.o_proj.forward(self.attn.forward(query, kv_c, k_pe))
 
 

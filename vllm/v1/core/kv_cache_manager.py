@@ -155,7 +155,7 @@ class KVCacheManager:
         num_lookahead_tokens: int = 0,
         num_external_computed_tokens: int = 0,
         delay_cache_blocks: bool = False,
-        num_encoder_tokens: int = 0,
+        num_encoder_tokens: int | None = None,
         num_reserved_blocks: int = 0,
     ) -> KVCacheBlocks | None:
         """Make room for the next ``num_new_tokens`` tokens of ``request``.
@@ -168,7 +168,7 @@ class KVCacheManager:
 
         Args:
             delay_cache_blocks: the blocks' content will arrive later; nobody may find them yet.
-            num_encoder_tokens: the size of a cross-attention cache.
+            num_encoder_tokens: the size of a cross-attention cache; None for the request's.
             num_reserved_blocks: blocks that must be left free.
 
         Returns:
@@ -182,6 +182,8 @@ class KVCacheManager:
         num_computed_or_new = total_computed + num_new_tokens
         num_tokens = min(num_computed_or_new + num_lookahead_tokens, self.max_model_len)
         hits = (new_computed_blocks or self.empty_kv_cache_blocks).blocks
+        if num_encoder_tokens is None:
+            num_encoder_tokens = request.num_encoder_tokens
         num_needed = 0
         for manager, row in zip(self.managers, hits, strict=True):
             manager.remove_skipped_blocks(request_id, total_computed)

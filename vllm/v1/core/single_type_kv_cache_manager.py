@@ -382,23 +382,22 @@ class ChunkedLocalAttentionManager(SingleTypeKVCacheManager):
     ) -> tuple[list[KVCacheBlock], ...]:
         """Nothing of earlier chunks is read, so a prefix that ends with a chunk always hits."""
         assert isinstance(kv_cache_spec, ChunkedLocalAttentionSpec)
-        block_size, chunk = kv_cache_spec.block_size, kv_cache_spec.attention_chunk_size
-        null = block_pool.null_block
-        max_length = min(max_length, len(block_hashes) * block_size)
-        # Blocks that reach into an earlier chunk are not read where chunks end inside blocks.
-        start = max_length // chunk * chunk // block_size
-        rows: tuple[list[KVCacheBlock], ...] = tuple([null] * start for _ in kv_cache_group_ids)
-        for index in range(start, max_length // block_size):
-            blocks = block_pool.get_cached_block(block_hashes[index], kv_cache_group_ids)
-            if blocks is None:
-                break
-            for row, block in zip(rows, blocks, strict=True):
-                row.append(block)
-        num_blocks = len(rows[0])
-        aligned = num_blocks * block_size // alignment_tokens * alignment_tokens // block_size
-        for row in rows:
-            del row[aligned:]
-        return rows
+        block_size, null = kv_cache_spec.block_size, block_pool.null_block
+        length = min(max_length, len(block_hashes) * block_size)
+        while length := length // alignment_tokens * alignment_tokens:
+            # A shorter prefix may end in an earlier chunk, which is then read from its start.
+            start = kv_cache_spec.num_skipped_tokens(length) // block_size
+            rows: tuple[list[KVCacheBlock], ...] = tuple([null] * start for _ in kv_cache_group_ids)
+            for index in range(start, length // block_size):
+                blocks = block_pool.get_cached_block(block_hashes[index], kv_cache_group_ids)
+                if blocks is None:
+                    length = index * block_size
+                    break
+                for row, block in zip(rows, blocks, strict=True):
+                    row.append(block)
+            else:
+                return rows
+        return tuple([] for _ in kv_cache_group_ids)
 
 
 class MambaManager(SingleTypeKVCacheManager):

@@ -49,6 +49,8 @@ class EngineCoreRequest(msgspec.Struct, array_like=True, omit_defaults=True, gc=
     cache_salt: str | None = None
     client_index: int = 0
     kv_transfer_params: dict[str, Any] | None = None
+    encoder_token_ids: list[int] | None = None
+    """What an encoder reads, where the model has one; the prompt is the decoder's then."""
 
 
 class EngineCoreEventType(enum.IntEnum):

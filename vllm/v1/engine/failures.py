@@ -22,6 +22,8 @@ class EngineFailure(msgspec.Struct, array_like=True):
     type: str
     message: str
     parameter: str | None = None
+    traceback: str | None = None
+    """Where it came from, for whoever decides whether it is the cause of all others."""
 
     def __str__(self) -> str:
         return f"{self.type}: {self.message}"

@@ -4,6 +4,8 @@ Tokenises, refuses what can't run with one clear line, and fills in what needs t
 tokenizer: stop ids, bad words as ids, default ``max_tokens``. Runs in the front end.
 """
 
+from __future__ import annotations
+
 import copy
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -22,9 +24,8 @@ from vllm.v1.engine.serial import encode
 __all__ = ["InputProcessor", "TokenizedPrompt"]
 
 _PROMPT_KEYS = ("prompt", "prompt_token_ids", "cache_salt")
+_PAIR_KEYS = ("encoder_prompt", "decoder_prompt")
 _UNSUPPORTED_PROMPT_KEYS = (
-    "decoder_prompt",
-    "encoder_prompt",
     "mm_processor_kwargs",
     "multi_modal_data",
     "multi_modal_uuids",
@@ -70,11 +71,14 @@ def _children(node: Any) -> Iterable[Any]:
 
 
 class TokenizedPrompt(NamedTuple):
-    """``text`` is None where only token ids were given."""
+    """``text`` is None where only token ids were given. Where the model has an encoder, these are
+    the decoder's, and ``encoder`` is what the encoder reads.
+    """
 
     token_ids: list[int]
     text: str | None
     cache_salt: str | None
+    encoder: TokenizedPrompt | None = None
 
 
 class InputProcessor:
@@ -89,6 +93,7 @@ class InputProcessor:
         self.eos_token_id, self._other_eos_ids = self._eos_ids()
         self._connector = vllm_config.kv_transfer_config
         self._logits_processors = self._load_logits_processors()
+        self._has_encoder = self.model_config.is_encoder_decoder
 
     def _load_logits_processors(self) -> list[Any]:
         """The custom logits processors, which check their own parameters; torch only for them."""
@@ -137,12 +142,16 @@ class InputProcessor:
         arrival_time = time.time() if arrival_time is None else arrival_time
         if not isinstance(prompt, TokenizedPrompt):
             prompt = self.tokenize(prompt, params)
+        if self._has_encoder and prompt.encoder is None:
+            prompt = TokenizedPrompt(self._decoder_start(), None, prompt.cache_salt, prompt)
         salt = cache_salt if cache_salt is not None else prompt.cache_salt
         if salt is not None and (not isinstance(salt, str) or not salt):
             raise VLLMValidationError(
                 "cache_salt must be a string that is not empty", parameter="cache_salt"
             )
         self._check_prompt(prompt.token_ids)
+        if prompt.encoder is not None:
+            self._check_source(prompt.encoder.token_ids)
         self._check_priority(priority)
         kv_transfer_params = self._kv_transfer_params(kv_transfer_params, params)
         request = EngineCoreRequest(
@@ -153,6 +162,7 @@ class InputProcessor:
             priority=priority,
             cache_salt=salt,
             kv_transfer_params=kv_transfer_params,
+            encoder_token_ids=None if prompt.encoder is None else prompt.encoder.token_ids,
         )
         return request, prompt.text
 
@@ -165,14 +175,20 @@ class InputProcessor:
         *,
         add_special_tokens: bool = True,
     ) -> TokenizedPrompt:
-        """Token ids of a prompt in any accepted form, cut to ``truncate_prompt_tokens``."""
+        """Token ids of a prompt in any accepted form, cut to ``truncate_prompt_tokens``.
+
+        Where the model has an encoder, a prompt that is not a pair is the encoder's.
+        """
+        if isinstance(prompt, Mapping) and any(key in prompt for key in _PAIR_KEYS):
+            return self._tokenize_pair(prompt, params, add_special_tokens)
         text: str | None = None
         cache_salt: str | None = None
         if isinstance(prompt, Mapping):
             self._check_prompt_keys(prompt)
-            cache_salt = prompt.get("cache_salt")
-            text = prompt.get("prompt")
-            given: Any = prompt.get("prompt_token_ids")
+            fields: Mapping[str, Any] = prompt
+            cache_salt = fields.get("cache_salt")
+            text = fields.get("prompt")
+            given: Any = fields.get("prompt_token_ids")
             if given is None:
                 given = text
         else:
@@ -195,6 +211,71 @@ class InputProcessor:
         if params is not None and params.truncate_prompt_tokens is not None:
             token_ids = self._truncate(token_ids, params.truncate_prompt_tokens)
         return TokenizedPrompt(token_ids, text, cache_salt)
+
+    def _tokenize_pair(
+        self,
+        prompt: Mapping[str, Any],
+        params: SamplingParams | None,
+        add_special_tokens: bool,
+    ) -> TokenizedPrompt:
+        if not self._has_encoder:
+            raise VLLMValidationError(
+                "encoder_prompt and decoder_prompt are for models with an encoder, and "
+                f"{self.model_config.architecture} has none; give prompt or prompt_token_ids",
+                parameter="encoder_prompt",
+            )
+        for key in prompt:
+            if key not in _PAIR_KEYS:
+                raise VLLMValidationError(
+                    f"a prompt for encoder and decoder has no field {key!r}; it may have "
+                    f"{', '.join(_PAIR_KEYS)}",
+                    parameter="prompt",
+                )
+        source, start = prompt.get("encoder_prompt"), prompt.get("decoder_prompt")
+        if source is None:
+            raise VLLMValidationError(
+                "a prompt for encoder and decoder needs encoder_prompt", parameter="encoder_prompt"
+            )
+        encoder = self.tokenize(source, params, add_special_tokens=add_special_tokens)
+        if start is None:
+            return TokenizedPrompt(self._decoder_start(), None, None, encoder)
+        # What the output begins with has no end-of-text of its own.
+        decoder = self.tokenize(start, add_special_tokens=False)
+        first = self._decoder_start()[:1]
+        token_ids = decoder.token_ids
+        if token_ids[:1] != first:
+            token_ids = first + token_ids
+        return TokenizedPrompt(token_ids, decoder.text, None, encoder)
+
+    def _decoder_start(self) -> list[int]:
+        """What the decoder begins with, where nothing else is asked for."""
+        config = self.model_config.hf_config
+        start = getattr(config, "decoder_start_token_id", None)
+        if start is None:
+            start = getattr(config, "bos_token_id", None)
+        if start is None:
+            raise VLLMValidationError(
+                "config.json has no decoder_start_token_id: give decoder_prompt",
+                parameter="decoder_prompt",
+            )
+        forced = getattr(config, "forced_bos_token_id", None)
+        return [start] if forced is None else [start, forced]
+
+    def _check_source(self, token_ids: list[int]) -> None:
+        config = self.model_config
+        limit = getattr(config.hf_config, "max_source_positions", None) or self._max_model_len
+        if not token_ids:
+            raise VLLMValidationError(
+                "the encoder's prompt is empty: it must hold at least one token",
+                parameter="encoder_prompt",
+            )
+        if len(token_ids) > limit:
+            raise VLLMValidationError(
+                f"the encoder's prompt has {len(token_ids)} tokens, and may have at most {limit}",
+                parameter="encoder_prompt",
+                value=len(token_ids),
+            )
+        self._check_ids("encoder_prompt", (min(token_ids), max(token_ids)))
 
     def _check_prompt_keys(self, prompt: Mapping[str, Any]) -> None:
         for key in prompt:

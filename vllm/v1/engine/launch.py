@@ -26,7 +26,10 @@ _ENTRY = "vllm.v1.engine.core_proc:main"
 
 
 class EngineAddresses:
-    """Where an engine and its front ends meet: sockets in a private directory."""
+    """Where an engine and its front ends meet: sockets in a private directory, and its status."""
+
+    status_fd: int
+    """Readable once the engine reports something, its end included."""
 
     def __init__(self, socket_dir: str) -> None:
         self.socket_dir = socket_dir
@@ -38,6 +41,13 @@ class EngineAddresses:
 
     def output_address(self, client_index: int) -> str:
         return f"ipc://{self.socket_dir}/out{client_index}"
+
+    def has_status(self, timeout: float | None) -> bool:
+        """Whether the process reports something, its end included, within ``timeout`` seconds."""
+        # Not select(), which refuses descriptors above 1,023.
+        poller = select.poll()
+        poller.register(self.status_fd, select.POLLIN)
+        return bool(poller.poll(None if timeout is None else timeout * 1000))
 
 
 class EngineProcess(EngineAddresses):
@@ -112,13 +122,6 @@ class EngineProcess(EngineAddresses):
             raise exception_of(failure, VLLMError(f"the engine could not start: {failure}"))
         assert status.facts is not None
         return status.facts
-
-    def has_status(self, timeout: float | None) -> bool:
-        """Whether the process reports something, its end included, within ``timeout`` seconds."""
-        # Not select(), which refuses descriptors above 1,023.
-        poller = select.poll()
-        poller.register(self.status_fd, select.POLLIN)
-        return bool(poller.poll(None if timeout is None else timeout * 1000))
 
     def forget_sockets(self) -> None:
         """Remove the directory of the sockets; what is connected stays connected."""

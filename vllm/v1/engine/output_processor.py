@@ -107,6 +107,7 @@ class _RequestState:
 
     __slots__ = (
         "detokenizer",
+        "encoder_token_ids",
         "index",
         "kv_transfer_params",
         "logprobs",
@@ -139,6 +140,7 @@ class _RequestState:
         self.user_request_id = user_request_id
         self.prompt = prompt
         self.prompt_token_ids = request.prompt_token_ids
+        self.encoder_token_ids = request.encoder_token_ids
         self.parent = parent
         self.index = index
         self.queue = queue
@@ -187,6 +189,7 @@ class _RequestState:
             metrics=self.metrics,
             num_cached_tokens=self.num_cached_tokens,
             kv_transfer_params=self.kv_transfer_params,
+            encoder_prompt_token_ids=self.encoder_token_ids,
         )
 
     def _due(self) -> bool:

@@ -20,6 +20,7 @@ from typing import Any
 from vllm.config import VllmConfig
 from vllm.distributed.device_communicators.shm_broadcast import RingHandle, RingReader, RingWriter
 from vllm.errors import WorkerError
+from vllm.logger import init_logger
 from vllm.platforms import current_platform
 from vllm.utils.processes import describe_end, private_directory, start_child
 from vllm.v1.core.sched.output import GrammarOutput, SchedulerOutput
@@ -38,6 +39,8 @@ from vllm.v1.executor.worker_proc import WorkerLaunch, freeze_garbage
 from vllm.v1.outputs import ModelRunnerOutput, PendingModelRunnerOutput
 
 __all__ = ["MultiprocExecutor"]
+
+logger = init_logger(__name__)
 
 _ENTRY = "vllm.v1.executor.worker_proc:main"
 # Looking costs a core; sleeping costs some 50 us. Steps of a device follow each other faster than
@@ -77,14 +80,15 @@ class _WorkerProcess:
         with contextlib.suppress(BrokenPipeError), os.fdopen(config_write, "wb") as pipe:
             pickle.dump(launch, pipe)
 
-    def read_failure(self) -> tuple[bool, str]:
-        """Whether it was ended from outside, and what became of it; once ``status_fd`` is
-        readable.
+    def read_failure(self) -> tuple[bool, str, str | None]:
+        """Whether it was ended from outside, what became of it, and the stack of its exception;
+        once ``status_fd`` is readable.
         """
         status = read_status(self.status_fd)
         if status is not None and status.failure is not None:
-            return False, f"worker {self.rank} failed: {status.failure}"
-        return True, f"worker {self.rank} has died ({describe_end(self._process)})"
+            failure = status.failure
+            return False, f"worker {self.rank} failed: {failure}", failure.traceback
+        return True, f"worker {self.rank} has died ({describe_end(self._process)})", None
 
     def stop(self, deadline: float) -> None:
         """Wait until ``deadline`` for the process to end, then kill it."""
@@ -180,13 +184,14 @@ class MultiprocExecutor(Executor):
         ended = {fd for fd, _ in poller.poll()}
         if self._stop_read in ended or self._closing:
             return
-        first: str | None = None
+        first, stack = "", None
         deadline = time.monotonic() + _CAUSE_SECONDS
         while True:
             for fd in ended & by_fd.keys():
-                from_outside, message = by_fd.pop(fd).read_failure()
+                from_outside, message, traceback = by_fd.pop(fd).read_failure()
                 poller.unregister(fd)
-                first = message if first is None or from_outside else first
+                if not first or from_outside:
+                    first, stack = message, traceback
                 if from_outside:
                     deadline = 0.0
             left = deadline - time.monotonic()
@@ -195,7 +200,8 @@ class MultiprocExecutor(Executor):
             ended = {fd for fd, _ in poller.poll(left * 1000)}
             if self._stop_read in ended:
                 break
-        assert first is not None
+        if stack is not None:
+            logger.error("%s\n%s", first, stack)
         self._failure = WorkerError(first)
         os.eventfd_write(self._failed_fd, 1)
         if self._on_failure is not None and not self._closing:

@@ -37,6 +37,9 @@ __all__ = ["WorkerLaunch", "WorkerLoop", "main"]
 
 logger = init_logger("vllm.v1.executor.worker_proc")
 
+# A pipe takes 64 KiB at once.
+_TRACEBACK_CHARACTERS = 8000
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WorkerLaunch:
@@ -184,10 +187,12 @@ def main() -> None:
         _serve(arguments.config_fd)
     except BaseException as error:  # noqa: BLE001 - the engine reports it
         code = 1
+        failure = failure_of(error)
         if not is_expected(error):
-            logger.error("Worker %d ends:\n%s", arguments.rank, traceback.format_exc().rstrip())
+            # Another worker's end may be behind this one: the engine knows, and logs the cause.
+            failure.traceback = traceback.format_exc().rstrip()[-_TRACEBACK_CHARACTERS:]
         with contextlib.suppress(OSError):
-            write_status(arguments.status_fd, EngineStatus(failure=failure_of(error)))
+            write_status(arguments.status_fd, EngineStatus(failure=failure))
     sys.stdout.flush()
     sys.stderr.flush()
     # Collectives of other ranks may still hold threads; nothing of theirs is worth waiting for.

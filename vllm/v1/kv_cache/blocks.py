@@ -1,7 +1,7 @@
 """Zeroing and copying whole blocks, by the byte runs of the plan.
 
-Knows no layer and no shape: a block's bytes are its runs. An accelerator gets one operation a
-run for all blocks; on the CPU plain copies block by block are several times faster than indexing.
+Knows no layer and no shape: a block's bytes are its runs. A GPU gets one launch a run for all
+blocks; on the CPU plain copies block by block are several times faster than indexing.
 """
 
 from __future__ import annotations
@@ -61,13 +61,18 @@ def _index(block_ids: Sequence[int], like: torch.Tensor) -> torch.Tensor:
     return torch.tensor(block_ids, dtype=torch.int64, device=like.device)
 
 
+def _starts(run: ByteRun, block_ids: Sequence[int]) -> list[int]:
+    return [run.offset + block_id * run.block_stride for block_id in block_ids]
+
+
 class RunZeroer:
     """Zeroes blocks of one allocation, given as byte runs."""
 
     def __init__(self, backing: torch.Tensor, runs: Iterable[ByteRun], num_blocks: int) -> None:
         self._backing = backing
         self._num_blocks = num_blocks
-        self._rows = [run_rows(backing, run, num_blocks) for run in runs]
+        self._runs = tuple(runs)
+        self._rows = [run_rows(backing, run, num_blocks) for run in self._runs]
 
     def zero_block_ids(self, block_ids: Sequence[int]) -> None:
         """Clear the runs of these blocks."""
@@ -79,9 +84,16 @@ class RunZeroer:
                 for block_id in block_ids:
                     rows[:, block_id].zero_()
             return
-        ids = _index(block_ids, self._backing)
-        for rows in self._rows:
-            rows.index_fill_(1, ids, 0)
+        from vllm.v1.kv_cache.triton_movers import zero_box
+
+        for run in self._runs:
+            zero_box(
+                self._backing,
+                _starts(run, block_ids),
+                counts=(run.count,),
+                strides=(run.step,),
+                length=run.length,
+            )
 
 
 class KVBlockZeroer(RunZeroer):
@@ -121,15 +133,34 @@ def copy_block_runs(
     sources, targets = [copy.src for copy in copies], [copy.dst for copy in copies]
     assert len(set(targets)) == len(targets), f"a block is copied to twice: {targets}"
     _check_blocks(sources + targets, num_blocks)
-    one_by_one = backing.device.type == "cpu" and not set(sources) & set(targets)
+    apart = not set(sources) & set(targets)
     for run in runs:
+        if apart and backing.is_cuda:
+            _copy_run(backing, run, sources, targets)
+            continue
         rows = run_rows(backing, run, num_blocks)
-        if one_by_one:
+        if apart:
             for src, dst in zip(sources, targets, strict=True):
                 rows[:, dst].copy_(rows[:, src])
         else:
             gathered = rows.index_select(1, _index(sources, backing))
             rows.index_copy_(1, _index(targets, backing), gathered)
+
+
+def _copy_run(
+    backing: torch.Tensor, run: ByteRun, sources: Sequence[int], targets: Sequence[int]
+) -> None:
+    from vllm.v1.kv_cache.triton_movers import move_box
+
+    move_box(
+        backing,
+        backing,
+        list(zip(_starts(run, sources), _starts(run, targets), strict=True)),
+        counts=(run.count,),
+        source_strides=(run.step,),
+        target_strides=(run.step,),
+        length=run.length,
+    )
 
 
 def runs_of_views(

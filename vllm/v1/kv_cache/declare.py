@@ -117,9 +117,8 @@ def kv_heads_of_rank(total: int, tp_size: int) -> int:
     )
 
 
-def _cache_dtype(vllm_config: VllmConfig, layer_name: str) -> str:
-    cache = vllm_config.cache_config
-    return "auto" if layer_name in cache.kv_cache_dtype_skip_layers else cache.cache_dtype
+def _cache_dtype(vllm_config: VllmConfig, layer_name: str, has_window: bool = False) -> str:
+    return vllm_config.cache_config.dtype_of_layer(layer_name, has_window)
 
 
 def _block_size(vllm_config: VllmConfig, default: int = DEFAULT_BLOCK_SIZE) -> int:
@@ -145,7 +144,7 @@ def attention_spec(
     Raises:
         ConfigError: the cache dtype does not exist, or does not fit the layer.
     """
-    name = _cache_dtype(vllm_config, layer_name)
+    name = _cache_dtype(vllm_config, layer_name, sliding_window is not None)
     if name in _LATENT_ONLY:
         raise ConfigError(
             f"--kv-cache-dtype {name} is for latent (MLA) caches; layer {layer_name} keeps K and "

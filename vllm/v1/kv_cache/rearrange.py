@@ -27,6 +27,7 @@ __all__ = [
     "LayerCopy",
     "Shard",
     "copy_units",
+    "copy_units_by_kernel",
     "copy_units_indexed",
     "plan_layer_copy",
     "units_of_rows",
@@ -353,8 +354,11 @@ def units_of_rows(
 def copy_units(copy: LayerCopy, source: torch.Tensor, target: torch.Tensor, units: Units) -> None:
     """Copy units from backing ``source`` to backing ``target`` (1-D int8), whichever way is fast.
 
-    On the CPU each box of each unit is one strided copy; elsewhere all units of a box are one.
+    On the CPU each box of each unit is a strided copy; on a GPU all units of a box are one launch.
     """
+    if source.is_cuda and source.device == target.device:
+        copy_units_by_kernel(copy, source, target, units)
+        return
     if source.device.type != "cpu" or target.device.type != "cpu":
         copy_units_indexed(copy, source, target, units)
         return
@@ -372,6 +376,30 @@ def copy_units(copy: LayerCopy, source: torch.Tensor, target: torch.Tensor, unit
             to_words.as_strided(shape, to_strides, to // size).copy_(
                 from_words.as_strided(shape, from_strides, start // size)
             )
+
+
+def copy_units_by_kernel(
+    copy: LayerCopy, source: torch.Tensor, target: torch.Tensor, units: Units
+) -> None:
+    """The same on one GPU."""
+    from vllm.v1.kv_cache.triton_movers import move_box
+
+    places = [
+        (copy.source.start(from_block, from_part), copy.target.start(to_block, to_part))
+        for from_block, from_part, to_block, to_part in units
+    ]
+    for box in copy.boxes:
+        move_box(
+            source,
+            target,
+            places,
+            counts=box.counts,
+            source_offset=box.source_offset,
+            target_offset=box.target_offset,
+            source_strides=box.source_strides,
+            target_strides=box.target_strides,
+            length=box.length,
+        )
 
 
 def copy_units_indexed(

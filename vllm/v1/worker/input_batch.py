@@ -7,7 +7,7 @@ one ends, a new request or the last row takes its place. Knows nothing of models
 
 from __future__ import annotations
 
-from collections.abc import Sequence, Set
+from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -41,6 +41,8 @@ class CachedRequestState:
     output_token_ids: list[int] = field(default_factory=list)
     history: TokenHistory | None = None
     """Only for a request with penalties."""
+    encoder_token_ids: list[int] | None = None
+    """Only where the model has an encoder."""
 
     @property
     def num_tokens(self) -> int:
@@ -52,6 +54,10 @@ class CachedRequestState:
             del self.output_token_ids[count:]
             if self.history is not None:
                 self.history = TokenHistory(self.prompt_token_ids, self.output_token_ids)
+
+
+def _no_request(token_id: int) -> None:
+    raise AssertionError("a token for a row without a request")
 
 
 def _has_penalties(params: SamplingParams) -> bool:
@@ -70,6 +76,7 @@ class InputBatch:
         num_tokens: int64 ``(max_num_reqs,)``, how many of ``token_ids`` are known.
         num_computed: int64 ``(max_num_reqs,)``, how many of them are in the cache.
         num_prompt: int64 ``(max_num_reqs,)``.
+        num_encoder: int64 ``(max_num_reqs,)``, tokens that an encoder reads.
     """
 
     def __init__(
@@ -88,11 +95,14 @@ class InputBatch:
         self.req_ids: list[str] = []
         self.req_id_to_index: dict[str, int] = {}
         self.states: list[CachedRequestState] = []
+        # Of each row, how a token is added to its request's output.
+        self._append_token: list[Callable[[int], None]] = [_no_request] * max_num_reqs
         # One more column than a request may have tokens: the token sampled from the last one.
         self.token_ids = np.zeros((max_num_reqs, max_model_len + 1), dtype=np.int32)
         self.num_tokens = np.zeros(max_num_reqs, dtype=np.int64)
         self.num_prompt = np.zeros(max_num_reqs, dtype=np.int64)
         self.num_computed = np.zeros(max_num_reqs, dtype=np.int64)
+        self.num_encoder = np.zeros(max_num_reqs, dtype=np.int64)
 
         self.temperature = np.zeros(max_num_reqs, dtype=np.float32)
         self.top_k = np.zeros(max_num_reqs, dtype=np.int64)
@@ -105,6 +115,7 @@ class InputBatch:
             self.num_tokens,
             self.num_prompt,
             self.num_computed,
+            self.num_encoder,
             self.temperature,
             self.top_k,
             self.top_p,
@@ -155,11 +166,13 @@ class InputBatch:
     def _fill(self, row: int, state: CachedRequestState) -> None:
         params = state.sampling_params
         num_prompt, num_tokens = len(state.prompt_token_ids), state.num_tokens
+        self._append_token[row] = state.output_token_ids.append
         self.token_ids[row, :num_prompt] = state.prompt_token_ids
         self.token_ids[row, num_prompt:num_tokens] = state.output_token_ids
         self.num_prompt[row] = num_prompt
         self.num_tokens[row] = num_tokens
         self.num_computed[row] = state.num_computed_tokens
+        self.num_encoder[row] = len(state.encoder_token_ids or ())
         self.block_table.set_row(row, state.block_ids)
 
         self.temperature[row] = params.temperature
@@ -219,6 +232,7 @@ class InputBatch:
         req_id = self.req_ids[source]
         self.req_ids[target] = req_id
         self.states[target] = self.states[source]
+        self._append_token[target] = self._append_token[source]
         self.req_id_to_index[req_id] = target
         for array in self._arrays:
             array[target] = array[source]
@@ -234,13 +248,18 @@ class InputBatch:
         self.token_ids[rows, self.num_tokens[rows]] = token_ids
         self.num_tokens[rows] += 1
         tokens: list[int] = token_ids.tolist()
-        states = self.states
-        if len(tokens) != self.num_reqs:
-            states = [states[row] for row in rows.tolist()]
-        for state, token in zip(states, tokens, strict=True):
-            state.output_token_ids.append(token)
-            if state.history is not None:
-                state.history.append(token)
+        appends = self._append_token
+        if len(tokens) == self.num_reqs:
+            for append, token in zip(appends, tokens, strict=False):
+                append(token)
+        else:
+            for row, token in zip(rows.tolist(), tokens, strict=True):
+                appends[row](token)
+        if self._penalised:
+            for row, token in zip(rows.tolist(), tokens, strict=True):
+                history = self.states[row].history
+                if history is not None:
+                    history.append(token)
         return tokens
 
     def rewind(

@@ -40,6 +40,7 @@ from vllm.v1.structured_output.bitmask import GrammarMask
 from vllm.v1.worker.attention_groups import AttentionGroups
 from vllm.v1.worker.block_table import BlockTable, MultiGroupBlockTable
 from vllm.v1.worker.device import DeviceLayer
+from vllm.v1.worker.encoder_step import make_encoder_step
 from vllm.v1.worker.input_batch import CachedRequestState, InputBatch
 from vllm.v1.worker.input_preparation import InputPreparer, StepInputs
 from vllm.v1.worker.kv_hooks import (
@@ -105,6 +106,8 @@ class ModelRunner:
         self._seeds = np.random.Generator(np.random.PCG64(model_config.seed))
         self.kv_caches: list[torch.Tensor] = []
         self._open: OpenStep | None = None
+        self._steady: tuple[list[str], list[int], np.ndarray] | None = None
+        """Requests that went on in the last step, and their rows; None once rows have changed."""
         self._make_connector = make_connector
         self._connector = ConnectorStep()
         self._write_watch = WriteWatch()
@@ -174,6 +177,7 @@ class ModelRunner:
             MultiGroupBlockTable(tables),
             self.logits_processors.make_batch_update_builder(),
         )
+        self._encoder = make_encoder_step(kv_cache_config, self.model, self.device)
         self._preparer = self.preparer_class(
             scheduler_config.max_num_batched_tokens,
             scheduler_config.max_num_seqs,
@@ -250,6 +254,7 @@ class ModelRunner:
                 map(scheduled.__getitem__, batch.req_ids), dtype=np.int64, count=batch.num_reqs
             ),
         )
+        self._encoder.prepare(batch, step)
         hidden, transferred = self._forward(scheduler_output, step)
         prompt_logprobs = self.prompt_logprobs.collect(batch, step, hidden)
         logits = self._logits(step, hidden) if step.sample_rows.size else None
@@ -276,6 +281,7 @@ class ModelRunner:
         self._write_watch.begin(self.batch, step)
         self._connector.begin(scheduler_output, context)
         with set_forward_context(context):
+            self._encoder.run()
             hidden = self.model(step.input_ids, step.positions)
         transferred = self._connector.end(scheduler_output)
         self._write_watch.end()
@@ -318,11 +324,12 @@ class ModelRunner:
         output = ModelRunnerOutput(
             req_ids=batch.req_ids.copy(),
             req_id_to_index=batch.req_id_to_index.copy(),
-            sampled_token_ids=[[] for _ in range(batch.num_reqs)],
+            sampled_token_ids=[],
             prompt_logprobs_dict=step.prompt_logprobs,
             kv_connector_output=step.kv_connector_output,
         )
         if sampled is None:
+            output.sampled_token_ids = [[] for _ in output.req_ids]
             return output
         rows = step.inputs.sample_rows
         token_ids = self.device.to_host(sampled.sampled_token_ids)
@@ -337,6 +344,7 @@ class ModelRunner:
         if len(tokens) == batch.num_reqs:
             output.sampled_token_ids = [[token] for token in tokens]
         else:
+            output.sampled_token_ids = [[] for _ in output.req_ids]
             for row, token in zip(rows.tolist(), tokens, strict=True):
                 output.sampled_token_ids[row].append(token)
         if sampled.logprobs is not None:
@@ -374,6 +382,9 @@ class ModelRunner:
             unscheduled |= resumed & batch.req_id_to_index.keys()
         empty_rows.extend(batch.remove(req_id) for req_id in unscheduled)
 
+        if empty_rows:
+            self._steady = None
+
         entering: list[CachedRequestState] = []
         for new in scheduler_output.scheduled_new_reqs:
             params = new.sampling_params
@@ -385,6 +396,7 @@ class ModelRunner:
                 block_ids=tuple(list(ids) for ids in new.block_ids),
                 num_computed_tokens=new.num_computed_tokens,
                 seed=int(seed) if params.seed is None else params.seed % (1 << 64),
+                encoder_token_ids=new.encoder_token_ids,
             )
             requests[new.req_id] = state
             self.prompt_logprobs.track(state)
@@ -392,6 +404,7 @@ class ModelRunner:
         entering += self._update_cached(scheduler_output.scheduled_cached_reqs)
 
         if entering or empty_rows:
+            self._steady = None
             for state in entering:
                 if empty_rows:
                     batch.replace(empty_rows.pop(), state)
@@ -403,11 +416,15 @@ class ModelRunner:
     def _update_cached(self, cached: CachedRequestData) -> list[CachedRequestState]:
         """Note progress and new blocks; returns the requests that are not in the batch."""
         batch = self.batch
-        row_of = batch.req_id_to_index
-        rows = [row_of.get(req_id, -1) for req_id in cached.req_ids]
         outside: list[CachedRequestState] = []
-        if rows and min(rows) >= 0:
-            batch.rewind(np.array(rows), cached.num_computed_tokens, cached.num_output_tokens)
+        if self._steady is None or self._steady[0] != cached.req_ids:
+            row_of = batch.req_id_to_index
+            rows = [row_of.get(req_id, -1) for req_id in cached.req_ids]
+            known = bool(rows) and min(rows) >= 0
+            self._steady = (cached.req_ids, rows, np.array(rows)) if known else None
+        if self._steady is not None:
+            _, rows, row_array = self._steady
+            batch.rewind(row_array, cached.num_computed_tokens, cached.num_output_tokens)
         else:
             for i, (req_id, row) in enumerate(zip(cached.req_ids, rows, strict=True)):
                 computed, num_output = cached.num_computed_tokens[i], cached.num_output_tokens[i]

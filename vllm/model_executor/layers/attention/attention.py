@@ -89,8 +89,7 @@ class Attention(nn.Module, AttentionLayerBase):
         else:
             self.sliding_window = cache_config.sliding_window
         self.dtype = model_dtype = vllm_config.model_config.dtype
-        skipped = prefix in cache_config.kv_cache_dtype_skip_layers
-        self.kv_cache_dtype = "auto" if skipped else cache_config.cache_dtype
+        self.kv_cache_dtype = cache_config.dtype_of_layer(prefix, self.sliding_window is not None)
         self.attn_backend = attn_backend or get_attn_backend(
             head_size,
             model_dtype,
@@ -113,6 +112,8 @@ class Attention(nn.Module, AttentionLayerBase):
             kv_sharing_target_layer_name,
             sinks,
         )
+        # What an fp8 cache with one scale per tensor multiplies its data by.
+        self._k_scale_float = self._v_scale_float = 1.0
         self._fused_rope = self.impl.fused_rope_kvcache_supported()
         self._fused_norms = self.impl.fused_head_norms_supported()
         self._stores_apart = not self.attn_backend.forward_includes_kv_cache_update

@@ -9,6 +9,7 @@ queries and outputs are the model's. Letters: T tokens, Q heads, D width of a la
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -102,7 +103,7 @@ def _tiles(metadata: LatentStatesMetadata, positions: torch.Tensor) -> Iterator[
     if metadata.max_query_len == 1:
         yield _Tile(slice(0, len(rows)), rows, positions, False)
         return
-    for first, last in zip(metadata.starts, metadata.starts[1:], strict=False):
+    for first, last in itertools.pairwise(metadata.starts):
         for start in range(first, last, _TILE):
             tokens = slice(start, min(start + _TILE, last))
             yield _Tile(tokens, rows[tokens], positions[tokens], True)

@@ -12,7 +12,7 @@ from typing import ClassVar
 import torch
 
 from vllm import _custom_ops as ops
-from vllm.v1.attention.backend import AttentionBackend, MultipleOf
+from vllm.v1.attention.backend import AttentionBackend, AttentionType, MultipleOf
 from vllm.v1.attention.backends.torch_ref import (
     PagedAttentionImpl,
     PagedAttentionMetadata,
@@ -112,6 +112,10 @@ class CPUAttentionBackend(AttentionBackend):
     @classmethod
     def get_supported_head_sizes(cls) -> list[int]:
         return list(range(8, 257, 8))
+
+    @classmethod
+    def supports_attn_type(cls, attn_type: str) -> bool:
+        return attn_type in (AttentionType.DECODER, AttentionType.ENCODER_DECODER)
 
     @classmethod
     def supports_sink(cls) -> bool:

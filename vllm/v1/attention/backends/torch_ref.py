@@ -17,12 +17,14 @@ from vllm.errors import ConfigError
 from vllm.v1.attention.backend import (
     AttentionBackend,
     AttentionImpl,
+    AttentionLayer,
     AttentionMetadata,
     AttentionMetadataBuilder,
     AttentionType,
     CommonAttentionMetadata,
     MultipleOf,
 )
+from vllm.v1.attention.ops.kv_formats import FORMATS, SideScales, kv_format
 from vllm.v1.kv_cache_interface import KVCacheSpec
 
 __all__ = [
@@ -106,11 +108,18 @@ class PagedAttentionImpl(AttentionImpl[PagedAttentionMetadata]):
         )
         self.sliding_window = sliding_window or 0
         self.kv_cache_dtype = kv_cache_dtype
+        self.format = kv_format(kv_cache_dtype)
         self.logits_soft_cap = logits_soft_cap or 0.0
         self.attn_type = attn_type
         self.kv_sharing_target_layer_name = kv_sharing_target_layer_name
         # A model loads its sinks after the layer is built: a parameter is read when it is used.
         self.sinks = sinks
+
+    def side_scales(self, layer: AttentionLayer) -> SideScales | None:
+        """The layer's scales of K and V, where the cache's format has one per tensor."""
+        if self.format is None or self.format.per_token_head:
+            return None
+        return SideScales(k=layer._k_scale_float, v=layer._v_scale_float)
 
 
 class TorchRefImpl(PagedAttentionImpl):
@@ -139,6 +148,8 @@ class TorchRefImpl(PagedAttentionImpl):
             logits_soft_cap=self.logits_soft_cap,
             alibi_slopes=self.alibi_slopes,
             sinks=self.sinks,
+            fmt=self.format,
+            scales=self.side_scales(layer),
         )
         return output
 
@@ -150,7 +161,9 @@ class TorchRefImpl(PagedAttentionImpl):
         kv_cache: torch.Tensor,
         slot_mapping: torch.Tensor,
     ) -> None:
-        _torch_ops.store_kv_cache(key, value, kv_cache, slot_mapping)
+        _torch_ops.store_kv_cache(
+            key, value, kv_cache, slot_mapping, self.format, self.side_scales(layer)
+        )
 
 
 class TorchRefBackend(AttentionBackend):
@@ -160,7 +173,13 @@ class TorchRefBackend(AttentionBackend):
         torch.float32,
         torch.float64,
     ]
-    supported_kv_cache_dtypes: ClassVar[list[str]] = ["auto", "bfloat16", "float16", "float32"]
+    supported_kv_cache_dtypes: ClassVar[list[str]] = [
+        "auto",
+        "bfloat16",
+        "float16",
+        "float32",
+        *FORMATS,
+    ]
     forward_includes_kv_cache_update = False
 
     @staticmethod
@@ -180,6 +199,10 @@ class TorchRefBackend(AttentionBackend):
         kv_cache_spec: KVCacheSpec | None = None,
     ) -> Sequence[int | MultipleOf]:
         return [MultipleOf(1)]
+
+    @classmethod
+    def supports_attn_type(cls, attn_type: str) -> bool:
+        return attn_type in (AttentionType.DECODER, AttentionType.ENCODER_DECODER)
 
     @classmethod
     def supports_sink(cls) -> bool:

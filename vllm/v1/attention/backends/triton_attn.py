@@ -21,6 +21,7 @@ from vllm.v1.attention.backend import (
     MultipleOf,
 )
 from vllm.v1.attention.backends.torch_ref import PagedAttentionImpl, PagedAttentionMetadata
+from vllm.v1.attention.ops.kv_formats import FORMATS, kv_format
 from vllm.v1.attention.ops.triton_decode import DecodePlan, make_plan_buffers, plan_decodes
 from vllm.v1.attention.ops.triton_kv_store import rotate_and_store
 from vllm.v1.attention.ops.triton_paged_attention import paged_attention
@@ -123,6 +124,8 @@ class TritonAttentionImpl(PagedAttentionImpl):
             alibi_slopes=self.alibi_slopes,
             sinks=self.sinks,
             causal=attn_metadata.causal,
+            fmt=self.format,
+            scales=self.side_scales(layer),
         )
         return output
 
@@ -134,7 +137,15 @@ class TritonAttentionImpl(PagedAttentionImpl):
         kv_cache: torch.Tensor,
         slot_mapping: torch.Tensor,
     ) -> None:
-        rotate_and_store(None, key, value, kv_cache, slot_mapping)
+        rotate_and_store(
+            None,
+            key,
+            value,
+            kv_cache,
+            slot_mapping,
+            fmt=self.format,
+            scales=self.side_scales(layer),
+        )
 
     def fused_rope_kvcache_supported(self) -> bool:
         return True
@@ -170,12 +181,20 @@ class TritonAttentionImpl(PagedAttentionImpl):
             is_neox,
             weights,
             eps,
+            self.format,
+            self.side_scales(layer),
         )
 
 
 class TritonAttentionBackend(AttentionBackend):
     supported_dtypes: ClassVar[list[torch.dtype]] = [torch.bfloat16, torch.float16, torch.float32]
-    supported_kv_cache_dtypes: ClassVar[list[str]] = ["auto", "bfloat16", "float16", "float32"]
+    supported_kv_cache_dtypes: ClassVar[list[str]] = [
+        "auto",
+        "bfloat16",
+        "float16",
+        "float32",
+        *FORMATS,
+    ]
     forward_includes_kv_cache_update = False
     fits_cuda_graphs = True
 
@@ -210,4 +229,13 @@ class TritonAttentionBackend(AttentionBackend):
         reasons = super().validate_configuration(**wanted)
         if not torch.cuda.is_available() and not triton.knobs.runtime.interpret:
             reasons.append("needs a CUDA device (or TRITON_INTERPRET=1)")
+        cache_dtype = wanted.get("kv_cache_dtype") or "auto"
+        fmt = kv_format(cache_dtype)
+        if fmt is None:
+            if cache_dtype not in ("auto", str(wanted["dtype"]).removeprefix("torch.")):
+                reasons.append(f"a {cache_dtype} cache needs a model of that dtype")
+            return reasons
+        is_old = torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 9)
+        if fmt.dtype.is_floating_point and is_old:
+            reasons.append("fp8 needs a GPU of compute capability 8.9 or later")
         return reasons

@@ -1,8 +1,8 @@
 """Decode attention over the packed, paged cache in Triton, in work items planned on the device.
 
 The cache is a view of logical shape ``(B, H, N, 2 * D)`` with any strides over B, H and N and a
-dense last dimension: K in ``[..., :D]``, V in ``[..., D:]``. Every address is a stride times an
-index.
+dense last dimension: K in ``[..., :D]``, V in ``[..., D:]``; or the bytes of a quantised format
+(``kv_formats``). Every address is a stride times an index.
 
 A work item is a stretch of one request's tokens. The plan, made once a step for all layers, cuts
 long requests so that items are about equal and enough of them keep the device busy. It depends on
@@ -21,6 +21,8 @@ import triton
 import triton.language as tl
 
 from vllm.utils.dependent_launch import await_previous, options, release
+from vllm.v1.attention.ops.kv_formats import KVFormat, SideScales
+from vllm.v1.attention.ops.triton_formats import FormatArguments, layer_scales, widened
 
 __all__ = [
     "DecodePlan",
@@ -45,11 +47,14 @@ _ALIGN = 64
 
 @triton.jit
 def score(
-    q, k, positions_q, tokens, slopes, scale, soft_cap,
-    HAS_SOFT_CAP: tl.constexpr, HAS_ALIBI: tl.constexpr, PRECISION: tl.constexpr,
+    q, k, k_scales, positions_q, tokens, slopes, scale, soft_cap,
+    HAS_SCALES: tl.constexpr, HAS_SOFT_CAP: tl.constexpr, HAS_ALIBI: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Scores of a tile in base 2, soft cap and ALiBi applied, before masking."""
     s = tl.dot(q, k, input_precision=PRECISION)
+    if HAS_SCALES:
+        s = s * k_scales[None, :]
     if HAS_SOFT_CAP:
         # tanh(x) = 2 / (1 + exp(-2x)) - 1
         x = s * (scale / soft_cap)
@@ -100,15 +105,16 @@ def _plan_kernel(
 
 @triton.jit
 def _decode_kernel(
-    q_ptr, kv_ptr, out_ptr, part_ptr, lse_ptr, block_table_ptr, items_ptr, count_ptr, arrived_ptr,
-    slopes_ptr, sinks_ptr, scale, soft_cap,
+    q_ptr, kv_ptr, kv_scale_ptr, out_ptr, part_ptr, lse_ptr, block_table_ptr, items_ptr, count_ptr,
+    arrived_ptr, slopes_ptr, sinks_ptr, scale, v_scale, soft_cap,
     stride_q_t, stride_q_h, stride_o_t, stride_o_h,
     stride_kv_b, stride_kv_h, stride_kv_n, stride_bt,
     stride_part_i, stride_part_h, stride_lse_i,
     WINDOW: tl.constexpr, HAS_SOFT_CAP: tl.constexpr, HAS_ALIBI: tl.constexpr,
     HAS_SINKS: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, FIELDS: tl.constexpr,
     D: tl.constexpr, D_PAD: tl.constexpr, PAGE: tl.constexpr, TILE: tl.constexpr,
-    PRECISION: tl.constexpr, MAX_SPLITS: tl.constexpr, PDL: tl.constexpr,
+    PRECISION: tl.constexpr, MAX_SPLITS: tl.constexpr, FORMAT: tl.constexpr, V_AT: tl.constexpr,
+    SCALE_AT: tl.constexpr, UNIT: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One item, for all query heads of one KV head.
 
@@ -154,7 +160,13 @@ def _decode_kernel(
             top *= 1.4426950408889634
             total += 1.0
     acc = tl.zeros([ROWS, D_PAD], tl.float32)
-    base = kv_ptr + head.to(tl.int64) * stride_kv_h
+    HAS_SCALES: tl.constexpr = FORMAT >= 3
+    BYTES_PAD: tl.constexpr = D_PAD // 2 if FORMAT == 5 else D_PAD
+    NUM_BYTES: tl.constexpr = D // 2 if FORMAT == 5 else D
+    byte = tl.arange(0, BYTES_PAD)
+    byte_valid = byte < NUM_BYTES
+    k_scales = tl.zeros([TILE], tl.float32)
+    base = head.to(tl.int64) * stride_kv_h * UNIT
     table = block_table_ptr + request.to(tl.int64) * stride_bt
     for begin in tl.range(start, end, TILE):
         begin = tl.multiple_of(begin, TILE)
@@ -165,27 +177,43 @@ def _decode_kernel(
         if PAGE % TILE == 0:
             # A tile lies in one page.
             block = tl.load(table + begin // PAGE).to(tl.int64)
-            at = base + block * stride_kv_b + (tokens % PAGE) * stride_kv_n
+            at = base + block * stride_kv_b * UNIT + (tokens % PAGE) * stride_kv_n * UNIT
         else:
             blocks = tl.load(table + tokens // PAGE, mask=valid, other=0).to(tl.int64)
-            at = base + blocks * stride_kv_b + (tokens % PAGE) * stride_kv_n
-        k = tl.load(
-            at[None, :] + dims[:, None], mask=valid[None, :] & dim_valid[:, None], other=0.0
-        )
-        v = tl.load(
-            at[:, None] + (D + dims)[None, :], mask=valid[:, None] & dim_valid[None, :], other=0.0
-        )
+            at = base + blocks * stride_kv_b * UNIT + (tokens % PAGE) * stride_kv_n * UNIT
+        if FORMAT == 0:
+            k = tl.load(
+                kv_ptr + at[None, :] + dims[:, None], mask=valid[None, :] & dim_valid[:, None],
+                other=0.0,
+            )  # fmt: skip
+            v = tl.load(
+                kv_ptr + at[:, None] + (V_AT + dims)[None, :],
+                mask=valid[:, None] & dim_valid[None, :], other=0.0,
+            )  # fmt: skip
+        else:
+            there = valid[:, None] & byte_valid[None, :]
+            at_byte = kv_ptr + at[:, None] + byte[None, :]
+            raw_k = tl.load(at_byte, mask=there, other=0)
+            raw_v = tl.load(at_byte + V_AT, mask=there, other=0)
+            k = tl.trans(widened(raw_k, q.dtype, FORMAT))
+            v = widened(raw_v, q.dtype, FORMAT)
+        if HAS_SCALES:
+            at_scale = kv_scale_ptr + at // 4 + SCALE_AT
+            k_scales = tl.load(at_scale, mask=valid, other=0.0)
         s = score(
-            q, k, positions_q, tokens, slopes, scale, soft_cap, HAS_SOFT_CAP, HAS_ALIBI, PRECISION
-        )
+            q, k, k_scales, positions_q, tokens, slopes, scale, soft_cap, HAS_SCALES, HAS_SOFT_CAP,
+            HAS_ALIBI, PRECISION,
+        )  # fmt: skip
         s = tl.where(valid[None, :], s, float("-inf"))
         new_top = tl.maximum(top, tl.max(s, 1))
         p = tl.exp2(s - new_top[:, None])
         shrink = tl.exp2(top - new_top)
         total = total * shrink + tl.sum(p, 1)
+        if HAS_SCALES:
+            p = p * tl.load(at_scale + V_AT // 4, mask=valid, other=0.0)[None, :]
         acc = acc * shrink[:, None] + tl.dot(p.to(v.dtype), v, input_precision=PRECISION)
         top = new_top
-    acc /= total[:, None]
+    acc *= (v_scale / total)[:, None]
     at_out = out_ptr + row * stride_o_t + heads[:, None] * stride_o_h + dims[None, :]
     out_valid = row_valid[:, None] & dim_valid[None, :]
     if num_splits == 1:
@@ -334,28 +362,35 @@ def decode_attention(
     tile: int,
     num_warps: int,
     num_stages: int,
+    fmt: KVFormat | None = None,
+    scales: SideScales | None = None,
 ) -> None:
     """Attention of the planned requests' tokens into their rows of ``out``.
 
     Args:
         q, out: ``(T, Q, D)``, any strides over T and Q, dense D.
-        kv_cache: ``(B, H, N, 2 * D)`` view in the dtype of ``q``, dense last dimension.
+        kv_cache: ``(B, H, N, 2 * D)`` view in the dtype of ``q``, dense last dimension; with
+            ``fmt`` single bytes, ``(B, H, N, 2 * side_bytes)``.
         block_table: int32 ``(R, max_blocks)`` of blocks of ``N`` tokens.
         tile: tokens of one iteration; divides 64.
+        scales: of the layer, for a format with one per tensor.
     """
+    shared = layer_scales(fmt, scales)
     num_heads, head_size = q.shape[1], q.shape[2]
     num_kv_heads, page = kv_cache.shape[1], kv_cache.shape[2]
     group = num_heads // num_kv_heads
     part = q.new_empty((plan.num_items, num_heads, head_size), dtype=torch.float32)
     lse = q.new_empty((plan.num_items, num_heads), dtype=torch.float32)
+    cache = FormatArguments(kv_cache, fmt, head_size)
     _decode_kernel[(num_kv_heads, plan.num_items)](
-        q, kv_cache, out, part, lse, block_table, plan.items, plan.count, plan.arrived,
-        alibi_slopes, sinks, scale, soft_cap,
-        q.stride(0), q.stride(1), out.stride(0), out.stride(1), *kv_cache.stride()[:3],
+        q, cache.data, cache.scales, out, part, lse, block_table, plan.items, plan.count,
+        plan.arrived, alibi_slopes, sinks, scale * shared.k, shared.v, soft_cap,
+        q.stride(0), q.stride(1), out.stride(0), out.stride(1), *cache.strides,
         block_table.stride(0), part.stride(0), part.stride(1), lse.stride(0),
         WINDOW=window, HAS_SOFT_CAP=soft_cap > 0, HAS_ALIBI=alibi_slopes is not None,
         HAS_SINKS=sinks is not None, GROUP=group, ROWS=max(16, triton.next_power_of_2(group)),
         FIELDS=_FIELDS, D=head_size, D_PAD=triton.next_power_of_2(head_size), PAGE=page,
         TILE=tile, PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
-        MAX_SPLITS=_MAX_SPLITS, num_warps=num_warps, num_stages=num_stages, **options(q.device),
+        MAX_SPLITS=_MAX_SPLITS, num_warps=num_warps, num_stages=num_stages, **cache.constants,
+        **options(q.device),
     )  # fmt: skip

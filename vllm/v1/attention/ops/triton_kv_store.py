@@ -1,7 +1,8 @@
 """Storing keys and values into the packed, paged cache in Triton; norms and RoPE on the way.
 
 The cache is a view ``(B, H, N, 2 * D)`` with any strides over B, H and N and a dense last
-dimension. Slot ``s`` is token ``s % N`` of block ``s // N``; slot -1 stores nothing.
+dimension, or the bytes of a quantised format (``kv_formats``). Slot ``s`` is token ``s % N`` of
+block ``s // N``; slot -1 stores nothing.
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ import triton
 import triton.language as tl
 
 from vllm.utils.dependent_launch import await_previous, options, release
+from vllm.v1.attention.ops.kv_formats import KVFormat, SideScales
+from vllm.v1.attention.ops.triton_formats import FormatArguments, layer_scales, quantised
 
 __all__ = ["rotate_and_store"]
 
@@ -44,14 +47,31 @@ def _normed_and_rotated(
 
 
 @triton.jit
+def _store_side(
+    kv_ptr, kv_scale_ptr, at, x, shared, heads_valid,
+    LARGEST: tl.constexpr, FORMAT: tl.constexpr, SCALE_AT: tl.constexpr, D: tl.constexpr,
+    D_PAD: tl.constexpr,
+):  # fmt: skip
+    """Quantise a side of some heads, fp32 ``(heads, D)``, and store it; ``at`` are first bytes."""
+    NUM_BYTES: tl.constexpr = D // 2 if FORMAT == 5 else D
+    raw, own = quantised(x, shared, LARGEST, FORMAT)
+    byte = tl.arange(0, D_PAD // 2 if FORMAT == 5 else D_PAD)
+    there = heads_valid[:, None] & (byte < NUM_BYTES)[None, :]
+    tl.store(kv_ptr + at[:, None] + byte[None, :], raw, mask=there)
+    if FORMAT >= 3:
+        tl.store(kv_scale_ptr + at // 4 + SCALE_AT, own, mask=heads_valid)
+
+
+@triton.jit
 def _rotate_and_store_kernel(
-    q_ptr, k_ptr, v_ptr, kv_ptr, positions_ptr, cos_sin_ptr, slots_ptr, q_weight_ptr,
-    k_weight_ptr, eps,
+    q_ptr, k_ptr, v_ptr, kv_ptr, kv_scale_ptr, k_scale, v_scale, positions_ptr, cos_sin_ptr,
+    slots_ptr, q_weight_ptr, k_weight_ptr, eps,
     stride_q_t, stride_q_h, stride_k_t, stride_k_h, stride_v_t, stride_v_h,
     stride_kv_b, stride_kv_h, stride_kv_n, stride_cos_sin, page,
     Q_HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr,
     D_PAD: tl.constexpr, ROTARY: tl.constexpr, NEOX: tl.constexpr, HAS_NORM: tl.constexpr,
-    PDL: tl.constexpr,
+    LARGEST: tl.constexpr, FORMAT: tl.constexpr, V_AT: tl.constexpr, SCALE_AT: tl.constexpr,
+    UNIT: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Some heads of one token: query heads are rewritten in place, KV heads stored.
 
@@ -103,14 +123,25 @@ def _rotate_and_store_kernel(
             )  # fmt: skip
             v = tl.load(
                 v_ptr + token * stride_v_t + heads[:, None] * stride_v_h + dims[None, :],
-                mask=valid,
-            )
-            at_slot = (
-                kv_ptr + (slot // page) * stride_kv_b + (slot % page) * stride_kv_n
-                + heads[:, None].to(tl.int64) * stride_kv_h + dims[None, :]
+                mask=valid, other=0.0,
             )  # fmt: skip
-            tl.store(at_slot, k, mask=valid)
-            tl.store(at_slot + D, v, mask=valid)
+            begin = (
+                (slot // page) * stride_kv_b * UNIT + (slot % page) * stride_kv_n * UNIT
+                + heads.to(tl.int64) * stride_kv_h * UNIT
+            )  # fmt: skip
+            if FORMAT == 0:
+                at_slot = kv_ptr + begin[:, None] + dims[None, :]
+                tl.store(at_slot, k, mask=valid)
+                tl.store(at_slot + V_AT, v, mask=valid)
+            else:
+                _store_side(
+                    kv_ptr, kv_scale_ptr, begin, k, k_scale, heads < KV_HEADS, LARGEST, FORMAT,
+                    SCALE_AT, D, D_PAD,
+                )  # fmt: skip
+                _store_side(
+                    kv_ptr, kv_scale_ptr, begin + V_AT, v.to(tl.float32), v_scale, heads < KV_HEADS,
+                    LARGEST, FORMAT, SCALE_AT, D, D_PAD,
+                )  # fmt: skip
 
 
 def rotate_and_store(
@@ -124,34 +155,40 @@ def rotate_and_store(
     is_neox: bool = True,
     norm_weights: tuple[torch.Tensor, torch.Tensor] | None = None,
     eps: float = 0.0,
+    fmt: KVFormat | None = None,
+    scales: SideScales | None = None,
 ) -> None:
     """Store ``key`` and ``value`` at their slots; with ``positions``, rotate q and k first.
 
     Args:
         query: ``(T, Q, D)``, rewritten in place; None where nothing is rotated or normed.
         key, value: ``(T, K, D)``, any strides over T and K; ``key`` itself stays as it is.
-        kv_cache: ``(B, K, N, 2 * D)`` view.
+        kv_cache: ``(B, K, N, 2 * D)`` view; with ``fmt`` single bytes,
+            ``(B, K, N, 2 * side_bytes)``.
         slot_mapping: int64 ``(T,)``. positions: int64 ``(T,)``.
         cos_sin_cache: ``(max positions, rotary)``, cosines then sines.
         norm_weights: ``(D,)`` each, of an RMSNorm over each head of query and key that comes
             before the rotation.
+        scales: of the layer, for a format with one per tensor.
     """
     tokens = slot_mapping.shape[0]
     kv_heads, head_size = key.shape[1:]
     rotary = 0 if cos_sin_cache is None else cos_sin_cache.shape[1]
     q_heads = 0 if query is None else query.shape[1]
-    assert kv_cache.stride(3) == 1 and key.stride(2) == 1 and value.stride(2) == 1
+    assert key.stride(2) == 1 and value.stride(2) == 1
     if not tokens:
         return
     heads = min(_HEADS, triton.next_power_of_2(kv_heads))
     q_weight, k_weight = norm_weights or (None, None)
+    cache, shared = FormatArguments(kv_cache, fmt, head_size), layer_scales(fmt, scales)
     _rotate_and_store_kernel[(tokens, triton.cdiv(q_heads, heads) + triton.cdiv(kv_heads, heads))](
-        query, key, value, kv_cache, positions, cos_sin_cache, slot_mapping, q_weight, k_weight,
-        eps, *((0, 0) if query is None else query.stride()[:2]), *key.stride()[:2],
-        *value.stride()[:2], *kv_cache.stride()[:3],
+        query, key, value, cache.data, cache.scales, shared.k, shared.v, positions, cos_sin_cache,
+        slot_mapping, q_weight, k_weight, eps, *((0, 0) if query is None else query.stride()[:2]),
+        *key.stride()[:2], *value.stride()[:2], *cache.strides,
         0 if cos_sin_cache is None else cos_sin_cache.stride(0), kv_cache.shape[2],
         Q_HEADS=q_heads, KV_HEADS=kv_heads, HEADS=heads, D=head_size,
         D_PAD=triton.next_power_of_2(head_size), ROTARY=rotary, NEOX=is_neox,
-        HAS_NORM=norm_weights is not None, num_warps=4 if heads > 2 else 1,
+        HAS_NORM=norm_weights is not None, LARGEST=0.0 if fmt is None else fmt.largest,
+        num_warps=4 if heads > 2 else 1, **cache.constants,
         **options(key.device),
     )  # fmt: skip

@@ -27,6 +27,7 @@ class NewRequestData:
     sampling_params: SamplingParams
     block_ids: tuple[list[int], ...]
     num_computed_tokens: int
+    encoder_token_ids: list[int] | None = None
 
 
 @dataclass(slots=True)

@@ -38,54 +38,52 @@ class StepResults:
             discarded: requests whose samples mean nothing.
         """
         scheduler, outputs = self._scheduler, self._outputs
-        requests = scheduler.requests
+        get_request = scheduler.requests.get
         logprobs, prompt_logprobs = result.logprobs, result.prompt_logprobs_dict
         any_stopped = False
+        client_index = -1
+        client_outputs: list[EngineCoreOutput] = []
         for request_id, token_ids in zip(result.req_ids, result.sampled_token_ids, strict=True):
             # The request may have been aborted meanwhile.
-            request = requests.get(request_id)
+            request = get_request(request_id)
             if request is None or not token_ids or request_id in discarded:
                 continue
             if len(token_ids) == 1 and not request.use_structured_output:
-                request.append_output_token_id(token_ids[0])
+                token_id = token_ids[0]
+                num_tokens = request.append_output_token_id(token_id)
                 stopped = (
-                    token_ids[0] in request.stop_ids
-                    or request.num_tokens >= request.max_total_tokens
+                    num_tokens >= request.max_total_tokens or token_id in request.stop_ids
                 ) and check_stop(request)
             else:
                 stopped = self._append_and_check(request, token_ids)
+                num_tokens = request.num_tokens
             if stopped:
                 output, was_running = self._end(request, token_ids)
                 any_stopped |= was_running
-            else:
-                # (request_id, new_token_ids, new_logprobs, new_prompt_logprobs, finish_reason,
-                # stop_reason, events, kv_transfer_params, num_cached_tokens, num_preemptions)
+            elif request.events or num_tokens - request.num_prompt_tokens == len(token_ids):
                 output = EngineCoreOutput(
                     request_id,
                     token_ids,
-                    None,
-                    None,
-                    None,
-                    None,
-                    request.take_events() if request.events else None,
-                    None,
-                    request.num_cached_tokens,
-                    request.num_preemptions,
+                    events=request.take_events(),
+                    num_cached_tokens=request.num_cached_tokens,
+                    num_preemptions=request.num_preemptions,
                 )
+            else:
+                # Nothing else is new to its client.
+                output = EngineCoreOutput(request_id, token_ids)
             if logprobs and request_id in logprobs:
                 output.new_logprobs = logprobs_rows(logprobs[request_id])[: len(token_ids)]
             # A preempted prompt is computed again; its client has been told.
             if (
                 prompt_logprobs
                 and request_id in prompt_logprobs
-                and request.num_output_tokens == len(token_ids)
+                and num_tokens - request.num_prompt_tokens == len(token_ids)
             ):
                 output.new_prompt_logprobs = logprobs_rows(prompt_logprobs[request_id])
-            client_outputs = outputs.get(request.client_index)
-            if client_outputs is None:
-                outputs[request.client_index] = [output]
-            else:
-                client_outputs.append(output)
+            if request.client_index != client_index:
+                client_index = request.client_index
+                client_outputs = outputs.setdefault(client_index, [])
+            client_outputs.append(output)
         if any_stopped:
             scheduler.drop_finished_from_running()
 

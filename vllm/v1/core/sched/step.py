@@ -92,6 +92,7 @@ class Step:
                         request.sampling_params,
                         block_ids,
                         request.num_computed_tokens,
+                        request.encoder_token_ids,
                     )
                 )
         return new, cached, num_scheduled_tokens

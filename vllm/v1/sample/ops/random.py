@@ -52,11 +52,12 @@ def draw(weights: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
     Returns:
         int64 ``(R,)``; -1 where the weights' sum is not a positive finite number.
     """
-    sums = weights.cumsum(dim=-1)
+    # The CPU adds in float64 inside; a GPU, told to, gives a row the same sums in any batch.
+    sums = weights.cumsum(dim=-1, dtype=torch.float64 if weights.is_cuda else weights.dtype)
     total = sums[:, -1:]
     # Rounding must not lift the target to the total itself, behind the last column.
     below_total = torch.nextafter(total, torch.zeros_like(total))
-    target = torch.minimum((uniforms[:, None] * total).to(torch.float32), below_total)
+    target = torch.minimum((uniforms[:, None] * total).to(sums.dtype), below_total)
     drawn = torch.searchsorted(sums, target, right=True).squeeze(-1)
     valid = torch.isfinite(total) & (total > 0)
     return torch.where(valid.squeeze(-1), drawn, -1)

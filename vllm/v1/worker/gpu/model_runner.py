@@ -116,7 +116,7 @@ class GPUModelRunner(ModelRunner):
         logits = self._compute_logits(hidden[:num_rows])
         # What the general sampler holds at once: the logits in float32, sorted, and their sums.
         wide = logits.float()
-        torch.cumsum(wide.softmax(dim=-1), dim=-1)
+        torch.cumsum(wide.softmax(dim=-1), dim=-1, dtype=torch.float64)
         self.device.synchronize()
 
     @property

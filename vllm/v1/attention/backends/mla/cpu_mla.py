@@ -185,8 +185,9 @@ class CPUMLAImpl(PagedAttentionImpl):
         """Attend to keys and values of one request; query (T, Q, nope + rope), output (T, Q, v)."""
         rank, nope, width = layer.kv_lora_rank, layer.qk_nope_head_dim, layer.qk_head_dim
         num_blocks = -(-seq_len // kv_cache.shape[1])
-        pages = kv_cache[block_table[:num_blocks].long()]
-        latents = pages.flatten(0, 1)[:seq_len].to(query.dtype)
+        # Latents are expanded to keys and values here, so those of the request are gathered first.
+        gathered = kv_cache[block_table[:num_blocks].long()]
+        latents = gathered.flatten(0, 1)[:seq_len].to(query.dtype)
         content = width + layer.v_head_dim
         at_once = max(1, _EXPANDED_BYTES // (seq_len * content * query.dtype.itemsize))
         starts = torch.tensor([0, query.shape[0]], dtype=torch.int32)

@@ -1,0 +1,141 @@
+"""Moving and clearing strided bytes on a GPU in one launch: what blocks and boxes come down to.
+
+A *place* is where a unit starts on each side; a box says which bytes of a unit move: runs of one
+length at up to three axes of strides. Gathering, scattering, re-layout, head shards and other
+block sizes are boxes with different strides on the two sides. Knows no layer and no format.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+
+__all__ = ["move_box", "zero_box"]
+
+# Words of 8 bytes that one program moves: 16 KiB, 128 bytes a thread.
+_WORDS = 2048
+_MAX_AXES = 3
+_WORD_DTYPES = ((8, torch.int64), (4, torch.int32), (2, torch.int16), (1, torch.int8))
+
+
+@triton.jit(
+    do_not_specialize=[
+        "source_offset", "target_offset", "total", "parts", "words", "n1", "n2",
+        "s0", "s1", "s2", "t0", "t1", "t2",
+    ]
+)  # fmt: skip
+def _move_kernel(
+    source_ptr, target_ptr, places_ptr, source_offset, target_offset, total, parts, words, n1, n2,
+    s0, s1, s2, t0, t1, t2, ROWS: tl.constexpr, BLOCK: tl.constexpr, ALIGN: tl.constexpr,
+    ZERO: tl.constexpr,
+):  # fmt: skip
+    """Some runs, or a part of one, of one unit. Offsets and ``words`` count ``ALIGN`` words.
+
+    A run is cut in ``parts`` of ``BLOCK`` words; ``ROWS`` of the ``total`` parts are a program's.
+    """
+    places = places_ptr + tl.program_id(0).to(tl.int64) * 2
+    row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    run = row // parts
+    at = (row % parts)[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
+    # A mask that changes at whole steps of ALIGN lets stores be as wide.
+    valid = (row < total)[:, None] & (at // ALIGN < words)
+    i2 = (run % n2).to(tl.int64)
+    i1 = (run // n2 % n1).to(tl.int64)
+    i0 = (run // n2 // n1).to(tl.int64)
+    to = tl.load(places + 1) + target_offset + i0 * t0 + i1 * t1 + i2 * t2
+    at_target = target_ptr + to[:, None] * ALIGN + at
+    if ZERO:
+        tl.store(at_target, tl.zeros([ROWS, BLOCK], target_ptr.dtype.element_ty), mask=valid)
+    else:
+        start = tl.load(places) + source_offset + i0 * s0 + i1 * s1 + i2 * s2
+        value = tl.load(source_ptr + start[:, None] * ALIGN + at, mask=valid)
+        tl.store(at_target, value, mask=valid)
+
+
+def _launch(
+    source: torch.Tensor | None,
+    target: torch.Tensor,
+    places: Sequence[tuple[int, int]],
+    offsets: tuple[int, int],
+    counts: Sequence[int],
+    source_strides: Sequence[int],
+    target_strides: Sequence[int],
+    length: int,
+) -> None:
+    if not places or not length:
+        return
+    assert len(counts) <= _MAX_AXES, f"a box of {len(counts)} axes"
+    backings = [target] if source is None else [source, target]
+    numbers = [*offsets, length, *source_strides, *target_strides]
+    numbers += [number for place in places for number in place]
+    numbers += [int(b.storage_offset()) for b in backings]
+    numbers += [b.untyped_storage().data_ptr() for b in backings]
+    alignment = math.gcd(*numbers)
+    size, dtype = next(pair for pair in _WORD_DTYPES if alignment % pair[0] == 0)
+    # Two words of 8 bytes at a time, where nothing begins between them.
+    align = 2 if alignment % 16 == 0 else 1
+    unit = size * align
+    words = [b.new_empty(0, dtype=dtype).set_(b.untyped_storage()) for b in backings]
+    base = [int(b.storage_offset()) // unit for b in backings]
+    table = torch.tensor(places, dtype=torch.int64) // unit
+    missing = _MAX_AXES - len(counts)
+    sizes = [1] * missing + list(counts)
+    strides = [
+        [0] * missing + [stride // unit for stride in side]
+        for side in (source_strides, target_strides)
+    ]
+    run = length // size
+    block = min(triton.next_power_of_2(run), _WORDS)
+    rows = _WORDS // block
+    parts = triton.cdiv(run, block)
+    total = math.prod(counts) * parts
+    _move_kernel[(len(places), triton.cdiv(total, rows))](
+        words[0], words[-1], table.to(target.device, non_blocking=True),
+        base[0] + offsets[0] // unit, base[-1] + offsets[1] // unit, total, parts, length // unit,
+        sizes[1], sizes[2], *strides[0], *strides[1],
+        ROWS=rows, BLOCK=block, ALIGN=align, ZERO=source is None, num_warps=4,
+    )  # fmt: skip
+
+
+def move_box(
+    source: torch.Tensor,
+    target: torch.Tensor,
+    places: Sequence[tuple[int, int]],
+    *,
+    counts: Sequence[int] = (),
+    source_offset: int = 0,
+    target_offset: int = 0,
+    source_strides: Sequence[int] = (),
+    target_strides: Sequence[int] = (),
+    length: int,
+) -> None:
+    """Copy ``offset + i0 * stride0 + ... + [0, length)`` of every unit; all numbers are bytes.
+
+    Args:
+        source, target: 1-D int8 backings on one device; bytes read are none of those written.
+        places: start of each unit in source and in target.
+        counts: sizes of at most three axes; strides: their distances on each side.
+    """
+    _launch(
+        source, target, places, (source_offset, target_offset), counts, source_strides,
+        target_strides, length,
+    )  # fmt: skip
+
+
+def zero_box(
+    target: torch.Tensor,
+    starts: Sequence[int],
+    *,
+    counts: Sequence[int] = (),
+    strides: Sequence[int] = (),
+    length: int,
+) -> None:
+    """Clear ``start + i0 * stride0 + ... + [0, length)`` for every start; numbers are bytes."""
+    _launch(
+        None, target, [(0, start) for start in starts], (0, 0), counts, [0] * len(counts),
+        strides, length,
+    )  # fmt: skip
