@@ -291,6 +291,12 @@ def make_nixl_on_port(make_nixl, monkeypatch, port):
     return make_nixl("kv_producer")
 
 
+def test_a_buffer_elsewhere_is_refused(make_llm):
+    given = {**config(), "kv_buffer_device": "cuda"}
+    with pytest.raises(ConfigError, match="kv_buffer_device cuda"):
+        make_llm(kv_transfer_config=given)
+
+
 def test_settings_are_checked(make_nixl):
     with pytest.raises(ConfigError, match="unknown field `lease`"):
         make_nixl(extra={"lease": 5})

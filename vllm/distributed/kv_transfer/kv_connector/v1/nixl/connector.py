@@ -23,6 +23,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.nixl.messages import (
     parse_settings,
 )
 from vllm.distributed.kv_transfer.kv_connector.v1.nixl.scheduler import NixlScheduler
+from vllm.errors import ConfigError
 
 if TYPE_CHECKING:
     import torch
@@ -56,6 +57,14 @@ class NixlConnector(KVConnectorBase_V1, SupportsHMA):
         super().__init__(vllm_config, role, kv_cache_config)
         assert kv_cache_config is not None
         assert self._kv_transfer_config is not None
+        buffer, device = self._kv_transfer_config.kv_buffer_device, vllm_config.device_config
+        if buffer not in (None, device.device_type):
+            raise ConfigError(
+                f"kv_buffer_device {buffer}: NixlConnector moves blocks from where they are "
+                f"({device.device_type}); leave it out",
+                parameter="kv_buffer_device",
+                value=buffer,
+            )
         self._settings = parse_settings(
             type(self).__name__, self._kv_transfer_config.kv_connector_extra_config
         )
