@@ -32,13 +32,26 @@ def write_config(folder, **values):
     return str(folder)
 
 
-@pytest.mark.parametrize("model_type", MODEL_TYPE_DEFAULTS)
+# The name of the first release of what transformers calls minimax.
+UNKNOWN_TO_TRANSFORMERS = {"minimax_text_01"}
+# Which layers attend; where nothing says so, one side names all of them and the other none.
+SAID_DIFFERENTLY = {
+    ("lfm2", "full_attn_idxs"),
+    ("lfm2_moe", "full_attn_idxs"),
+    ("lfm2_moe", "layer_types"),
+}
+# Built from layers that other models give RoPE.
+ROPE_UNUSED = {"kimi_linear"}
+
+
+@pytest.mark.parametrize("model_type", sorted({*MODEL_TYPE_DEFAULTS} - UNKNOWN_TO_TRANSFORMERS))
 def test_defaults_are_those_of_the_transformers_class(model_type):
     theirs = transformers.AutoConfig.for_model(model_type)
     ours = fill_in_config({"model_type": model_type})
-    # Models without RoPE have none.
-    rope = getattr(theirs, "rope_parameters", None)
-    assert getattr(ours, "rope_parameters", None) == rope
+    if model_type not in ROPE_UNUSED:
+        # Models without RoPE have none.
+        rope = getattr(theirs, "rope_parameters", None)
+        assert getattr(ours, "rope_parameters", None) == rope
     for name in MODEL_TYPE_DEFAULTS[model_type]:
         if name == "head_dim":
             width = getattr(theirs, name, None)
@@ -46,7 +59,7 @@ def test_defaults_are_those_of_the_transformers_class(model_type):
         elif name == "sliding_window":
             # None or zero: there is none.
             assert (ours.sliding_window or None) == (getattr(theirs, name, None) or None)
-        elif hasattr(theirs, name):
+        elif hasattr(theirs, name) and (model_type, name) not in SAID_DIFFERENTLY:
             assert getattr(ours, name) == getattr(theirs, name), name
 
 

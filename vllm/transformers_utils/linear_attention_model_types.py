@@ -240,6 +240,7 @@ def _finish_kimi_linear(values: Values) -> None:
     for name, own in _KIMI_NAMES.items():
         values[name] = values.get(name, values[own])
     values["scoring_func"], values["topk_method"] = "sigmoid", "noaux_tc"
+    values["head_dim"] = values["qk_rope_head_dim"]
     values["rope_parameters"] = {"rope_type": "default", "rope_theta": values["rope_theta"]}
     given = values["linear_attn_config"] or {}
     for name, own in (
