@@ -79,8 +79,8 @@ def test_level_1_frees_the_pool_and_level_2_the_weights_too(sleeper: LLM):
     sleeper.wake_up(tags=["kv_cache"])
     assert not sleeper.is_sleeping()
     assert tokens(sleeper) == expected
-    # Nothing is kept twice.
-    assert memory(sleeper) < awake + 64 * MIB
+    # Nothing is kept twice. Loading leaves some of the heap in pieces; weights kept twice would be 540 MB.
+    assert memory(sleeper) < awake + 160 * MIB
 
 
 def test_what_cannot_be_asked_for_is_refused(sleeper: LLM, llm: LLM):
