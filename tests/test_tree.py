@@ -1,6 +1,7 @@
 """The tree keeps its promises: import direction, packaging, pipelines."""
 
 import ast
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -133,3 +134,48 @@ def test_every_path_a_pipeline_depends_on_exists(pipeline: Path) -> None:
         assert step["source_file_dependencies"], step["label"]
         missing = [p for p in step["source_file_dependencies"] if not (ROOT / p).exists()]
         assert not missing, f"{pipeline.name}: no such path: {missing}"
+
+
+# Between processes of one engine, through inherited pipes or memory that has no name.
+PICKLES = {
+    "vllm.entrypoints.openai.api_server_group",
+    "vllm.v1.engine.core_proc",
+    "vllm.v1.engine.launch",
+    "vllm.v1.executor.messages",
+    "vllm.v1.executor.multiproc_executor",
+    "vllm.v1.executor.worker_proc",
+}
+UNPICKLERS = {"pickle", "_pickle", "cloudpickle", "dill", "shelve", "marshal"}
+
+
+def imports_a_pickle(path: Path) -> bool:
+    for node in ast.walk(ast.parse(path.read_text())):
+        names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        if isinstance(node, ast.ImportFrom):
+            names = [node.module or ""]
+        if UNPICKLERS & {name.split(".")[0] for name in names}:
+            return True
+        if isinstance(node, ast.Attribute) and node.attr in ("recv_pyobj", "send_pyobj"):
+            return True
+    return False
+
+
+def test_nothing_unpickles_what_a_socket_brings() -> None:
+    found = {name for name, path in MODULES.items() if imports_a_pickle(path)}
+    assert found == PICKLES
+
+
+def test_the_gate_runs_what_the_readme_tells_a_newcomer() -> None:
+    lines = (ROOT / ".ci" / "run").read_text().splitlines()
+    assert lines[-1] == "make test"
+    readme = (ROOT / "README.md").read_text()
+    assert "```sh\nmake test\n```" in readme and "```sh\nmake serve\n```" in readme
+
+
+def test_the_package_has_the_extras_that_users_ask_for() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert project["name"] == "vllm"
+    extras = {"cpu", "cuda", "nixl", "mooncake", "ray", "test", "bench"}
+    assert extras <= set(project["optional-dependencies"])
+    assert project["license"] == "Apache-2.0"
+    assert "Apache License" in (ROOT / "LICENSE").read_text()
