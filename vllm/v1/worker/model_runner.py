@@ -384,6 +384,9 @@ class ModelRunner:
 
         if empty_rows:
             self._steady = None
+            # Sets have another order in each process, and the ranks of a model must put a
+            # request into the same row: their sums go row by row.
+            empty_rows.sort()
 
         entering: list[CachedRequestState] = []
         for new in scheduler_output.scheduled_new_reqs:
