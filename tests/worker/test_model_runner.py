@@ -1,5 +1,6 @@
 """The runner computes what transformers computes, however requests are batched and cut up."""
 
+import itertools
 import random
 
 import numpy as np
@@ -354,3 +355,22 @@ def test_any_schedule_gives_the_same_tokens(driver, expected, seed):
         chosen = rng.sample(running, rng.randint(1, len(running)))
         driver.step({r: rng.randint(1, min(40, driver.pending(r))) for r in chosen})
     assert outputs(driver) == {req_id: expected[req_id[0]] for req_id in driver.requests}
+
+
+def test_rows_do_not_depend_on_the_order_in_which_requests_leave(driver):
+    """The ranks of a model add their rows up, and a set has another order in each process."""
+    rows = []
+    for leaving in itertools.permutations("bdf"):
+        for req_id in "abcdef":
+            driver.add(req_id, [1, 2, 3])
+        driver.step(dict.fromkeys("abcdef", 3))
+        for req_id in leaving:
+            driver.finish(req_id)
+        driver.finished = dict.fromkeys(leaving)
+        driver.add("x", [4, 5])
+        driver.step({"a": 1, "c": 1, "e": 1, "x": 2})
+        rows.append(dict(driver.worker.model_runner.batch.req_id_to_index))
+        for req_id in "acex":
+            driver.finish(req_id)
+        driver.step({})
+    assert all(row == rows[0] for row in rows)
