@@ -79,7 +79,7 @@ def test_level_1_frees_the_pool_and_level_2_the_weights_too(sleeper: LLM):
     sleeper.wake_up(tags=["kv_cache"])
     assert not sleeper.is_sleeping()
     assert tokens(sleeper) == expected
-    # Nothing is kept twice. Loading leaves some of the heap in pieces; weights kept twice would be 540 MB.
+    # Loading leaves some of the heap in pieces; weights kept twice would be 540 MB.
     assert memory(sleeper) < awake + 160 * MIB
 
 
