@@ -13,10 +13,14 @@ from vllm import _linear_attention_ops as linear_ops
 from vllm import _state_ops as state_ops
 from vllm.config import VllmConfig
 from vllm.distributed.parallel_state import get_tp_group
-from vllm.errors import UnsupportedError
 from vllm.model_executor.layers.linear import ColumnParallelLinear, RowParallelLinear
 from vllm.model_executor.layers.mamba.abstract import MambaBase
-from vllm.model_executor.layers.mamba.parts import CausalConv1d, make_head_parameter, row_shards
+from vllm.model_executor.layers.mamba.parts import (
+    CausalConv1d,
+    make_head_parameter,
+    require_silu,
+    row_shards,
+)
 from vllm.model_executor.layers.weight_loading import (
     ShardId,
     WeightShapeError,
@@ -122,12 +126,7 @@ class GatedDeltaNetAttention(nn.Module, MambaBase):
         prefix: str,
     ) -> None:
         super().__init__()
-        if activation != "silu":
-            raise UnsupportedError(
-                f"config.json: the activation {activation!r} of a gated delta net is not "
-                "supported; 'silu' is",
-                parameter="model",
-            )
+        require_silu(activation, "a gated delta net")
         shapes = MambaStateShapeCalculator.gdn_attention(
             tp_size=get_tp_group().world_size,
             num_k_heads=num_k_heads,

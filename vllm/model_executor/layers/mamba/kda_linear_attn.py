@@ -13,7 +13,6 @@ from vllm import _custom_ops as ops
 from vllm import _linear_attention_ops as linear_ops
 from vllm.config import VllmConfig
 from vllm.distributed.parallel_state import get_tp_group
-from vllm.errors import UnsupportedError
 from vllm.model_executor.layers.linear import (
     ColumnParallelLinear,
     MergedColumnParallelLinear,
@@ -25,6 +24,7 @@ from vllm.model_executor.layers.mamba.parts import (
     CausalConv1d,
     load_rows,
     make_head_parameter,
+    require_silu,
     row_shards,
 )
 from vllm.model_executor.layers.weight_loading import ShardId, make_parameter, set_weight_attrs
@@ -73,12 +73,7 @@ class KimiDeltaAttention(nn.Module, MambaBase):
         prefix: str,
     ) -> None:
         super().__init__()
-        if activation != "silu":
-            raise UnsupportedError(
-                f"config.json: the activation {activation!r} of Kimi delta attention is not "
-                "supported; 'silu' is",
-                parameter="model",
-            )
+        require_silu(activation, "Kimi delta attention")
         shapes = MambaStateShapeCalculator.kda(
             tp_size=get_tp_group().world_size,
             num_heads=num_heads,

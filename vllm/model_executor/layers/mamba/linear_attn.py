@@ -14,10 +14,9 @@ from vllm import _custom_ops as ops
 from vllm import _linear_attention_ops as linear_ops
 from vllm.config import VllmConfig
 from vllm.distributed.parallel_state import get_tp_group
-from vllm.errors import UnsupportedError
 from vllm.model_executor.layers.linear import ColumnParallelLinear, RowParallelLinear
 from vllm.model_executor.layers.mamba.abstract import MambaBase
-from vllm.model_executor.layers.mamba.parts import load_rows, row_shards
+from vllm.model_executor.layers.mamba.parts import load_rows, require_silu, row_shards
 from vllm.model_executor.layers.weight_loading import ShardId, make_parameter
 from vllm.v1.kv_cache.content import Segment
 from vllm.v1.kv_cache.state_shapes import MambaStateShapeCalculator
@@ -84,12 +83,7 @@ class LightningAttention(nn.Module, MambaBase):
         norm_eps: float = 1e-6,
     ) -> None:
         super().__init__()
-        if activation != "silu":
-            raise UnsupportedError(
-                f"config.json: the activation {activation!r} of lightning attention is not "
-                "supported; 'silu' is",
-                parameter="model",
-            )
+        require_silu(activation, "lightning attention")
         tp = get_tp_group()
         shapes = MambaStateShapeCalculator.linear_attention(
             tp_size=tp.world_size, num_heads=num_heads, head_dim=head_dim

@@ -14,7 +14,6 @@ from torch import nn
 from vllm import _state_ops as ops
 from vllm.config import VllmConfig
 from vllm.distributed.parallel_state import get_tp_group
-from vllm.errors import UnsupportedError
 from vllm.model_executor.layers.layernorm import RMSNorm
 from vllm.model_executor.layers.linear import ColumnParallelLinear, RowParallelLinear
 from vllm.model_executor.layers.mamba.abstract import MambaBase
@@ -22,6 +21,7 @@ from vllm.model_executor.layers.mamba.parts import (
     CausalConv1d,
     SegmentedLinear,
     make_head_parameter,
+    require_silu,
 )
 from vllm.v1.kv_cache.state_shapes import MambaStateShapeCalculator
 
@@ -59,12 +59,7 @@ class MambaMixer(nn.Module, MambaBase):
         norm_weights: bool = False,
     ) -> None:
         super().__init__()
-        if activation != "silu":
-            raise UnsupportedError(
-                f"config.json: the activation {activation!r} of a Mamba layer is not supported; "
-                "'silu' is",
-                parameter="model",
-            )
+        require_silu(activation, "a Mamba layer")
         shapes = MambaStateShapeCalculator.mamba1(
             tp_size=get_tp_group().world_size,
             intermediate_size=intermediate_size,

@@ -14,7 +14,6 @@ from torch import nn
 from vllm import _state_ops as ops
 from vllm.config import VllmConfig
 from vllm.distributed.parallel_state import get_tp_group
-from vllm.errors import UnsupportedError
 from vllm.model_executor.layers.linear import RowParallelLinear
 from vllm.model_executor.layers.mamba.abstract import MambaBase
 from vllm.model_executor.layers.mamba.parts import (
@@ -22,6 +21,7 @@ from vllm.model_executor.layers.mamba.parts import (
     GatedRMSNorm,
     SegmentedLinear,
     make_head_parameter,
+    require_silu,
 )
 from vllm.v1.kv_cache.content import Segment
 from vllm.v1.kv_cache.state_shapes import MambaStateShapeCalculator
@@ -70,12 +70,7 @@ class MambaMixer2(nn.Module, MambaBase):
         multipliers: Sequence[float] | None = None,
     ) -> None:
         super().__init__()
-        if activation not in ("silu", "swish"):
-            raise UnsupportedError(
-                f"config.json: the activation {activation!r} of a Mamba layer is not supported; "
-                "'silu' is",
-                parameter="model",
-            )
+        require_silu(activation, "a Mamba layer", names=("silu", "swish"))
         shapes = MambaStateShapeCalculator.mamba2(
             tp_size=get_tp_group().world_size,
             intermediate_size=intermediate_size,

@@ -5,13 +5,14 @@ Knows nothing of caches and of recurrences.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 
 import torch
 from torch import nn
 
 from vllm import _state_ops as ops
 from vllm.distributed.parallel_state import get_tp_group
+from vllm.errors import UnsupportedError
 from vllm.model_executor.layers.linear import ColumnParallelLinear, OutputShard
 from vllm.model_executor.layers.weight_loading import (
     ShardId,
@@ -23,6 +24,7 @@ from vllm.model_executor.layers.weight_loading import (
 from vllm.v1.kv_cache.content import Segment
 
 __all__ = [
+    "require_silu",
     "CausalConv1d",
     "GatedRMSNorm",
     "SegmentedLinear",
@@ -30,6 +32,22 @@ __all__ = [
     "make_head_parameter",
     "row_shards",
 ]
+
+
+def require_silu(activation: str, owner: str, names: Container[str] = ("silu",)) -> None:
+    """Refuse what ``owner``, a kind of layer, cannot compute.
+
+    Args:
+        names: what configurations may call SiLU.
+
+    Raises:
+        UnsupportedError: another activation.
+    """
+    if activation not in names:
+        raise UnsupportedError(
+            f"config.json: the activation {activation!r} of {owner} is not supported; 'silu' is",
+            parameter="model",
+        )
 
 
 def row_shards(segments: Iterable[Segment]) -> tuple[OutputShard, ...]:

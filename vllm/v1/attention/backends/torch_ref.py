@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 
@@ -52,6 +52,21 @@ class PagedAttentionMetadata(AttentionMetadata):
     """(T,) int64; -1 is not stored."""
     causal: bool
 
+    @classmethod
+    def of(cls, common: CommonAttentionMetadata, **more: Any) -> Self:
+        """The step's tensors as they are; ``more`` is what a subclass adds."""
+        return cls(
+            num_actual_tokens=common.num_actual_tokens,
+            max_query_len=common.max_query_len,
+            max_seq_len=common.max_seq_len,
+            query_start_loc=common.query_start_loc,
+            seq_lens=common.seq_lens,
+            block_table=common.block_table_tensor,
+            slot_mapping=common.slot_mapping,
+            causal=common.causal,
+            **more,
+        )
+
 
 class PagedAttentionMetadataBuilder(AttentionMetadataBuilder[PagedAttentionMetadata]):
     """Hands the step's tensors on as they are: the kernels need nothing else."""
@@ -62,17 +77,7 @@ class PagedAttentionMetadataBuilder(AttentionMetadataBuilder[PagedAttentionMetad
         common_attn_metadata: CommonAttentionMetadata,
         fast_build: bool = False,
     ) -> PagedAttentionMetadata:
-        common = common_attn_metadata
-        return PagedAttentionMetadata(
-            num_actual_tokens=common.num_actual_tokens,
-            max_query_len=common.max_query_len,
-            max_seq_len=common.max_seq_len,
-            query_start_loc=common.query_start_loc,
-            seq_lens=common.seq_lens,
-            block_table=common.block_table_tensor,
-            slot_mapping=common.slot_mapping,
-            causal=common.causal,
-        )
+        return PagedAttentionMetadata.of(common_attn_metadata)
 
 
 class PagedAttentionImpl(AttentionImpl[PagedAttentionMetadata]):

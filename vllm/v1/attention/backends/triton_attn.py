@@ -81,17 +81,7 @@ class TritonAttentionMetadataBuilder(AttentionMetadataBuilder[TritonAttentionMet
                 self._window,
                 self._buffers,
             )
-        return TritonAttentionMetadata(
-            num_actual_tokens=common.num_actual_tokens,
-            max_query_len=common.max_query_len,
-            max_seq_len=common.max_seq_len,
-            query_start_loc=common.query_start_loc,
-            seq_lens=common.seq_lens,
-            block_table=common.block_table_tensor,
-            slot_mapping=common.slot_mapping,
-            causal=common.causal,
-            plan=plan,
-        )
+        return TritonAttentionMetadata.of(common, plan=plan)
 
 
 class TritonAttentionImpl(PagedAttentionImpl):
