@@ -7,6 +7,7 @@ from tests.models.harness import TOKENS, PagedModel, make_config
 from tests.models.state_checkpoints import make_state_model
 from tests.models.test_llama import assert_logits_equal, reference
 
+NO_EXPERTS = ["linear_attention", "mlp", "full_attention"] * 3
 VARIANTS = {
     "mamba": {
         "plain": {},
@@ -41,8 +42,10 @@ VARIANTS = {
     },
     "nemotron_h": {
         "plain": {},
-        "biases": {"use_bias": True, "mlp_bias": True},
+        "biases": {"use_bias": True, "mlp_bias": True, "layers_block_type": NO_EXPERTS},
         "eps": {"layer_norm_epsilon": 0.3},
+        "experts of a latent": {"moe_latent_size": 24, "mlp_bias": True},
+        "weights as they are": {"norm_topk_prob": False, "n_group": 1, "topk_group": 1},
     },
     "jamba": {
         "plain": {},
