@@ -450,8 +450,7 @@ def _finish_deepseek_v4(values: Values) -> None:
         values["layer_types"] = _kinds_of_ratios(ratios, rates, count)
     if values["layer_types"] is None:
         values["layer_types"] = [
-            _SPARSELY_COMPRESSED if i % 2 and i > 1 else _HEAVILY_COMPRESSED
-            for i in range(count)
+            _SPARSELY_COMPRESSED if i % 2 and i > 1 else _HEAVILY_COMPRESSED for i in range(count)
         ]
     values["layer_types"] = values["layer_types"][:count]
     values["compress_rates"] = rates

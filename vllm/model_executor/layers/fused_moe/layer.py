@@ -102,7 +102,8 @@ class FusedMoE(nn.Module):
         self.tp_rank, self.tp_size = tp.rank_in_group, tp.world_size
         self.inner = divide(intermediate_size, tp.world_size, "the inner size of an expert")
         if isinstance(activation, str):
-            activation = get_gated_activation(activation) if is_gated else get_activation(activation)
+            find = get_gated_activation if is_gated else get_activation
+            activation = find(activation)
         self.activation = activation
         self.parts = ("gate", "up") if is_gated else ("up",)
         self.is_silu = isinstance(activation, SiluAndMul)
