@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from vllm.errors import ConfigError
-from vllm.model_executor.layers.weight_loading import ShardId, WeightShapeError
+from vllm.model_executor.layers.weight_loading import ShardId, WeightShapeError, load_shard
 
 __all__ = [
     "CheckpointNames",
@@ -184,7 +184,7 @@ def load_checkpoint(
             unexpected.append(name)
             continue
         try:
-            param.weight_loader(param, tensor, shard_id)  # type: ignore[attr-defined]
+            load_shard(param, tensor, shard_id)
         except WeightShapeError as error:
             misshaped.append(f"{name} {error}")
             outstanding.failed(target, shard_id)
