@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from tests.engine.conftest import ENGINE_ARGS, tiny_model  # noqa: F401
+from tests.kv_transfer.harness import Fleet
 from vllm import LLM, SamplingParams
 from vllm.inputs import TokensPrompt
 
@@ -52,3 +53,11 @@ def cached(llm: LLM, prompt: TokensPrompt) -> int:
     params = SamplingParams(temperature=0, max_tokens=1, ignore_eos=True)
     (output,) = llm.generate([prompt], params, use_tqdm=False)
     return output.num_cached_tokens
+
+
+@pytest.fixture(scope="session")
+def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
+    """Servers as processes, shared by all tests that leave them as they were."""
+    made = Fleet(tmp_path_factory.mktemp("fleet"))
+    yield made
+    made.close()
