@@ -29,7 +29,7 @@ from vllm import LLM, SamplingParams
 from vllm.engine.arg_utils import EngineArgs
 from vllm.errors import ConfigError
 
-EACH_TIME = ("gpt_oss", "deepseek_v3", "qwen3_next")
+EACH_TIME = ("gpt_oss", "deepseek_v3", "lfm2")
 """Windows, sinks and experts; latents; states beside attention. The others are slow to run."""
 CHUNKS = {"max_num_batched_tokens": 64, "max_num_seqs": 8}
 SMALL, ROOMY = "small pool", "roomy pool"
@@ -105,12 +105,12 @@ def test_two_workers_generate_what_transformers_does(model_type, tmp_path, monke
     with engine(folder, **settings) as llm:
         first = generate(llm, make_prompts())
         assert_equals_transformers(first, hf)
-        again = generate(llm, make_prompts())
-        assert_same(again, first)
         if pool == SMALL:
             assert metric(llm, "num_preemptions") > 0
-        elif options is not NONE:
-            assert sum(again.cached) > 0
+            return
+        again = generate(llm, make_prompts())
+        assert_same(again, first)
+        assert sum(again.cached) > 0
 
 
 @pytest.mark.slow
@@ -141,9 +141,12 @@ def test_smollm2_on_three_workers():
     for one, three in zip(*results, strict=True):
         assert three.token_ids == one.token_ids
         for ours, theirs in zip(three.logprobs, one.logprobs, strict=True):
-            assert {t: e.logprob for t, e in ours.items()} == pytest.approx(
-                {t: e.logprob for t, e in theirs.items()}, abs=1e-4
+            # Which of two nearly equal ones is among the best may differ; how good they are, not.
+            assert sorted(e.logprob for e in ours.values()) == pytest.approx(
+                sorted(e.logprob for e in theirs.values()), abs=1e-4
             )
+            for token in ours.keys() & theirs.keys():
+                assert ours[token].logprob == pytest.approx(theirs[token].logprob, abs=1e-4)
 
 
 def test_smollm2_on_two_workers_is_refused_with_the_sizes_that_work():

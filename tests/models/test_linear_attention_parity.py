@@ -12,6 +12,7 @@ from tests.models.parity import assert_equals_transformers, engine, generate, ma
 from tests.models.test_state_parity import (  # noqa: F401 - run with the fixture below
     BLOCK,
     Case,
+    test_a_prefix_of_others_is_continued,
     test_after_preemption,
     test_alone_it_equals_transformers,
     test_in_one_batch_and_again_out_of_the_prefix_cache,

@@ -97,6 +97,28 @@ def test_in_one_batch_and_again_out_of_the_prefix_cache(case, mode):
     assert again.cached == [possible_hit(len(prompt), mode) for prompt in prompts]
 
 
+@pytest.mark.parametrize("mode", ["align", "all"])
+def test_a_prefix_of_others_is_continued(case, mode):
+    """Prompts that begin alike: states of the first one's blocks are where the others begin."""
+    shared = case.reference.prompts[-1][: 3 * BLOCK]
+    prompts = [shared + prompt for prompt in case.reference.prompts[:4]]
+    settings = {
+        "mamba_cache_mode": mode,
+        "block_size": BLOCK,
+        "enable_prefix_caching": True,
+        # Steps that end where blocks do leave a state at the end of each, in both modes.
+        "max_num_batched_tokens": BLOCK,
+        "max_num_seqs": 8,
+    }
+    with engine(case.folder, **settings) as llm:
+        first = generate(llm, prompts[:1])
+        others = generate(llm, prompts[1:])
+    assert_equals_transformers(first, case.hf)
+    assert_equals_transformers(others, case.hf)
+    assert first.cached == [0]
+    assert others.cached == [len(shared)] * len(others.prompts)
+
+
 @pytest.mark.parametrize("mode", ["none", "align", "all"])
 def test_after_preemption(case, mode):
     settings = {
