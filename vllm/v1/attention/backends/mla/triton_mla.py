@@ -112,16 +112,14 @@ class TritonMLAMetadata(PagedAttentionMetadata):
         if not requests.size:
             return None
         rows, lens = requests.tolist(), self.host_lens[requests].tolist()
+        starts, new = self.host_starts[requests].tolist(), counts[requests].tolist()
         device = self.block_table.device
-        tables = (
-            expand_tiles(rows, lens),
-            attention_tiles(
-                rows, self.host_starts[requests].tolist(), counts[requests].tolist(), lens
-            ),
-        )
+        to_expand = torch.from_numpy(expand_tiles(rows, lens))
+        to_attend = torch.from_numpy(attention_tiles(rows, starts, new, lens))
         return Expanded(
-            *(torch.from_numpy(table).to(device, non_blocking=True) for table in tables),
-            num_latents=sum(lens),
+            to_expand.to(device, non_blocking=True),
+            to_attend.to(device, non_blocking=True),
+            sum(lens),
         )
 
 
