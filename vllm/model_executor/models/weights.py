@@ -7,7 +7,7 @@ the weights, not two.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import nn
@@ -169,7 +169,9 @@ def load_checkpoint(
     unexpected: list[str] = []
     misshaped: list[str] = []
     touched: set[str] = set()
+    used: set[str] = set()
     for name, tensor in weights:
+        used.update(name.split("."))
         target, shard_id = names.find(name, known)
         if target is None:
             if name not in skip and not name.endswith(_DERIVED_BUFFERS):
@@ -190,6 +192,9 @@ def load_checkpoint(
             outstanding.failed(target, shard_id)
             continue
         outstanding.arrived(target, shard_id)
+    # Where a checkpoint has our name of a part, what misses is told by that name, too.
+    theirs = {there: here for there, here in names.renamed.items() if here not in used}
+    names = replace(names, renamed=theirs)
     missing = {
         names.in_checkpoint(name, shard_id): None
         for name, left in outstanding.shards.items()
