@@ -110,7 +110,7 @@ def test_heads_that_cannot_be_cut_are_refused_at_start(fleet, role):
 @pytest.mark.slow
 @pytest.mark.parametrize("model", STATEFUL)
 def test_heads_outside_of_layers_are_refused_for_hybrids(fleet, model):
-    with pytest.raises(StartError, match="BHLNC cannot be used.* what works: BLHNC, LBHNC"):
+    with pytest.raises(StartError, match=r"BHLNC cannot be used.* what works: BLHNC, LBHNC"):
         fleet.get(Setup(model=model, role="kv_producer", layout="BHLNC"))
 
 

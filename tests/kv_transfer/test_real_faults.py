@@ -86,6 +86,7 @@ class Campaign:
         )
         self.plain_setup = Setup(model="llama")
         self.outcomes: Counter[str] = Counter()
+        self.by_kind: dict[str, Counter[str]] = {}
         self.slowest = 0.0
 
     @property
@@ -115,18 +116,22 @@ class Campaign:
         plain = self.fleet.get(self.plain_setup)
         for prompt, outcome in zip(prompts, outcomes, strict=True):
             if outcome is None:
-                self.outcomes["gone"] += 1
+                self.count(kind, "gone")
                 continue
             status, body = outcome
             if status == 200:
                 expected = plain.tokens(prompt)
                 got = body["choices"][0]["token_ids"]
                 assert got == expected, f"{kind}: wrong tokens for {len(prompt)} tokens"
-                self.outcomes["right"] += 1
+                self.count(kind, "right")
                 continue
             assert status in (400, 500, 502, 503), f"{kind}: {status} {body}"
             assert body["error"]["message"], f"{kind}: an error that says nothing"
-            self.outcomes["error"] += 1
+            self.count(kind, "error")
+
+    def count(self, kind: str, outcome: str) -> None:
+        self.outcomes[outcome] += 1
+        self.by_kind.setdefault(kind, Counter())[outcome] += 1
 
     def survivors_serve(self, kind: str) -> None:
         """At once, and with every block given back."""
@@ -363,6 +368,8 @@ def test_requests_end_right_or_with_an_error_whatever_happens(campaign_of, polic
     half = 0 if policy == "fail" else 1
     campaign.run(schedule(7)[half::2])
     print(policy, dict(campaign.outcomes), f"slowest survivor {campaign.slowest:.3f} s")
+    for kind, outcomes in sorted(campaign.by_kind.items()):
+        print(f"  {kind}: {dict(outcomes)}")
     assert campaign.outcomes["right"] > 10
     if policy == "fail":
         assert campaign.outcomes["error"] > 5
