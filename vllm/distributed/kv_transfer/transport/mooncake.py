@@ -98,13 +98,12 @@ def joined_runs(
     gap[1:] = (np.diff(own) != lengths[:-1]) | (np.diff(theirs) != lengths[:-1])
     first = np.flatnonzero(gap)
     sizes = np.add.reduceat(lengths, first)
-    runs = []
-    for here, there, size in zip(
-        own[first].tolist(), theirs[first].tolist(), sizes.tolist(), strict=True
-    ):
-        for start in range(0, size, longest):
-            runs.append((here + start, there + start, min(longest, size - start)))
-    return runs
+    joined = zip(own[first].tolist(), theirs[first].tolist(), sizes.tolist(), strict=True)
+    return [
+        (here + start, there + start, min(longest, size - start))
+        for here, there, size in joined
+        for start in range(0, size, longest)
+    ]
 
 
 class MooncakePort(CopyPort):
