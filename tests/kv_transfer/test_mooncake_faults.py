@@ -106,6 +106,7 @@ class PushCampaign(Campaign):
 
     def restart_prefill(self):
         self.faults.count += 1
+        self.clock.now += 0.02
         self.fabric.kill(self.p.port.name)
         self.p = self.engine("p", "kv_producer", "BHLNC")
         self.d.others["http://p:8998"] = self.p
@@ -215,6 +216,7 @@ def calm(policy):
         setattr(campaign.faults, name, 0.0)
     campaign.policy = policy
     campaign.rng = random.Random(99)
+    campaign.clock.now += 1
     campaign.p = campaign.engine("p", "kv_producer", "BHLNC")
     campaign.d = campaign.engine("d", "kv_consumer", "LBHNC")
     campaign.d.others["http://p:8998"] = campaign.p
