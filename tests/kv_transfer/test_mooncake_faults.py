@@ -196,7 +196,7 @@ def test_requests_end_right_or_with_an_error_whatever_fails():
 @pytest.mark.slow
 def test_two_thousand_faults():
     made, num_right, num_failed = run_until(2000, 1000)
-    assert made >= 2000 and num_right > 100 and num_failed > 100
+    assert made >= 2000 and num_right > 100 and num_failed > 30
 
 
 def test_a_corruption_on_the_way_would_be_noticed():
