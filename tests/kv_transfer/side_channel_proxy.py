@@ -102,8 +102,8 @@ class SideChannelProxy:
         if kind == "types":
             payload = rng.choice([None, 5, "text", [answer], b"\xc1", b""])
             return msgspec.msgpack.encode({"payload": payload, "error": None})
-        if kind == "inside":
-            outer = msgspec.msgpack.decode(answer)
+        outer = msgspec.msgpack.decode(answer)
+        if kind == "inside" and outer["payload"] is not None:
             inner = msgspec.msgpack.decode(outer["payload"])
             metadata = bytearray(inner["agent_metadata_bytes"])
             metadata[rng.randrange(len(metadata))] ^= 1 << rng.randrange(8)

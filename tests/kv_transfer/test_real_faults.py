@@ -34,7 +34,7 @@ pytestmark = pytest.mark.skipif(
     not any(importlib.util.find_spec(name) for name in ("nixl", "nixl_cu12", "nixl_cu13")),
     reason="needs nixl: pip install 'vllm[nixl]'",
 )
-LEASE, HANDSHAKE, TRANSFER = 1.5, 1.0, 3.0
+LEASE, HANDSHAKE, TRANSFER = 3.0, 1.5, 4.0
 EXTRA = {
     "kv_lease_duration": LEASE,
     "handshake_timeout": HANDSHAKE,
@@ -79,9 +79,14 @@ class Campaign:
         self.prefill_setup = Setup(
             role="kv_producer", name=name, environment=(side, *debug), **common
         )
-        self.decode_setup = Setup(role="kv_consumer", policy=policy, name=f"d{seed}", **common)
+        # Its prefix cache is emptied in between.
+        dev = ("VLLM_SERVER_DEV_MODE", "1")
+        self.decode_setup = Setup(
+            role="kv_consumer", policy=policy, name=f"d{seed}", environment=(dev,), **common
+        )
         self.plain_setup = Setup(model="llama")
         self.outcomes: Counter[str] = Counter()
+        self.by_kind: dict[str, Counter[str]] = {}
         self.slowest = 0.0
 
     @property
@@ -97,8 +102,9 @@ class Campaign:
         return [[rng.randrange(3, 190) for _ in range(rng.randint(20, 200))] for _ in range(count)]
 
     def run(self, kinds: Iterator[str] | list[str]) -> None:
-        self.fleet.all_of(self.prefill_setup, self.decode_setup, self.plain_setup)
         for kind in kinds:
+            # A lease would not outlast a start.
+            self.fleet.all_of(self.prefill_setup, self.decode_setup, self.plain_setup)
             what, _, detail = kind.partition(": ")
             fault = getattr(self, what.replace(" ", "_"))
             prompts = self.prompts(self.rng.randint(1, 4))
@@ -110,28 +116,30 @@ class Campaign:
         plain = self.fleet.get(self.plain_setup)
         for prompt, outcome in zip(prompts, outcomes, strict=True):
             if outcome is None:
-                self.outcomes["gone"] += 1
+                self.count(kind, "gone")
                 continue
             status, body = outcome
             if status == 200:
                 expected = plain.tokens(prompt)
                 got = body["choices"][0]["token_ids"]
                 assert got == expected, f"{kind}: wrong tokens for {len(prompt)} tokens"
-                self.outcomes["right"] += 1
+                self.count(kind, "right")
                 continue
             assert status in (400, 500, 502, 503), f"{kind}: {status} {body}"
             assert body["error"]["message"], f"{kind}: an error that says nothing"
-            self.outcomes["error"] += 1
+            self.count(kind, "error")
+
+    def count(self, kind: str, outcome: str) -> None:
+        self.outcomes[outcome] += 1
+        self.by_kind.setdefault(kind, Counter())[outcome] += 1
 
     def survivors_serve(self, kind: str) -> None:
         """At once, and with every block given back."""
         (prompt,) = self.prompts(1)
         expected = self.fleet.get(self.plain_setup).tokens(prompt)
-        alive = [
-            engine
-            for setup in (self.prefill_setup, self.decode_setup)
-            if (engine := self.fleet.running[setup]).alive
-        ]
+        ours = (self.prefill_setup, self.decode_setup)
+        running = [self.fleet.running[setup] for setup in ours if setup in self.fleet.running]
+        alive = [engine for engine in running if engine.alive]
         for engine in alive:
             begin = time.monotonic()
             response = engine.complete(prompt, timeout=SERVES_WITHIN)
@@ -360,6 +368,8 @@ def test_requests_end_right_or_with_an_error_whatever_happens(campaign_of, polic
     half = 0 if policy == "fail" else 1
     campaign.run(schedule(7)[half::2])
     print(policy, dict(campaign.outcomes), f"slowest survivor {campaign.slowest:.3f} s")
+    for kind, outcomes in sorted(campaign.by_kind.items()):
+        print(f"  {kind}: {dict(outcomes)}")
     assert campaign.outcomes["right"] > 10
     if policy == "fail":
         assert campaign.outcomes["error"] > 5
