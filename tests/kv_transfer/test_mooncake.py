@@ -135,3 +135,17 @@ def test_tokens_are_those_of_one_engine(make_llm, make_side):
     ask_both(p, d, PROMPTS)
     _, outputs = run(p, d)
     assert [list(out.outputs[0].token_ids) for out in outputs] == plain
+
+
+def wait_until_free(*sides, seconds=5):
+    """Steps of idle engines until no blocks are held."""
+    import time
+
+    deadline = time.monotonic() + seconds
+    while any(side.core.scheduler.kv_cache_manager.usage for side in sides):
+        assert time.monotonic() < deadline, "blocks are held"
+        for side in sides:
+            side.step()
+        time.sleep(0.002)
+    for side in sides:
+        side.core.check_integrity()

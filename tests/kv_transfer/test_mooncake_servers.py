@@ -4,22 +4,18 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 
-import httpx
 import pytest
 
 from tests.kv_transfer.harness import (
     MODELS,
-    SMOLLM2,
     STATEFUL,
     Engine,
     Fleet,
     RouterProcess,
     Setup,
     in_parallel,
-    wait_for,
 )
 from tests.kv_transfer.mooncake import own_network, require_mooncake
 
@@ -74,7 +70,9 @@ def bootstrap_of(engine: Engine) -> str:
 
 def prompts(count: int, longest: int = 180) -> list[list[int]]:
     lengths = [2 + (i * 37) % longest for i in range(count)]
-    return [[3 + (i * 7 + n * 13 + j * (n + 3)) % 90 for j in range(n)] for i, n in enumerate(lengths)]
+    return [
+        [3 + (i * 7 + n * 13 + j * (n + 3)) % 90 for j in range(n)] for i, n in enumerate(lengths)
+    ]
 
 
 def compare(cluster: Cluster, asked: list[list[int]]) -> None:

@@ -160,7 +160,7 @@ class MooncakePort(CopyPort):
     def connect(self, metadata: bytes) -> str:
         try:
             peer = msgspec.msgpack.decode(metadata, type=_Agent).peer
-        except (msgspec.DecodeError, msgspec.ValidationError) as error:
+        except (msgspec.DecodeError, UnicodeDecodeError) as error:
             raise PortError(f"not the metadata of a Mooncake engine: {error}") from error
         host, _, port = peer.rpartition(":")
         if not host or not port.isascii() or not port.isdigit() or not 0 < int(port) < 65536:

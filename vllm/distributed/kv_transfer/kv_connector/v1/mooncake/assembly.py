@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
+from vllm.distributed.kv_transfer.kv_connector.v1.compatibility import compatibility_hash
 from vllm.distributed.kv_transfer.kv_connector.v1.mooncake.directory import (
     Directory,
     EngineEntry,
@@ -21,7 +22,6 @@ from vllm.distributed.kv_transfer.kv_connector.v1.mooncake.results import Report
 from vllm.distributed.kv_transfer.kv_connector.v1.mooncake.sender import Sender
 from vllm.distributed.kv_transfer.kv_connector.v1.mooncake.worker import MooncakeWorker
 from vllm.distributed.kv_transfer.kv_connector.v1.nixl.assembly import total_heads
-from vllm.distributed.kv_transfer.kv_connector.v1.nixl.messages import compatibility_hash
 from vllm.distributed.kv_transfer.kv_connector.v1.nixl.peers import LocalSide
 from vllm.distributed.kv_transfer.transport.channel import Channel
 from vllm.distributed.kv_transfer.transport.port import CopyPort

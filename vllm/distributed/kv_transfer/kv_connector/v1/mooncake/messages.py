@@ -38,9 +38,11 @@ __all__ = [
     "Wanted",
     "Withdrawal",
     "checked_address",
+    "decode_sealed",
     "parse_params",
     "parse_settings",
     "prompt_digest",
+    "sealed",
 ]
 
 CONNECTOR_VERSION = 1
@@ -165,8 +167,8 @@ def parse_params(given: dict[str, Any] | None) -> MooncakeParams | None:
         if value is None:
             what = "do_remote_prefill" if params.do_remote_prefill else "do_remote_decode"
             raise _refusal(f"{what} needs {name}")
-        if not 0 < len(value) <= _LONGEST_ID:
-            raise _refusal(f"{name} must have 1 to {_LONGEST_ID} characters")
+        if not 0 < len(value) <= _LONGEST_ID or not value.isprintable():
+            raise _refusal(f"{name} must have 1 to {_LONGEST_ID} printable characters")
     if params.do_remote_prefill:
         address = params.remote_bootstrap_addr or ""
         try:
@@ -346,6 +348,30 @@ class MooncakeXferResponse(msgspec.Struct, kw_only=True):
     err_reqs: list[str] = []
     """With LAYOUT_MISS, those that were asked for."""
     err_msg: str | None = None
+
+
+_SEAL = 16
+
+
+def sealed(message: Any) -> bytes:
+    """On the wire: a digest, then msgpack. A damaged block id would be a wrong write."""
+    encoded = msgspec.msgpack.encode(message)
+    return hashlib.blake2b(encoded, digest_size=_SEAL).digest() + encoded
+
+
+def decode_sealed(message: bytes, kind: Any) -> Any:
+    """A message of type ``kind``.
+
+    Raises:
+        ValueError: it is damaged, or no such message.
+    """
+    seal, encoded = message[:_SEAL], message[_SEAL:]
+    if hashlib.blake2b(encoded, digest_size=_SEAL).digest() != seal:
+        raise ValueError("its digest is wrong")
+    try:
+        return msgspec.msgpack.decode(encoded, type=kind)
+    except msgspec.DecodeError as error:
+        raise ValueError(str(error)) from None
 
 
 def checked_address(address: str) -> str:

@@ -27,6 +27,8 @@ from vllm.distributed.kv_transfer.kv_connector.v1.mooncake.messages import (
     Status,
     Wanted,
     Withdrawal,
+    decode_sealed,
+    sealed,
 )
 from vllm.distributed.kv_transfer.kv_connector.v1.mooncake.results import Reports
 from vllm.distributed.kv_transfer.kv_connector.v1.topology import TransferTopology
@@ -218,7 +220,7 @@ class Receiver:
             layout_id=self._layout_id,
             layout=None if address in self._told else self._encoded,
         )
-        if self._send(address, msgspec.msgpack.encode(question)):
+        if self._send(address, sealed(question)):
             self._told.add(address)
 
     def _send_withdrawal(self, address: str, request_id: str, transfer_id: str) -> bool:
@@ -229,7 +231,7 @@ class Receiver:
             remote_tp_size=layout.tp_size,
             requests={request_id: transfer_id},
         )
-        return self._send(address, msgspec.msgpack.encode(question))
+        return self._send(address, sealed(question))
 
     def _send(self, address: str, message: bytes) -> bool:
         sent = self._channel.ask(address, message)
@@ -241,8 +243,8 @@ class Receiver:
 
     def _hear(self, address: str, message: bytes) -> None:
         try:
-            response = msgspec.msgpack.decode(message, type=MooncakeXferResponse)
-        except (msgspec.DecodeError, msgspec.ValidationError):
+            response = decode_sealed(message, MooncakeXferResponse)
+        except ValueError:
             self._reports.count(refused_notifications=1)
             return
         for request_id, moved in response.ok_reqs.items():
@@ -368,4 +370,4 @@ class Receiver:
                 remote_tp_size=self._layout.tp_size,
                 transfer_ids=sorted(transfer_ids),
             )
-            self._send(address, msgspec.msgpack.encode(heartbeat))
+            self._send(address, sealed(heartbeat))

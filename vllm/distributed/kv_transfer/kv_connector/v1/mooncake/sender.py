@@ -17,6 +17,7 @@ from typing import Any
 
 import msgspec
 
+from vllm.distributed.kv_transfer.kv_connector.v1.compatibility import check_factors
 from vllm.distributed.kv_transfer.kv_connector.v1.mooncake.messages import (
     Heartbeat,
     MooncakeSettings,
@@ -31,12 +32,10 @@ from vllm.distributed.kv_transfer.kv_connector.v1.mooncake.messages import (
     Status,
     Wanted,
     Withdrawal,
+    decode_sealed,
+    sealed,
 )
 from vllm.distributed.kv_transfer.kv_connector.v1.mooncake.results import Reports
-from vllm.distributed.kv_transfer.kv_connector.v1.nixl.messages import (
-    HandshakePayload,
-    check_compatible,
-)
 from vllm.distributed.kv_transfer.kv_connector.v1.nixl.peers import LocalSide
 from vllm.distributed.kv_transfer.kv_connector.v1.topology import TransferTopology
 from vllm.distributed.kv_transfer.plan import TransferPlan, check_descriptor, plan_transfer
@@ -160,8 +159,8 @@ class Sender:
     def hear(self) -> None:
         for who, message in self._channel.take_questions():
             try:
-                question = msgspec.msgpack.decode(message, type=Question)
-            except (msgspec.DecodeError, msgspec.ValidationError) as error:
+                question = decode_sealed(message, Question)
+            except ValueError as error:
                 self._refuse(who, [], f"malformed: {error}")
                 continue
             if isinstance(question, Heartbeat):
@@ -176,7 +175,7 @@ class Sender:
         self._say(who, MooncakeXferResponse(status=Status.ERROR, err_reqs=request_ids, err_msg=why))
 
     def _say(self, who: Any, response: MooncakeXferResponse) -> bytes:
-        encoded = msgspec.msgpack.encode(response)
+        encoded = sealed(response)
         self._channel.answer(who, encoded)
         return encoded
 
@@ -286,16 +285,11 @@ class Sender:
             raise KVTransferError("the layout is not the one that its id names")
         try:
             layout = msgspec.msgpack.decode(encoded, type=PeerLayout)
-        except (msgspec.DecodeError, msgspec.ValidationError) as error:
+        except (msgspec.DecodeError, UnicodeDecodeError) as error:
             raise KVTransferError(f"the layout is malformed: {error}") from error
         local = self._local
         if self._settings.enforce_handshake_compat:
-            payload = HandshakePayload(
-                compatibility_hash=layout.compatibility_hash,
-                factors=layout.factors,
-                agent_metadata_bytes=b"",
-            )
-            check_compatible(local.factors, payload)
+            check_factors(local.factors, layout.factors, layout.compatibility_hash)
         if layout.total_heads != local.total_heads:
             raise KVTransferError("the two engines count the heads of the model differently")
         if not 0 <= layout.tp_rank < layout.tp_size <= 1024:
