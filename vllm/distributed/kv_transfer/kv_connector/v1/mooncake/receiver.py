@@ -310,6 +310,10 @@ class Receiver:
         failed = load.error is not None
         self._reports.received(load.request_id, failed=failed)
         if failed:
+            if load.engine is None:
+                # The prefill engine has not heard of it yet.
+                deadline = self._clock() + self._times.silence
+                self._declined.append((deadline, load.request_id, load.receive.params))
             self._reports.count(failed_transfers=1)
             logger.warning("Loading KV of request %s failed: %s", load.request_id, load.error)
             return

@@ -123,6 +123,8 @@ class Sender:
         self._clock = clock
         self._decoders: OrderedDict[str, _Decoder] = OrderedDict()
         self._prefills: dict[str, _Prefill] = {}
+        self._early: OrderedDict[str, _Prefill] = OrderedDict()
+        """Transfer ids that decoders have done with before the scheduler told of them."""
         self._over: OrderedDict[str, str] = OrderedDict()
         """Transfer ids of the past, and what became of them."""
         self._wishes: dict[_Key, _Wish] = {}
@@ -142,7 +144,8 @@ class Sender:
     def take(self, metadata: MooncakeStepMetadata) -> None:
         for transfer_id in metadata.announced:
             self._over.pop(transfer_id, None)
-            self._prefills[transfer_id] = _Prefill(float("inf"))
+            prefill = self._early.pop(transfer_id, None) or _Prefill(float("inf"))
+            self._prefills[transfer_id] = prefill
         now = self._clock()
         for offer in metadata.offers:
             prefill = self._prefills.setdefault(offer.transfer_id, _Prefill(0.0))
@@ -451,9 +454,13 @@ class Sender:
     # Blocks
 
     def _rank_is_done(self, transfer_id: str, session: str, rank: int, tp_size: int) -> None:
-        prefill = self._prefills.get(transfer_id)
-        if prefill is None:
+        if transfer_id in self._over:
             return
+        prefill = self._prefills.get(transfer_id) or self._early.get(transfer_id)
+        if prefill is None:
+            prefill = self._early[transfer_id] = _Prefill(float("inf"))
+            while len(self._early) > _MOST_REMEMBERED:
+                self._early.popitem(last=False)
         if prefill.session is None:
             self._claim(prefill, session, tp_size)
         if (prefill.session, prefill.tp_size) == (session, tp_size):
@@ -461,8 +468,8 @@ class Sender:
             self._end_if_done(transfer_id)
 
     def _end_if_done(self, transfer_id: str) -> None:
-        prefill = self._prefills[transfer_id]
-        if prefill.offer is None or prefill.session is None:
+        prefill = self._prefills.get(transfer_id)
+        if prefill is None or prefill.offer is None or prefill.session is None:
             return
         small, large = sorted((prefill.tp_size, self._local.shard.tp_size))
         if small < 1 or large % small:
