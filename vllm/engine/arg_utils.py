@@ -318,11 +318,11 @@ class EngineArgs:
             "int8_per_token_head",
             "fp8_per_token_head",
             "int4_per_token_head",
+            "nvfp4",
         ),
         later=(
             "fp8_inc",
             "fp8_ds_mla",
-            "nvfp4",
             "turboquant_k8v4",
             "turboquant_4bit_nc",
             "turboquant_k3v4_nc",
