@@ -32,6 +32,7 @@ import torch
 
 from vllm.utils.torch_utils import nvfp4_split_data_scale
 from vllm.v1.kv_cache.content import NVFP4_GROUP
+from vllm.v1.kv_cache.declare import TURBOQUANT_BITS
 
 __all__ = ["E2M1", "FORMATS", "KVFormat", "NVFP4Format", "SideScales", "kv_format"]
 
@@ -149,7 +150,7 @@ class KVFormat:
         kv_cache[blocks, :, offsets] = self.quantise_kv(key, value, scales)
 
     def read(self, pages: torch.Tensor, scales: SideScales | None = None) -> torch.Tensor:
-        """K then V of all tokens of ``pages``, bytes ``(P, heads, N, C)``: ``(P * N, K, 2 * D)``."""
+        """K then V ``(P * N, K, 2 * D)`` of all tokens of ``pages``, bytes ``(P, heads, N, C)``."""
         return self.dequantise_kv(pages.transpose(1, 2).flatten(0, 1), scales)
 
 
@@ -170,7 +171,7 @@ class NVFP4Format(KVFormat):
         return self.content_bytes(head_size)
 
     def quantise(self, x: torch.Tensor, scale: float = 1.0) -> torch.Tensor:
-        """One side: numbers ``(..., D)`` to uint8, ``D / 2`` of data before ``D / 16`` of scales."""
+        """One side: numbers ``(..., D)`` to bytes, ``D / 2`` of data, then scales."""
         groups = x.float().unflatten(-1, (-1, NVFP4_GROUP))
         magnitude = groups.abs().amax(dim=-1, keepdim=True)
         own = (magnitude / self.largest / scale).clamp(max=_LARGEST_E4M3).to(torch.float8_e4m3fn)
@@ -245,4 +246,8 @@ FORMATS: Mapping[str, KVFormat] = MappingProxyType(
 
 def kv_format(cache_dtype: str) -> KVFormat | None:
     """The quantised content called ``cache_dtype``; None where the cache holds plain numbers."""
+    if cache_dtype in TURBOQUANT_BITS:
+        from vllm.v1.attention.ops.turboquant import TURBOQUANT_FORMATS
+
+        return TURBOQUANT_FORMATS[cache_dtype]
     return FORMATS.get(cache_dtype)
