@@ -26,6 +26,7 @@ Sources: TurboQuant (ICLR 2026), DRIVE (NeurIPS 2021), Lloyd, Least Squares Quan
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -59,13 +60,13 @@ def normal_levels(bits: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
     # Symmetric about zero: the upper half is enough.
     levels = [3.0 * (i + 0.5) / count for i in range(count)]
     for _ in range(3000):
-        edges = [0.0, *((a + b) / 2 for a, b in zip(levels, levels[1:], strict=False)), 40.0]
+        edges = [0.0, *((a + b) / 2 for a, b in itertools.pairwise(levels)), 40.0]
         levels = [
             (_density(a) - _density(b)) / (_share(b) - _share(a))
-            for a, b in zip(edges, edges[1:], strict=False)
+            for a, b in itertools.pairwise(edges)
         ]
     both = tuple(-x for x in reversed(levels)) + tuple(levels)
-    return both, tuple((a + b) / 2 for a, b in zip(both, both[1:], strict=False))
+    return both, tuple((a + b) / 2 for a, b in itertools.pairwise(both))
 
 
 @functools.cache
