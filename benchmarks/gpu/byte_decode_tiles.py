@@ -31,20 +31,23 @@ from vllm.v1.attention.ops.triton_paged_attention import default_config, paged_a
 
 PAGE = 64
 FORMATS = ("fp8_e4m3", "int8_per_token_head", "int4_per_token_head", "nvfp4")
-# Tokens of a tile, registers of a thread.
-VARIANTS: tuple[tuple[int, int] | None, ...] = (
-    None, (16, 128), (16, 168), (32, 128), (32, 168), (32, 255),
+# Tokens of a tile, registers of a thread, the next tile fetched ahead; None: the general kernel.
+Variant = tuple[int, int, bool] | None
+VARIANTS: tuple[Variant, ...] = (
+    None, (16, 168, False), (16, 168, True), (32, 168, False), (32, 168, True), (32, 208, True),
+    (32, 255, False), (32, 255, True),
 )  # fmt: skip
-WAVES = (16, 32, 64)
-Job = tuple[str, tuple[int, int] | None]
+WAVES = (4, 8, 12, 16, 24)
+Job = tuple[str, Variant]
 
 
-def run(inputs: dict[str, Any], variant: tuple[int, int] | None) -> partial[None]:
+def run(inputs: dict[str, Any], variant: Variant) -> partial[None]:
     config = default_config(PAGE, D, torch.bfloat16, copies=True, fmt=inputs["fmt"])
     if variant is None:
         config = replace(config, byte_decode=False)
     else:
-        config = replace(config, byte_tile=variant[0], byte_registers=variant[1])
+        names = ("byte_tile", "byte_registers", "byte_prefetch")
+        config = replace(config, **dict(zip(names, variant, strict=True)))
     return partial(paged_attention, **inputs, config=config)
 
 
@@ -63,10 +66,11 @@ def measure(name: str) -> list[dict[str, Any]]:
                 inputs["seq_lens"], inputs["query_start_loc"], KV_HEADS, 8192, waves=waves
             )
             ms = replay_ms(run(inputs, variant))
-            tile, registers = variant or (None, None)
+            tile, registers, prefetch = variant or (None, None, None)
             rows.append(
                 {"format": name, "kernel": "bytes" if variant else "general", "tile": tile,
-                 "registers": registers, "waves": waves, "us": round(ms * 1e3, 1),
+                 "registers": registers, "prefetch": prefetch, "waves": waves,
+                 "us": round(ms * 1e3, 1),
                  "gb_s": round(size / ms / 1e6, 1)}
             )  # fmt: skip
             print("  ".join(f"{key}={value}" for key, value in rows[-1].items()), flush=True)

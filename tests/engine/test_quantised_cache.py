@@ -12,6 +12,7 @@ from transformers.models.llama import modeling_llama
 
 from tests.engine.conftest import ENGINE_ARGS, VOCAB_SIZE
 from vllm import LLM, SamplingParams
+from vllm.errors import ConfigError
 from vllm.v1.attention.ops.kv_formats import FORMATS, KVFormat, kv_format
 
 NAMES = [name for name in FORMATS if name != "fp8"]
@@ -144,3 +145,17 @@ def test_a_request_that_is_cut_in_chunks_reads_what_it_stored(start, prompts) ->
         )
     ]
     assert tokens[0] == tokens[1]
+
+
+def test_a_backend_without_the_format_says_so(start) -> None:
+    with pytest.raises(ConfigError, match="CPU_ATTN: kv cache dtype turboquant_4bit_nc not"):
+        start(kv_cache_dtype="turboquant_4bit_nc", attention_backend="CPU_ATTN")
+
+
+@pytest.mark.parametrize("name", ["turboquant_k8v4", "turboquant_3bit_nc"])
+def test_slots_on_a_cpu_are_the_references(
+    start, simulated_model, prompts, name, monkeypatch
+) -> None:
+    ours = log_probs_by_engine(start(kv_cache_dtype=name), prompts)
+    theirs = log_probs_by_simulation(simulated_model, prompts, kv_format(name), monkeypatch)
+    assert (ours - theirs).abs().median() < 1e-4

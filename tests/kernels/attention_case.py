@@ -159,6 +159,10 @@ def store(step: Step, backend: str, cache: torch.Tensor | None = None) -> torch.
             _torch_ops.store_kv_cache(key, value, cache, slots, fmt, step.scales)
         elif backend == "CPU_ATTN":
             ops.store_kv_cache(key, value, cache, slots, fmt, step.scales)
+        elif backend == "TURBOQUANT":
+            from vllm.v1.attention.ops.triton_slots import store_slots
+
+            store_slots(key, value, cache, slots, fmt)
         else:
             from vllm.v1.attention.ops.triton_kv_store import rotate_and_store
 
@@ -179,10 +183,15 @@ def attend(step: Step, backend: str) -> torch.Tensor:
         _torch_ops.paged_attention(step.query, step.cache, out, *tables, scale, **step.options)
         return out
     from vllm.v1.attention.ops.triton_paged_attention import paged_attention
+    from vllm.v1.attention.ops.turboquant import TurboQuantFormat, hadamard
 
+    query = step.query
+    if isinstance(case.format, TurboQuantFormat) and case.format.rotates:
+        # As the backend does.
+        query = (query.float() @ hadamard(case.head_size, query.device)).to(query.dtype)
     new = [count for _, count in case.lengths]
     paged_attention(
-        step.query, step.cache, out, query_start_loc=step.starts, seq_lens=step.seq_lens,
+        query, step.cache, out, query_start_loc=step.starts, seq_lens=step.seq_lens,
         block_table=step.table, max_query_len=max(new), max_seq_len=int(step.seq_lens.max()),
         scale=scale, has_decodes=1 in new, window=case.window, soft_cap=case.soft_cap,
         alibi_slopes=step.slopes, sinks=step.sinks, causal=case.causal, fmt=case.format,

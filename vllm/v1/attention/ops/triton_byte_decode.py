@@ -98,11 +98,12 @@ def _weights(p):
 
 
 @triton.jit
-def _byte_at(position, FORMAT: tl.constexpr):
-    """Which byte of a lane's run a position holds: two nibbles a byte come out of order."""
-    if FORMAT >= 5:
-        return position // 4 * 4 + position % 4 // 2 + position % 2 * 2
-    return position
+def _prefetch(addresses):
+    """Have lines of memory brought into the second-level cache; nobody waits for them."""
+    tl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [addresses.to(tl.int64)],
+        dtype=tl.int32, is_pure=False, pack=1,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -115,7 +116,8 @@ def _byte_decode_kernel(
     WINDOW: tl.constexpr, HAS_SOFT_CAP: tl.constexpr, HAS_ALIBI: tl.constexpr,
     HAS_SINKS: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, FIELDS: tl.constexpr,
     D: tl.constexpr, PAGE: tl.constexpr, TILE: tl.constexpr, K_VEC: tl.constexpr,
-    V_VEC: tl.constexpr, COMPUTE: tl.constexpr, ASM: tl.constexpr, MAX_SPLITS: tl.constexpr,
+    V_VEC: tl.constexpr, COMPUTE: tl.constexpr, ASM: tl.constexpr, PREFETCH: tl.constexpr,
+    CONTENT: tl.constexpr, MAX_SPLITS: tl.constexpr,
     FORMAT: tl.constexpr, V_AT: tl.constexpr, V_SCALE_AT: tl.constexpr, UNIT: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
@@ -145,10 +147,10 @@ def _byte_decode_kernel(
     column = tl.arange(0, COLUMNS)
     # Row m * 16 + 4t + w of the keys' side.
     at = column // 16 * 4 + column % 4
-    k_byte = (at // K_VEC * 4 + column % 16 // 4) * K_VEC + _byte_at(at % K_VEC, FORMAT)
+    k_byte = (at // K_VEC * 4 + column % 16 // 4) * K_VEC + at % K_VEC
     # Column i * 8 + g of the values' side.
     at = column // 8
-    v_byte = (at // V_VEC * 8 + column % 8) * V_VEC + _byte_at(at % V_VEC, FORMAT)
+    v_byte = (at // V_VEC * 8 + column % 8) * V_VEC + at % V_VEC
     at_q = q_ptr + row * stride_q_t + heads[:, None] * stride_q_h
     q_low = tl.load(
         at_q + (k_byte * HALVES)[None, :], mask=row_valid[:, None], other=0.0
@@ -210,15 +212,18 @@ def _byte_decode_kernel(
     base = head.to(tl.int64) * stride_kv_h * UNIT
     scale_base = head.to(tl.int64) * stride_s_h
     first_tile = lowest // TILE * TILE
+    # Lines of a token's content.
+    LINES: tl.constexpr = 1 if GROUPED else (4 if CONTENT > 256 else 2)
+    line = tl.minimum(tl.arange(0, LINES) * 128, CONTENT - 1)
     block = tl.load(table + first_tile // PAGE).to(tl.int64)
+    next_block = tl.load(table + tl.minimum(first_tile + TILE, end - 1) // PAGE).to(tl.int64)
     for begin in tl.range(first_tile, end, TILE):
         begin = tl.multiple_of(begin, TILE)
         page = kv_ptr + base + block * stride_kv_b * UNIT + begin % PAGE * stride_kv_n * UNIT
         if PER_HEAD | GROUPED:
             page_scales = kv_scale_ptr + scale_base + block * stride_s_b
             page_scales += begin % PAGE * stride_s_n
-        ahead = tl.minimum(begin + TILE, end - 1)
-        block = tl.load(table + ahead // PAGE).to(tl.int64)
+        coming = tl.load(table + tl.minimum(begin + 2 * TILE, end - 1) // PAGE).to(tl.int64)
         # Tokens outside read one that is inside, so nothing that is read is poison.
         first = tl.maximum(lowest - begin, 0)
         last = tl.minimum(end - begin, TILE) - 1
@@ -234,6 +239,19 @@ def _byte_decode_kernel(
             v_group = v_run * V_VEC // 8 + tl.arange(0, V_GROUPS)[None, None, None, None, :]
             k_groups = tl.load(page_scales + k_rows * stride_s_n + k_group)
             v_groups = tl.load(page_scales + V_SCALE_AT + v_rows * stride_s_n + v_group)
+        if PREFETCH:
+            rows_ahead = (tl.minimum(begin + TILE, end - 1) % PAGE // TILE * TILE + n)[:, None]
+            lines = kv_ptr + base + next_block * stride_kv_b * UNIT
+            lines += rows_ahead * stride_kv_n * UNIT + line[None, :]
+            _prefetch(lines)
+            if GROUPED:
+                _prefetch(lines + V_AT)
+                lines = kv_scale_ptr + scale_base + next_block * stride_s_b
+                lines += rows_ahead * stride_s_n
+                _prefetch(lines)
+                _prefetch(lines + V_SCALE_AT)
+        block = next_block
+        next_block = coming
         k_low, k_high = _key_tile(raw_k, k_groups, COMPUTE, FORMAT, ASM)
         s = tl.dot(q_low, k_low, input_precision="ieee")
         if HALVES == 2:
@@ -319,12 +337,14 @@ def byte_decode_attention(
     scales: SideScales | None = None,
     tile: int | None = None,
     registers: int = _REGISTERS,
+    prefetch: bool = True,
 ) -> None:
     """As ``decode_attention``, over a cache that ``fits_byte_decode``.
 
     Args:
         tile: tokens of one iteration: 16, or 32 where that divides a page.
         registers: of a thread, at most.
+        prefetch: have the next tile brought into the second-level cache.
     """
     shared = layer_scales(fmt, scales)
     num_heads, head_size = q.shape[1], q.shape[2]
@@ -347,6 +367,7 @@ def byte_decode_attention(
         HAS_SINKS=sinks is not None, GROUP=group, ROWS=max(16, triton.next_power_of_2(group)),
         FIELDS=_FIELDS, D=head_size, PAGE=page, TILE=tile or (32 if page % 32 == 0 else 16),
         K_VEC=k_vec, V_VEC=v_vec, COMPUTE=tl.float16 if is_half else tl.float32,
-        ASM=is_half and not _interprets(), MAX_SPLITS=MAX_SPLITS, num_warps=1, num_stages=1,
-        maxnreg=registers,        **cache.constants, **options(q.device),
+        ASM=is_half and not _interprets(),
+        PREFETCH=prefetch and not _interprets(), CONTENT=kv_cache.shape[3], MAX_SPLITS=MAX_SPLITS,
+        num_warps=1, num_stages=1, maxnreg=registers, **cache.constants, **options(q.device),
     )  # fmt: skip

@@ -23,6 +23,7 @@ import triton.language as tl
 from vllm.utils.dependent_launch import await_previous, options, release
 from vllm.v1.attention.ops.kv_formats import KVFormat, SideScales
 from vllm.v1.attention.ops.triton_formats import FormatArguments, layer_scales, scaled, widened
+from vllm.v1.attention.ops.triton_slots import slot_keys, slot_values
 
 __all__ = [
     "MAX_SPLITS",
@@ -176,8 +177,8 @@ def finish_item(
 
 @triton.jit
 def _decode_kernel(
-    q_ptr, kv_ptr, kv_scale_ptr, out_ptr, part_ptr, lse_ptr, block_table_ptr, items_ptr, count_ptr,
-    arrived_ptr, slopes_ptr, sinks_ptr, scale, v_scale, soft_cap,
+    q_ptr, kv_ptr, kv_scale_ptr, levels_ptr, out_ptr, part_ptr, lse_ptr, block_table_ptr, items_ptr,
+    count_ptr, arrived_ptr, slopes_ptr, sinks_ptr, scale, v_scale, soft_cap,
     stride_q_t, stride_q_h, stride_o_t, stride_o_h,
     stride_kv_b, stride_kv_h, stride_kv_n, stride_s_b, stride_s_h, stride_s_n, stride_bt,
     stride_part_i, stride_part_h, stride_lse_i,
@@ -229,7 +230,9 @@ def _decode_kernel(
             top *= 1.4426950408889634
             total += 1.0
     acc = tl.zeros([ROWS, D_PAD], tl.float32)
-    HAS_SCALES: tl.constexpr = (FORMAT >= 3) & (FORMAT <= 5)
+    # Of a token's key and value; with a zero, too, in TurboQuant's slots.
+    IS_SLOT: tl.constexpr = FORMAT >= 7
+    HAS_SCALES: tl.constexpr = ((FORMAT >= 3) & (FORMAT <= 5)) | (FORMAT >= 8)
     BYTES_PAD: tl.constexpr = D_PAD // 2 if FORMAT >= 5 else D_PAD
     NUM_BYTES: tl.constexpr = D // 2 if FORMAT >= 5 else D
     GROUPS: tl.constexpr = D_PAD // 16
@@ -263,6 +266,10 @@ def _decode_kernel(
                 kv_ptr + at[:, None] + (V_AT + dims)[None, :],
                 mask=valid[:, None] & dim_valid[None, :], other=0.0,
             )  # fmt: skip
+        elif IS_SLOT:
+            there = valid[:, None] & dim_valid[None, :]
+            k = tl.trans(slot_keys(kv_ptr + at, dims, there, levels_ptr, q.dtype, FORMAT))
+            v = slot_values(kv_ptr + at + V_AT, dims, there, q.dtype, FORMAT)
         else:
             there = valid[:, None] & byte_valid[None, :]
             at_byte = kv_ptr + at[:, None] + byte[None, :]
@@ -277,7 +284,7 @@ def _decode_kernel(
                 v = scaled(v, tl.load(at_group + V_SCALE_AT, mask=there, other=0), GROUPS)
             k = tl.trans(k)
         if HAS_SCALES:
-            k_scales = tl.load(at_scale, mask=valid, other=0.0)
+            k_scales = tl.load(at_scale, mask=valid, other=0.0).to(tl.float32)
         s = score(
             q, k, k_scales, positions_q, tokens, slopes, scale, soft_cap, HAS_SCALES, HAS_SOFT_CAP,
             HAS_ALIBI, PRECISION,
@@ -287,9 +294,14 @@ def _decode_kernel(
         p = tl.exp2(s - new_top[:, None])
         shrink = tl.exp2(top - new_top)
         total = total * shrink + tl.sum(p, 1)
-        if HAS_SCALES:
-            p = p * tl.load(at_scale + V_SCALE_AT, mask=valid, other=0.0)[None, :]
-        acc = acc * shrink[:, None] + tl.dot(p.to(v.dtype), v, input_precision=PRECISION)
+        acc = acc * shrink[:, None]
+        if IS_SLOT:
+            zeros = tl.load(at_scale + V_SCALE_AT + 1, mask=valid, other=0.0).to(tl.float32)
+            acc += tl.sum(p * zeros[None, :], 1)[:, None]
+        if HAS_SCALES | IS_SLOT:
+            v_scales = tl.load(at_scale + V_SCALE_AT, mask=valid, other=0.0).to(tl.float32)
+            p = p * v_scales[None, :]
+        acc += tl.dot(p.to(v.dtype), v, input_precision=PRECISION)
         top = new_top
     acc *= (v_scale / total)[:, None]
     finish_item(
@@ -434,8 +446,8 @@ def decode_attention(
     part = q.new_empty((plan.num_items, num_heads, head_size), dtype=torch.float32)
     lse = q.new_empty((plan.num_items, num_heads), dtype=torch.float32)
     _decode_kernel[(cache.kv_heads, plan.num_items)](
-        q, cache.data, cache.scales, out, part, lse, block_table, plan.items, plan.count,
-        plan.arrived, alibi_slopes, sinks, scale * shared.k, shared.v, soft_cap,
+        q, cache.data, cache.scales, cache.levels, out, part, lse, block_table, plan.items,
+        plan.count, plan.arrived, alibi_slopes, sinks, scale * shared.k, shared.v, soft_cap,
         q.stride(0), q.stride(1), out.stride(0), out.stride(1), *cache.strides,
         *cache.scale_strides, block_table.stride(0), part.stride(0), part.stride(1), lse.stride(0),
         WINDOW=window, HAS_SOFT_CAP=soft_cap > 0, HAS_ALIBI=alibi_slopes is not None,

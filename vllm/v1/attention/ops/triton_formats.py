@@ -14,6 +14,7 @@ import triton.language as tl
 
 from vllm.utils.torch_utils import nvfp4_split_data_scale
 from vllm.v1.attention.ops.kv_formats import KVFormat, SideScales
+from vllm.v1.attention.ops.turboquant import TurboQuantFormat, levels_on
 
 __all__ = ["FormatArguments", "layer_scales", "numbers", "quantised", "scaled", "widened"]
 
@@ -77,9 +78,8 @@ def numbers(
 ):  # fmt: skip
     """Bytes ``(..., VEC)`` as numbers; twice where a byte holds two, low nibbles first.
 
-    Positions of the second kind are out of order within four: bytes 0, 2, 1, 3. ``scales`` are
-    nvfp4's bytes ``(..., VEC / 8)``, at least one. ASM: four bytes in a register at
-    a time, to float16.
+    ``scales`` are nvfp4's bytes ``(..., VEC / 8)``, at least one. ASM: four bytes in a register at
+    a time, whichever they are, to float16.
     """
     if FORMAT == _NVFP4:
         low, high = _fp4_numbers(raw, scales, COMPUTE, ASM)
@@ -136,8 +136,7 @@ def _int8_numbers(raw, COMPUTE: tl.constexpr, ASM: tl.constexpr):
         x = tl.inline_asm_elementwise(
             """
             {
-            .reg .b32 t;
-            .reg .b32 m;
+            .reg .b32 t, m;
             xor.b32 t, $2, 0x80808080;
             mov.b32 m, 0x64806480;
             prmt.b32 $0, t, 0x64646464, 0x4140;
@@ -154,34 +153,21 @@ def _int8_numbers(raw, COMPUTE: tl.constexpr, ASM: tl.constexpr):
 
 
 @triton.jit
-def _reordered(x):
-    """Positions of each four on the last of five axes as the nibbles of a register come out."""
-    a: tl.constexpr = x.shape[0]
-    b: tl.constexpr = x.shape[1]
-    c: tl.constexpr = x.shape[2]
-    d: tl.constexpr = x.shape[3]
-    e: tl.constexpr = x.shape[4]
-    y = tl.permute(tl.reshape(x, (a * b * c, d, e // 4, 2, 2)), (0, 1, 2, 4, 3))
-    return tl.reshape(y, (a, b, c, d, e))
-
-
-@triton.jit
 def _int4_numbers(raw, COMPUTE: tl.constexpr, ASM: tl.constexpr):
     if ASM:
         # 0x6400 | n is 1024 + n, and 0x5400 | n << 4 is 64 + n.
         low, high = tl.inline_asm_elementwise(
             """
             {
-            .reg .b32 t;
-            .reg .b32 m;
-            .reg .b32 n;
+            .reg .b32 t, u, m, n;
             mov.b32 m, 0x64086408;
             mov.b32 n, 0x54805480;
-            shr.u32 t, $4, 8;
-            lop3.b32 $0, $4, 0x000f000f, 0x64006400, 0xea;
-            lop3.b32 $2, $4, 0x00f000f0, 0x54005400, 0xea;
-            lop3.b32 $1, t, 0x000f000f, 0x64006400, 0xea;
-            lop3.b32 $3, t, 0x00f000f0, 0x54005400, 0xea;
+            prmt.b32 t, $4, 0, 0x4140;
+            prmt.b32 u, $4, 0, 0x4342;
+            lop3.b32 $0, t, 0x000f000f, 0x64006400, 0xea;
+            lop3.b32 $2, t, 0x00f000f0, 0x54005400, 0xea;
+            lop3.b32 $1, u, 0x000f000f, 0x64006400, 0xea;
+            lop3.b32 $3, u, 0x00f000f0, 0x54005400, 0xea;
             sub.f16x2 $0, $0, m;
             sub.f16x2 $1, $1, m;
             sub.f16x2 $2, $2, n;
@@ -191,7 +177,7 @@ def _int4_numbers(raw, COMPUTE: tl.constexpr, ASM: tl.constexpr):
             "=&r,=&r,=&r,=&r,r", [raw], dtype=(tl.float16, tl.float16), is_pure=True, pack=4,
         )  # fmt: skip
     else:
-        low, high = _nibbles(_reordered(raw), COMPUTE, _INT4)
+        low, high = _nibbles(raw, COMPUTE, _INT4)
     return low, high
 
 
@@ -203,30 +189,32 @@ def _fp4_numbers(raw, scales, COMPUTE: tl.constexpr, ASM: tl.constexpr):
         low, high = tl.inline_asm_elementwise(
             """
             {
-            .reg .b32 t;
-            .reg .b32 u;
-            shl.b32 t, $4, 9;
-            shl.b32 u, $4, 12;
+            .reg .b32 t, u, v;
+            prmt.b32 v, $4, 0, 0x4140;
+            shl.b32 t, v, 9;
+            shl.b32 u, v, 12;
             and.b32 t, t, 0x0e000e00;
             lop3.b32 $0, u, 0x80008000, t, 0xea;
-            shl.b32 t, $4, 5;
-            shl.b32 u, $4, 8;
+            shl.b32 t, v, 5;
+            shl.b32 u, v, 8;
             and.b32 t, t, 0x0e000e00;
             lop3.b32 $2, u, 0x80008000, t, 0xea;
-            shl.b32 t, $4, 1;
-            shl.b32 u, $4, 4;
+            prmt.b32 v, $4, 0, 0x4342;
+            shl.b32 t, v, 9;
+            shl.b32 u, v, 12;
             and.b32 t, t, 0x0e000e00;
             lop3.b32 $1, u, 0x80008000, t, 0xea;
-            shr.u32 t, $4, 3;
+            shl.b32 t, v, 5;
+            shl.b32 u, v, 8;
             and.b32 t, t, 0x0e000e00;
-            lop3.b32 $3, $4, 0x80008000, t, 0xea;
+            lop3.b32 $3, u, 0x80008000, t, 0xea;
             }
             """,
             "=&r,=&r,=&r,=&r,r", [raw], dtype=(tl.float16, tl.float16), is_pure=True, pack=4,
         )  # fmt: skip
         own = scales.to(tl.float8e4nv, bitcast=True).to(tl.float16) * 64.0
     else:
-        low, high = _nibbles(_reordered(raw), COMPUTE, _NVFP4)
+        low, high = _nibbles(raw, COMPUTE, _NVFP4)
         own = scales.to(tl.float8e4nv, bitcast=True).to(COMPUTE) * 0.00390625
     own = own.to(COMPUTE)
     a: tl.constexpr = raw.shape[0]
@@ -297,7 +285,8 @@ class FormatArguments:
     Attributes:
         data: the cache as the kernel addresses it: itself, or a view of single bytes.
         scales: where sides have scales, a view of them that begins at the first of K's: float32
-            for one per token, bytes for nvfp4.
+            for one per token, bytes for nvfp4, float16 for TurboQuant's slots.
+        levels: what the codes of TurboQuant's keys stand for.
         strides: of B, H and N, in units of ``UNIT`` elements, by which a kernel multiplies them:
             it then knows that rows begin at multiples of so many bytes, and reads words.
         scale_strides: of B, H and N, in elements of ``scales``.
@@ -314,6 +303,7 @@ class FormatArguments:
         "data",
         "factor",
         "kv_heads",
+        "levels",
         "scale_strides",
         "scales",
         "strides",
@@ -324,6 +314,7 @@ class FormatArguments:
         self.data = kv_cache
         self.kv_heads = kv_cache.shape[1]
         self.scales: torch.Tensor | None = None
+        self.levels: torch.Tensor | None = None
         self.factor, self.alignment = 1.0, 1
         side, v_scale_at = head_size, 0
         if fmt is not None:
@@ -335,9 +326,18 @@ class FormatArguments:
                 self.data, self.scales = nvfp4_split_data_scale(raw[:, : self.kv_heads])
                 self.factor = _NVFP4_FACTOR
                 assert self.data.shape[3] * 2 == head_size
+            elif isinstance(fmt, TurboQuantFormat):
+                assert raw.shape[3] == fmt.content_bytes(head_size)
+                side, scales_at = fmt.value_at(head_size), fmt.value_scales_at(head_size)
+                # A key's length is the first, or the value's step where there is none.
+                first = fmt.key_bytes(head_size) if fmt.rotates else scales_at
+                self.scales = raw.view(torch.float16)[..., first // 2]
+                v_scale_at = (scales_at - first) // 2
+                if fmt.rotates:
+                    self.levels, _ = levels_on(fmt.key_bits, raw.device)
             else:
                 assert raw.shape[3] == 2 * side
-            if fmt.per_token_head:
+            if fmt.per_token_head and not isinstance(fmt, TurboQuantFormat):
                 self.scales = raw.view(torch.float32)[..., fmt.data_bytes(head_size) // 4]
                 v_scale_at = side // 4
         else:

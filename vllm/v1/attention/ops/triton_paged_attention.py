@@ -34,12 +34,13 @@ from vllm.v1.attention.ops.triton_decode import (
     score,
 )
 from vllm.v1.attention.ops.triton_formats import FormatArguments, layer_scales, scaled, widened
+from vllm.v1.attention.ops.triton_slots import slot_keys, slot_values
 
 
 @triton.jit
 def _attend(
-    acc, total, top, q, kv_ptr, kv_scale_ptr, kv_desc, base, scale_base, table, head,
-    positions_q, dims, slopes, scale, soft_cap, start, end, lowest, highest,
+    acc, total, top, q, kv_ptr, kv_scale_ptr, levels_ptr, kv_desc, base, scale_base, table,
+    head, positions_q, dims, slopes, scale, soft_cap, start, end, lowest, highest,
     stride_kv_b, stride_kv_n, stride_s_b, stride_s_n,
     MASKED: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr,
     HAS_SOFT_CAP: tl.constexpr, HAS_ALIBI: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr,
@@ -48,7 +49,8 @@ def _attend(
     UNIT: tl.constexpr,
 ):  # fmt: skip
     """Online softmax over the tiles of ``[start, end)``; only a MASKED call looks at bounds."""
-    HAS_SCALES: tl.constexpr = (FORMAT >= 3) & (FORMAT <= 5)
+    IS_SLOT: tl.constexpr = FORMAT >= 7
+    HAS_SCALES: tl.constexpr = ((FORMAT >= 3) & (FORMAT <= 5)) | (FORMAT >= 8)
     BYTES_PAD: tl.constexpr = D_PAD // 2 if FORMAT >= 5 else D_PAD
     NUM_BYTES: tl.constexpr = D // 2 if FORMAT >= 5 else D
     GROUPS: tl.constexpr = D_PAD // 16
@@ -69,7 +71,14 @@ def _attend(
                 block = tl.load(table + tokens // PAGE)
             at = base + block.to(tl.int64) * stride_kv_b * UNIT
             at += (tokens % PAGE) * stride_kv_n * UNIT
-            if FORMAT > 0:
+            if IS_SLOT:
+                there = (tokens >= 0)[:, None] & (dims < D)[None, :]
+                k = tl.trans(slot_keys(kv_ptr + at, dims, there, levels_ptr, q.dtype, FORMAT))
+                at_scale = kv_scale_ptr + scale_base + block.to(tl.int64) * stride_s_b
+                at_scale += (tokens % PAGE) * stride_s_n
+                if HAS_SCALES:
+                    k_scales = tl.load(at_scale).to(tl.float32)
+            elif FORMAT > 0:
                 at_byte = kv_ptr + at[:, None] + byte[None, :]
                 raw = tl.load(at_byte, mask=(byte < NUM_BYTES)[None, :], other=0)
                 k = widened(raw, q.dtype, FORMAT)
@@ -106,6 +115,16 @@ def _attend(
         total = total * shrink + tl.sum(p, 1)
         if USE_TMA:
             v = kv_desc.load([block, head, begin % PAGE, D]).reshape(TILE, D)
+        elif IS_SLOT:
+            v = slot_values(kv_ptr + at + V_AT, dims, there, q.dtype, FORMAT)
+            v_scales = tl.load(at_scale + V_SCALE_AT).to(tl.float32)
+            zeros = tl.load(at_scale + V_SCALE_AT + 1).to(tl.float32)
+            if MASKED:
+                inside = (tokens >= lowest) & (tokens < highest)
+                v_scales = tl.where(inside, v_scales, 0.0)
+                zeros = tl.where(inside, zeros, 0.0)
+            zero = tl.sum(p * zeros[None, :], 1)
+            p = p * v_scales[None, :]
         elif FORMAT > 0:
             raw = tl.load(at_byte + V_AT, mask=(byte < NUM_BYTES)[None, :], other=0)
             v = widened(raw, q.dtype, FORMAT)
@@ -126,6 +145,8 @@ def _attend(
             # Slots never written, or freed behind the window, may hold NaN; 0 * NaN is NaN.
             v = tl.where(((tokens >= lowest) & (tokens < highest))[:, None], v, 0.0)
         acc = acc * shrink[:, None]
+        if IS_SLOT:
+            acc += zero[:, None]
         acc = tl.dot(p.to(v.dtype), v, acc, input_precision=PRECISION)
         top = new_top
     return acc, total, top
@@ -133,8 +154,8 @@ def _attend(
 
 @triton.jit(do_not_specialize=["num_requests"])
 def _prefill_kernel(
-    q_ptr, kv_ptr, kv_scale_ptr, kv_desc, out_ptr, block_table_ptr, seq_lens_ptr, query_start_ptr,
-    slopes_ptr, sinks_ptr, num_requests, scale, v_scale, soft_cap,
+    q_ptr, kv_ptr, kv_scale_ptr, levels_ptr, kv_desc, out_ptr, block_table_ptr, seq_lens_ptr,
+    query_start_ptr, slopes_ptr, sinks_ptr, num_requests, scale, v_scale, soft_cap,
     stride_q_t, stride_q_h, stride_o_t, stride_o_h,
     stride_kv_b, stride_kv_h, stride_kv_n, stride_s_b, stride_s_h, stride_s_n, stride_bt,
     WINDOW: tl.constexpr, HAS_SOFT_CAP: tl.constexpr, HAS_ALIBI: tl.constexpr,
@@ -209,23 +230,23 @@ def _prefill_kernel(
         full_start = tl.cdiv(tl.maximum(context + begin_q + TOKENS - WINDOW, 0), TILE) * TILE
         full_end = tl.maximum(full_end, full_start)
         acc, total, top = _attend(
-            acc, total, top, q, kv_ptr, kv_scale_ptr, kv_desc, base, scale_base, table,
-            head, positions_q, dims, slopes, scale, soft_cap, lowest // TILE * TILE,
+            acc, total, top, q, kv_ptr, kv_scale_ptr, levels_ptr, kv_desc, base, scale_base,
+            table, head, positions_q, dims, slopes, scale, soft_cap, lowest // TILE * TILE,
             tl.minimum(full_start, highest), lowest, highest,
             stride_kv_b, stride_kv_n, stride_s_b, stride_s_n, True, CAUSAL, WINDOW, HAS_SOFT_CAP,
             HAS_ALIBI, D, D_PAD, PAGE, TILE, USE_TMA, PRECISION, STAGES, FORMAT, V_AT, V_SCALE_AT,
             UNIT,
         )  # fmt: skip
     acc, total, top = _attend(
-        acc, total, top, q, kv_ptr, kv_scale_ptr, kv_desc, base, scale_base, table, head,
-        positions_q, dims, slopes, scale, soft_cap, full_start, full_end, lowest, highest,
+        acc, total, top, q, kv_ptr, kv_scale_ptr, levels_ptr, kv_desc, base, scale_base, table,
+        head, positions_q, dims, slopes, scale, soft_cap, full_start, full_end, lowest, highest,
         stride_kv_b, stride_kv_n, stride_s_b, stride_s_n, False, CAUSAL, WINDOW, HAS_SOFT_CAP,
         HAS_ALIBI, D, D_PAD, PAGE, TILE, USE_TMA, PRECISION, STAGES, FORMAT, V_AT, V_SCALE_AT,
         UNIT,
     )  # fmt: skip
     acc, total, top = _attend(
-        acc, total, top, q, kv_ptr, kv_scale_ptr, kv_desc, base, scale_base, table, head,
-        positions_q, dims, slopes, scale, soft_cap, full_end, highest, lowest, highest,
+        acc, total, top, q, kv_ptr, kv_scale_ptr, levels_ptr, kv_desc, base, scale_base, table,
+        head, positions_q, dims, slopes, scale, soft_cap, full_end, highest, lowest, highest,
         stride_kv_b, stride_kv_n, stride_s_b, stride_s_n, True, CAUSAL, WINDOW, HAS_SOFT_CAP,
         HAS_ALIBI, D, D_PAD, PAGE, TILE, USE_TMA, PRECISION, STAGES, FORMAT, V_AT, V_SCALE_AT,
         UNIT,
@@ -253,6 +274,7 @@ class KernelConfig:
     """Decodes over bytes go to the kernel made for them where it knows the shape."""
     byte_tile: int | None = None
     byte_registers: int = 168
+    byte_prefetch: bool = True
 
 
 def default_config(
@@ -349,7 +371,7 @@ def paged_attention(
             assert fmt is not None
             byte_decode_attention(
                 q, kv_cache, out, plan, block_table, fmt=fmt, tile=config.byte_tile,
-                registers=config.byte_registers, **common,
+                registers=config.byte_registers, prefetch=config.byte_prefetch, **common,
             )  # fmt: skip
         else:
             decode_attention(
@@ -366,8 +388,8 @@ def paged_attention(
             kv_desc = TensorDescriptor.from_tensor(kv_cache, [1, 1, tile, head_size])
         cache, shared = FormatArguments(kv_cache, fmt, head_size), layer_scales(fmt, scales)
         _prefill_kernel[(num_kv_heads, q.shape[0] // tokens + requests)](
-            q, cache.data, cache.scales, kv_desc, out, block_table, seq_lens, query_start_loc,
-            alibi_slopes, sinks, requests, scale * shared.k, shared.v, soft_cap,
+            q, cache.data, cache.scales, cache.levels, kv_desc, out, block_table, seq_lens,
+            query_start_loc, alibi_slopes, sinks, requests, scale * shared.k, shared.v, soft_cap,
             q.stride(0), q.stride(1), out.stride(0), out.stride(1), *cache.strides,
             *cache.scale_strides, block_table.stride(0), WINDOW=window, HAS_SOFT_CAP=soft_cap > 0,
             HAS_ALIBI=alibi_slopes is not None, HAS_SINKS=sinks is not None, CAUSAL=causal,

@@ -37,7 +37,7 @@ import torch
 from vllm.v1.attention.ops.kv_formats import KVFormat, SideScales
 from vllm.v1.kv_cache.declare import TURBOQUANT_BITS, turboquant_slot_bytes
 
-__all__ = ["TURBOQUANT_FORMATS", "TurboQuantFormat", "hadamard", "normal_levels"]
+__all__ = ["TURBOQUANT_FORMATS", "TurboQuantFormat", "hadamard", "levels_on", "normal_levels"]
 
 _LARGEST_E4M3 = 448.0
 
@@ -67,6 +67,13 @@ def normal_levels(bits: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
         ]
     both = tuple(-x for x in reversed(levels)) + tuple(levels)
     return both, tuple((a + b) / 2 for a, b in itertools.pairwise(both))
+
+
+@functools.cache
+def levels_on(bits: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """``normal_levels`` as float32 tensors."""
+    levels, thresholds = normal_levels(bits)
+    return torch.tensor(levels, device=device), torch.tensor(thresholds, device=device)
 
 
 @functools.cache
@@ -140,9 +147,9 @@ class TurboQuantFormat(KVFormat):
         length = x.norm(dim=-1, keepdim=True)
         turned = x @ hadamard(size, x.device)
         y = torch.where(length > 0, turned * size**0.5 / length, 0.0)
-        levels, thresholds = normal_levels(self.key_bits)
-        codes = torch.bucketize(y, torch.tensor(thresholds, device=x.device))
-        found = torch.tensor(levels, device=x.device)[codes]
+        levels, thresholds = levels_on(self.key_bits, x.device)
+        codes = torch.bucketize(y, thresholds)
+        found = levels[codes]
         own = (length / found.norm(dim=-1, keepdim=True)).half()
         return torch.cat((pack(codes, self.key_bits), own.view(torch.uint8)), dim=-1)
 
@@ -163,7 +170,7 @@ class TurboQuantFormat(KVFormat):
         size = self.head_size_of(content.shape[-1])
         data = content[..., : self.key_bytes(size)]
         if self.rotates:
-            levels = torch.tensor(normal_levels(self.key_bits)[0], device=content.device)
+            levels, _ = levels_on(self.key_bits, content.device)
             own = self._halves(content, self.key_bytes(size), 1)
             turned = levels[unpack(data, self.key_bits)] * own
             key = turned @ hadamard(size, content.device)
