@@ -22,7 +22,6 @@ from vllm.v1.attention.backend import (
 )
 from vllm.v1.attention.backends.torch_ref import PagedAttentionImpl, PagedAttentionMetadata
 from vllm.v1.attention.ops.kv_formats import FORMATS, kv_format
-from vllm.v1.attention.ops.triton_byte_decode import decode_waves
 from vllm.v1.attention.ops.triton_decode import DecodePlan, make_plan_buffers, plan_decodes
 from vllm.v1.attention.ops.triton_kv_store import rotate_and_store
 from vllm.v1.attention.ops.triton_paged_attention import paged_attention
@@ -60,20 +59,8 @@ class TritonAttentionMetadataBuilder(AttentionMetadataBuilder[TritonAttentionMet
         self._max_seq_len = vllm_config.model_config.max_model_len
         assert isinstance(kv_cache_spec, AttentionSpec)
         self._kv_heads = kv_cache_spec.num_kv_heads
-        cache = vllm_config.cache_config
-        name = cache.dtype_of_layer(layer_names[0], self._window > 0)
-        heads = vllm_config.model_config.get_num_attention_heads(vllm_config.parallel_config)
         self._buffers = make_plan_buffers(
-            vllm_config.scheduler_config.max_num_seqs,
-            self._kv_heads,
-            self._max_seq_len,
-            device,
-            decode_waves(
-                kv_format(name),
-                kv_cache_spec.head_size,
-                kv_cache_spec.block_size,
-                max(1, heads // self._kv_heads),
-            ),
+            vllm_config.scheduler_config.max_num_seqs, self._kv_heads, self._max_seq_len, device
         )
 
     def build(

@@ -30,17 +30,14 @@ from vllm.utils.dependent_launch import await_previous, options, release
 from vllm.v1.attention.ops.kv_formats import KVFormat, SideScales
 from vllm.v1.attention.ops.triton_decode import (
     MAX_SPLITS,
-    PLAIN_WAVES,
     DecodePlan,
     finish_item,
     shaped,
 )
 from vllm.v1.attention.ops.triton_formats import FormatArguments, layer_scales, numbers
 
-__all__ = ["byte_decode_attention", "decode_waves", "fits_byte_decode"]
+__all__ = ["byte_decode_attention", "fits_byte_decode"]
 
-# Programs of one warp per multiprocessor that a plan aims at: a dozen are resident at a time.
-_WAVES = 32
 # Twelve warps per multiprocessor; the loop fits, what merges splits keeps some in memory.
 _REGISTERS = 168
 _FIELDS = 8
@@ -309,11 +306,6 @@ def fits_byte_decode(fmt: KVFormat | None, head_size: int, page: int, group: int
     if fmt is None or fmt.code > 6 or head_size not in (64, 128, 256):
         return False
     return page % 16 == 0 and group <= 32
-
-
-def decode_waves(fmt: KVFormat | None, head_size: int, page: int, group: int) -> int:
-    """Programs per multiprocessor for a plan of decodes over such a cache, plain ones included."""
-    return _WAVES if fits_byte_decode(fmt, head_size, page, group) else PLAIN_WAVES
 
 
 @functools.cache

@@ -27,7 +27,6 @@ from vllm.v1.attention.ops.triton_slots import slot_keys, slot_values
 
 __all__ = [
     "MAX_SPLITS",
-    "PLAIN_WAVES",
     "DecodePlan",
     "decode_attention",
     "finish_item",
@@ -46,7 +45,7 @@ _MIN_CHUNK = 256
 # One program merges the splits of a request and head: no more than this many.
 MAX_SPLITS = 64
 # Programs per multiprocessor that the plan aims at; two to four are resident at a time.
-PLAIN_WAVES = 8
+_WAVES = 8
 # Items begin at multiples of this: a multiple of every tile.
 _ALIGN = 64
 
@@ -335,11 +334,11 @@ class DecodePlan:
     count: torch.Tensor
     arrived: torch.Tensor
     num_items: int
-    waves: int = PLAIN_WAVES
+    waves: int = _WAVES
 
 
 def max_items(
-    requests: int, kv_heads: int, max_seq_len: int, programs: int, waves: int = PLAIN_WAVES
+    requests: int, kv_heads: int, max_seq_len: int, programs: int, waves: int = _WAVES
 ) -> int:
     """Items of a plan at most.
 
@@ -356,7 +355,7 @@ def _target(kv_heads: int, programs: int, waves: int) -> int:
 
 
 def make_plan_buffers(
-    requests: int, kv_heads: int, max_seq_len: int, device: torch.device, waves: int = PLAIN_WAVES
+    requests: int, kv_heads: int, max_seq_len: int, device: torch.device, waves: int = _WAVES
 ) -> DecodePlan:
     """Buffers for plans of up to ``requests`` requests of up to ``max_seq_len`` tokens.
 
@@ -380,7 +379,7 @@ def plan_decodes(
     max_seq_len: int,
     window: int = 0,
     buffers: DecodePlan | None = None,
-    waves: int = PLAIN_WAVES,
+    waves: int = _WAVES,
 ) -> DecodePlan:
     """The items of the requests that have exactly one query token; the others get none.
 

@@ -24,7 +24,6 @@ from vllm.utils.dependent_launch import is_hopper
 from vllm.v1.attention.ops.kv_formats import KVFormat, SideScales
 from vllm.v1.attention.ops.triton_byte_decode import (
     byte_decode_attention,
-    decode_waves,
     fits_byte_decode,
 )
 from vllm.v1.attention.ops.triton_decode import (
@@ -359,10 +358,7 @@ def paged_attention(
     if has_decodes:
         by_bytes = config.byte_decode and fits_byte_decode(fmt, head_size, page, group)
         if plan is None:
-            plan = plan_decodes(
-                seq_lens, query_start_loc, num_kv_heads, max_seq_len, window,
-                waves=decode_waves(fmt, head_size, page, group),
-            )  # fmt: skip
+            plan = plan_decodes(seq_lens, query_start_loc, num_kv_heads, max_seq_len, window)
         common: dict[str, Any] = {
             "scale": scale, "window": window, "soft_cap": soft_cap, "alibi_slopes": alibi_slopes,
             "sinks": sinks, "scales": scales,
