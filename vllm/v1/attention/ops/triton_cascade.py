@@ -201,9 +201,8 @@ def cascade_attention(
     splits = min(wanted, _MAX_STRETCHES, triton.cdiv(plan.prefix_len, _STRETCH))
     stretch = triton.cdiv(triton.cdiv(plan.prefix_len, splits), _TILE) * _TILE
     splits = triton.cdiv(plan.prefix_len, stretch)
-    fp32 = {"dtype": torch.float32, "device": q.device}
-    part = torch.empty((splits, tokens, num_heads, width), **fp32)
-    lse = torch.empty((splits, tokens, num_heads), **fp32)
+    part = q.new_empty((splits, tokens, num_heads, width), dtype=torch.float32)
+    lse = q.new_empty((splits, tokens, num_heads), dtype=torch.float32)
     pad = max(16, triton.next_power_of_2(width))
     _shared_prefix_kernel[(kv_heads, row_tiles, splits)](
         q, keys, values, part, lse, block_table, plan.prefix_len, tokens, stretch, scale, soft_cap,
@@ -212,7 +211,7 @@ def cascade_attention(
         PAGE=page, TILE=_TILE, PRECISION="tf32x3" if q.dtype == torch.float32 else "tf32",
         num_warps=4,
     )  # fmt: skip
-    rest, rest_lse = torch.empty_like(q), torch.empty((tokens, num_heads), **fp32)
+    rest, rest_lse = torch.empty_like(q), lse.new_empty((tokens, num_heads))
     split_attention(
         q, keys, values, rest,
         query_start_loc=query_start_loc, seq_lens=plan.rest_lens,

@@ -46,8 +46,9 @@ def _paged_decode_kernel(
     stride_all_t,
     WINDOW: tl.constexpr, HAS_SOFT_CAP: tl.constexpr, HAS_ALIBI: tl.constexpr,
     HAS_SINKS: tl.constexpr, HAS_LSE: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr,
-    FIELDS: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, DV: tl.constexpr, DV_PAD: tl.constexpr,
-    PAGE: tl.constexpr, TILE: tl.constexpr, PRECISION: tl.constexpr, MAX_SPLITS: tl.constexpr,
+    FIELDS: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, DV: tl.constexpr,
+    DV_PAD: tl.constexpr, PAGE: tl.constexpr, TILE: tl.constexpr, PRECISION: tl.constexpr,
+    MAX_SPLITS: tl.constexpr,
 ):  # fmt: skip
     """One item for the query heads of one KV head; the last of a request's items merges them."""
     head = tl.program_id(0)
