@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import TYPE_CHECKING, Any
 
 from vllm.errors import UnsupportedError
@@ -27,6 +28,7 @@ class CudaPlatform(Platform):
     default_block_size = 64
     default_max_num_batched_tokens = 8192
     runs_beside_host = True
+    has_sleep_mode = sys.platform == "linux"
     attention_backend_priority = ("TRITON_ATTN", "TORCH_REF", "TORCH_REF_MLA")
 
     @classmethod

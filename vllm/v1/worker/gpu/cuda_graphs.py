@@ -61,6 +61,9 @@ class DecodeGraphs:
         torch.cuda.current_stream().wait_stream(stream)
         torch.cuda.synchronize()
 
+    def __bool__(self) -> bool:
+        return bool(self._graphs)
+
     def replay(self, size: int) -> CapturedStep:
         graph, step = self._graphs[size]
         graph.replay()
