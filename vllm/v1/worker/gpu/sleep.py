@@ -10,6 +10,7 @@ import gc
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from types import FunctionType, ModuleType
+from typing import Any
 
 import torch
 from torch import nn
@@ -24,15 +25,15 @@ _ALIGN_BYTES = 512
 
 def _tensors_of(model: nn.Module) -> Iterator[torch.Tensor]:
     """Every tensor that is held by the model or by what it holds, in modules or elsewhere."""
-    seen, todo = {id(model)}, [model]
+    seen = {id(model)}
+    todo: list[Any] = [model]
     while todo:
-        item: object = todo.pop()
+        item = todo.pop()
         if isinstance(item, torch.Tensor):
             yield item
         # A function's globals are not the model's.
-        of_function = isinstance(item, FunctionType)
-        held = (item.__closure__ or ()) if of_function else gc.get_referents(item)
-        for other in held:
+        function = isinstance(item, FunctionType)
+        for other in item.__closure__ or () if function else gc.get_referents(item):
             if id(other) not in seen and not isinstance(other, type | ModuleType):
                 seen.add(id(other))
                 todo.append(other)
