@@ -1,4 +1,4 @@
-"""The engine on a GPU: tokens, sampling, memory."""
+"""The engine on a GPU: tokens, sampling, quantised caches."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from vllm import SamplingParams
-from vllm.errors import CapacityError
 
 pytestmark = pytest.mark.gpu
 
@@ -88,23 +87,6 @@ def test_log_probabilities_are_those_of_the_cpu(start, hf_model, prompts) -> Non
     for i, row in enumerate(output.prompt_logprobs[1:]):
         for token, value in row.items():
             assert value.logprob == pytest.approx(float(exact[i, token]), abs=1e-3)
-
-
-def test_the_cache_announced_is_the_cache_there_is(start) -> None:
-    llm = start(kv_cache_memory_bytes=None, gpu_memory_utilization=0.3)
-    facts = llm.llm_engine.client.facts
-    total = torch.cuda.get_device_properties(0).total_memory
-    free, _ = torch.cuda.mem_get_info()
-    assert facts.kv_cache_memory_bytes <= torch.cuda.memory_allocated()
-    assert 0.2 * total < facts.kv_cache_memory_bytes < 0.3 * total
-    assert total - free <= 0.3 * total
-
-
-def test_too_little_memory_is_told_with_a_setting_that_starts(start) -> None:
-    with pytest.raises(CapacityError, match="--gpu-memory-utilization") as failure:
-        start(kv_cache_memory_bytes=None, gpu_memory_utilization=0.01)
-    least = float(str(failure.value).rpartition("at least ")[2])
-    start(kv_cache_memory_bytes=None, gpu_memory_utilization=least)
 
 
 @pytest.mark.parametrize(
