@@ -8,6 +8,7 @@ The engine runs in this process, with dummy weights, so that torch's profiler se
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import random
@@ -86,7 +87,7 @@ class Gaps:
     def percent(self) -> float:
         """Of the time from the first step to the last one."""
         edges = [edge for edge in self._edges if len(edge) == 2]
-        idle = sum(a[1].elapsed_time(b[0]) for a, b in zip(edges, edges[1:], strict=False))
+        idle = sum(a[1].elapsed_time(b[0]) for a, b in itertools.pairwise(edges))
         return round(100 * idle / edges[0][0].elapsed_time(edges[-1][1]), 2)
 
 
