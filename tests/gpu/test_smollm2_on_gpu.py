@@ -58,7 +58,8 @@ def on_the_cpu(tmp_path_factory) -> dict[str, list[dict]]:
         "results = {dtype: run(dtype) for dtype in ('float32', 'bfloat16')}; "
         "json.dump(results, open(sys.argv[1], 'w'))"
     )
-    env = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(root)}
+    path = os.pathsep.join([str(root), *sys.path])
+    env = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": path}
     subprocess.run([sys.executable, "-c", code, str(file)], check=True, env=env, cwd=root)
     return json.loads(file.read_text())
 
