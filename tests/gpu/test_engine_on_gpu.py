@@ -61,9 +61,8 @@ def test_seeds_draw_the_same_tokens_in_any_batch(start, hf_model, prompts, param
     assert generate(llm, prompts, **params) == together
     for prompt, one in zip(prompts[:6], together, strict=False):
         alone = generate(llm, [prompt], **params)[0]
-        first = next(
-            (i for i, pair in enumerate(zip(alone, one, strict=True)) if len({*pair}) > 1), None
-        )
+        pairs = enumerate(zip(alone, one, strict=True))
+        first = next((i for i, (a, b) in pairs if a != b), None)
         # Sums of other sizes round otherwise, which may move the limit between two tokens.
         if first is not None:
             possible = draws_of(hf_model, prompt, one[:first], params)
@@ -90,9 +89,8 @@ def draws_of(hf_model, prompt: list[int], output: list[int], params: dict) -> se
         positions=np.full(count, len(prompt) + len(output)),
         **rows,
     )
-    return set(
-        Sampler()((exact + (noise - 0.5) * 6e-4).float(), metadata).sampled_token_ids.tolist()
-    )
+    logits = (exact + (noise - 0.5) * 6e-4).float()
+    return set(Sampler()(logits, metadata).sampled_token_ids.tolist())
 
 
 def test_draws_follow_the_softmax(start, hf_model) -> None:

@@ -19,7 +19,7 @@ from vllm.v1.engine.async_llm import AsyncLLM
 
 pytestmark = pytest.mark.gpu
 
-REQUESTS_PER_SECOND = 100
+REQUESTS_PER_SECOND = 40
 MIB = 1 << 20
 
 
@@ -57,7 +57,8 @@ async def test_every_request_ends_and_memory_stays(soaked: str, request) -> None
             "scheduling_policy": "priority",
             "max_num_seqs": 32,
             # Far less than so many requests want: many are preempted.
-            "num_gpu_blocks_override": 14,
+            "num_gpu_blocks_override": 24,
+            "max_num_queued_reqs": 60,
             "block_size": 32,
             "max_num_batched_tokens": 256,
         },
