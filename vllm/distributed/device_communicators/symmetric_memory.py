@@ -6,6 +6,7 @@ several times as long for them. Large ones are NCCL's business. NVLink multicast
 
 from __future__ import annotations
 
+import hashlib
 import socket
 
 import torch
@@ -68,11 +69,14 @@ def make_symmetric_all_reduce(
     """
     if not envs.VLLM_ALLREDUCE_USE_SYMM_MEM:
         return None
-    places: list[tuple[str, int]] = [("", 0)] * group.size()
-    dist.all_gather_object(places, (socket.gethostname(), device.index), group=group)
-    if len({host for host, _ in places}) > 1:
+    host = int.from_bytes(hashlib.sha256(socket.gethostname().encode()).digest()[:7])
+    mine = torch.tensor([host, device.index], device=device)
+    places = [torch.empty_like(mine) for _ in range(group.size())]
+    dist.all_gather(places, mine, group=group)
+    hosts, indices = torch.stack(places).T.tolist()
+    if len(set(hosts)) > 1:
         return None
-    others = [index for _, index in places if index != device.index]
+    others = [index for index in indices if index != device.index]
     able = len(others) == group.size() - 1 and all(
         torch.cuda.can_device_access_peer(device, index) for index in others
     )
