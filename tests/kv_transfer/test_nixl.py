@@ -43,7 +43,11 @@ def prefill(llm, prompts, ask=None):
     params = SamplingParams(
         temperature=0, max_tokens=1, extra_args={"kv_transfer_params": ask or ASK}
     )
-    return [out.kv_transfer_params for out in llm.generate(prompts, params, use_tqdm=False)]
+    answers = [out.kv_transfer_params for out in llm.generate(prompts, params, use_tqdm=False)]
+    # An engine of its own process goes on stepping; that is how its worker hears of leases.
+    if core_of(llm).has_work():
+        core_of(llm).step()
+    return answers
 
 
 def decode(llm, prompts, answers, count=8):

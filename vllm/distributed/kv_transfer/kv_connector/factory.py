@@ -36,6 +36,7 @@ class KVConnectorFactory:
         "ExampleConnector": (f"{_V1}.example_connector", "ExampleConnector"),
         "MultiConnector": (f"{_V1}.multi_connector", "MultiConnector"),
         "NixlConnector": (f"{_V1}.nixl.connector", "NixlConnector"),
+        "NixlPushConnector": (f"{_V1}.nixl.connector", "NixlPushConnector"),
         "OffloadingConnector": (f"{_V1}.offloading_connector", "OffloadingConnector"),
     }
 

@@ -72,6 +72,10 @@ class TransferPort(ABC):
             PortError: it has failed, and nothing more will be written.
         """
 
+    def mapped(self, peer: str, address: int) -> int | None:
+        """Where memory that a peer has registered can be read by a kernel here; None: nowhere."""
+        return None
+
     @abstractmethod
     def notify(self, peer: str, message: bytes) -> None:
         """Send a message; delivery is not confirmed."""
