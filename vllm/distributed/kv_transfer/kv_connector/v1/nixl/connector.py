@@ -107,10 +107,10 @@ class NixlConnector(KVConnectorBase_V1, SupportsHMA):
 
     def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
         from vllm.distributed.kv_transfer.kv_connector.v1.nixl.assembly import start_worker
-        from vllm.distributed.kv_transfer.transport.nixl import NixlPort
+        from vllm.distributed.kv_transfer.transport.peer_memory import PeerMemoryPort
 
         assert self._kv_cache_config is not None
-        port = NixlPort(
+        port = PeerMemoryPort(
             f"vllm-{uuid.uuid4().hex}", self._settings.backends, self._settings.num_threads
         )
         self._worker, payload = start_worker(

@@ -164,6 +164,8 @@ class TransferWorker:
         self._giver = Giver(port, local, ring, self._lease_view)
         self._taker = Taker(port, ring, hello, lambda: self._clock())
         self._costs = NVLINK if torch.device(local.device).type == "cuda" else HOST_COPIES
+        self.ways_taken: dict[str, int] = {}
+        """How often each way was chosen; for logs and tests."""
         self._broken: Exception | None = None
         self._thread: threading.Thread | None = None
         if threaded:
@@ -346,6 +348,7 @@ class TransferWorker:
         """Start what one rank has, by the way that costs least."""
         descriptors = plan.num_descriptors(units)
         way = self._way(rank, plan, descriptors, plan.num_bytes(units))
+        self.ways_taken[way] = self.ways_taken.get(way, 0) + 1
         self._count(**{f"transfers_by_{way}": 1})
         if way == "staging" or self._pushes:
             if way == "staging":
