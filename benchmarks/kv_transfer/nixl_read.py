@@ -140,7 +140,7 @@ def wait_for(worker: Any, request_id: str) -> None:
         assert not results.failed_recving, "the load has failed"
         if request_id in results.finished_recving:
             return
-        time.sleep(0.00002)
+        time.sleep(0.0002)
     raise TimeoutError(request_id)
 
 

@@ -84,7 +84,7 @@ HOST_COPIES = TransportCosts(
     copies_run_beside=False,
     seconds_per_chunk=60e-6,
     seconds_to_start=1e-3,
-    slot_bytes=1 << 20,
+    slot_bytes=1 << 21,
 )
 TRANSPORTS: Mapping[str, TransportCosts] = MappingProxyType(
     {costs.name: costs for costs in (NVLINK, HOST_COPIES)}

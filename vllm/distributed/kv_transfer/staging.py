@@ -18,6 +18,7 @@ import torch
 from vllm.distributed.kv_transfer.conversion import convert
 from vllm.distributed.kv_transfer.plan import TransferPlan, TransferTable, UnitBlocks
 from vllm.errors import KVTransferError
+from vllm.utils.huge_pages import HugePageArena
 from vllm.v1.kv_cache.pieces import PieceMover, make_mover
 
 __all__ = ["Chunk", "Done", "RingPair", "RingShape", "StagingRing", "TableMovers", "chunks_of"]
@@ -139,9 +140,13 @@ class StagingRing:
         device = backing.device if device is None else torch.device(device)
         self._backing = backing
         self._apart = device.type != backing.device.type
-        self._memory = torch.empty(
-            num_slots * slot_bytes, dtype=torch.int8, device=device, pin_memory=self._apart
-        )
+        size = num_slots * slot_bytes
+        if device.type == "cpu" and not self._apart:
+            self._memory = HugePageArena().empty(size).view(torch.int8)
+        else:
+            self._memory = torch.empty(
+                size, dtype=torch.int8, device=device, pin_memory=self._apart
+            )
         # A kernel of the cache's device works in its own memory; the rest is one plain copy.
         self._bounce = (
             torch.empty_like(self._memory, device=backing.device) if self._apart else self._memory

@@ -118,6 +118,8 @@ class Giver:
         self._jobs: dict[tuple[str, int], _Job] = {}
         self._ended: OrderedDict[tuple[str, int], str] = OrderedDict()
         self._early: OrderedDict[str, list[tuple[str, Ask]]] = OrderedDict()
+        self.progress = 0
+        """Counts what has been done: while it moves, the next turn should come at once."""
 
     @property
     def is_busy(self) -> bool:
@@ -318,12 +320,8 @@ class Giver:
             if not done.poll():
                 continue
             del job.gathering[chunk]
-            if job.error is not None:
-                continue
-            if job.way == PULL_STAGED:
-                self._announce(job, chunk, job.slots[chunk])
-            else:
-                self._write_slot(job, chunk)
+            if job.error is None:
+                self._is_gathered(job, chunk)
         for chunk, transfer in list(job.writing.items()):
             try:
                 over = self._port.poll(transfer)
@@ -339,6 +337,12 @@ class Giver:
                     self._ring.give(job.slots.pop(chunk))
         if job.error is None:
             self._start(job)
+
+    def _is_gathered(self, job: _Job, chunk: int) -> None:
+        if job.way == PULL_STAGED:
+            self._announce(job, chunk, job.slots[chunk])
+        else:
+            self._write_slot(job, chunk)
 
     def _announce(self, job: _Job, chunk: int, slot: int) -> None:
         job.announced[chunk] = slot
@@ -363,14 +367,20 @@ class Giver:
             part = slice(chunk.first, chunk.first + chunk.count)
             units = job.units[chunk.table]
             job.slots[job.next] = slot
-            job.gathering[job.next] = ring.gather(
+            done = ring.gather(
                 job.consumer.movers[chunk.table],
                 chunk,
                 units.source_blocks[part],
                 units.source_parts[part],
                 slot,
             )
+            self.progress += 1
             job.next += 1
+            if done.poll():
+                # This thread did it: say so before the next one, and hear what has come.
+                self._is_gathered(job, job.next - 1)
+                return
+            job.gathering[job.next - 1] = done
 
     # Writes
 

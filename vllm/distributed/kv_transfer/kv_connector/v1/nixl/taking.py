@@ -88,6 +88,8 @@ class Taker:
         self._clock = clock
         self._numbers = itertools.count()
         self._takes: dict[int, Take] = {}
+        self.progress = 0
+        """Counts chunks: while it moves, the next turn should come at once."""
 
     @property
     def is_busy(self) -> bool:
@@ -268,6 +270,7 @@ class Taker:
             take.scattering[chunk] = slot, done
 
     def _has_arrived(self, take: Take, chunk: int, slot: int) -> None:
+        self.progress += 1
         take.arrived.add(chunk)
         take.num_descriptors += 1
         while take.num_done in take.arrived:
@@ -305,7 +308,10 @@ class Taker:
         if take.way == PUSH_STAGED:
             self._grant(take)
             for chunk in sorted(take.told):
+                before = len(take.arrived)
                 self._scatter(take, chunk, take.told.pop(chunk))
+                if len(take.arrived) > before:
+                    return
             return
         pair = take.rank.pair
         assert pair is not None
@@ -326,7 +332,11 @@ class Taker:
                 self._ring.give(slot)
                 raise
             take.reading[chunk] = slot, transfer
+            before = len(take.arrived)
             self._finish_reads(take)
+            if len(take.arrived) > before:
+                # This thread did it: say so, so that the owner goes on beside the next one.
+                return
 
 
 def _lists(units: UnitBlocks, writes: bool) -> UnitLists:

@@ -224,14 +224,17 @@ class TransferWorker:
             self._broken = error
 
     def _loop(self) -> None:
+        progress = 0
         while True:
             busy = bool(self._loads or self._waiting or self._releases)
             wait = _ACTIVE_WAIT if busy else _IDLE_WAIT
             if self._giver.is_busy or self._taker.is_busy:
-                wait = _STAGING_WAIT
+                now = self._giver.progress + self._taker.progress
+                wait = _STAGING_WAIT if now == progress else 0.0
+                progress = now
             try:
                 # An idle agent is turned too: what peers read of us goes on only then.
-                metadata = self._inbox.get(timeout=wait)
+                metadata = self._inbox.get(wait > 0, wait or None)
             except queue.Empty:
                 self.turn()
                 continue
