@@ -6,7 +6,6 @@ import dataclasses
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-import msgspec
 import numpy as np
 import torch
 
@@ -14,9 +13,8 @@ from vllm.distributed.kv_transfer.conversion import format_name
 from vllm.distributed.kv_transfer.costs import HOST_COPIES, NVLINK
 from vllm.distributed.kv_transfer.kv_connector.v1.nixl.messages import (
     AgentMetadata,
-    HandshakePayload,
     NixlSettings,
-    compatibility_hash,
+    encode_payload,
 )
 from vllm.distributed.kv_transfer.kv_connector.v1.nixl.peers import AskHandshake, LocalSide
 from vllm.distributed.kv_transfer.kv_connector.v1.nixl.side_channel import ask_handshake
@@ -146,12 +144,7 @@ def make_worker(
         ring=None if local.ring is None else dataclasses.asdict(local.ring),
         registers_blocks=local.registers_blocks,
     )
-    payload = HandshakePayload(
-        compatibility_hash=compatibility_hash(local.factors),
-        factors=local.factors,
-        agent_metadata_bytes=msgspec.msgpack.encode(metadata),
-    )
-    encoded = msgspec.msgpack.encode(payload)
+    encoded = encode_payload(local.factors, metadata)
     worker = TransferWorker(
         port,
         local,

@@ -29,6 +29,8 @@ __all__ = [
     "Receive",
     "RemoteParams",
     "compatibility_hash",
+    "decode_payload",
+    "encode_payload",
     "parse_params",
     "parse_settings",
 ]
@@ -236,12 +238,46 @@ class HandshakePayload(msgspec.Struct, kw_only=True):
     factors: dict[str, str]
     """What was hashed, to say what differs."""
     agent_metadata_bytes: bytes
+    digest: bytes
+    """SHA-256 of the metadata: a damaged address would be a wrong read that nobody notices."""
 
 
 @dataclass(slots=True)
 class NixlHandshakeMetadata(KVConnectorHandshakeMetadata):
     payload: bytes
     """An encoded ``HandshakePayload``."""
+
+
+def encode_payload(factors: dict[str, str], metadata: AgentMetadata) -> bytes:
+    """The answer to a handshake."""
+    encoded = msgspec.msgpack.encode(metadata)
+    payload = HandshakePayload(
+        compatibility_hash=compatibility_hash(factors),
+        factors=factors,
+        agent_metadata_bytes=encoded,
+        digest=hashlib.sha256(encoded).digest(),
+    )
+    return msgspec.msgpack.encode(payload)
+
+
+def decode_payload(encoded: bytes, factors: dict[str, str] | None) -> AgentMetadata:
+    """What a peer says of itself, if it can exchange blocks with an engine of ``factors``.
+
+    Args:
+        factors: None believes that it can.
+
+    Raises:
+        KVTransferError: it cannot, or this is no such answer, or a damaged one.
+    """
+    try:
+        payload = msgspec.msgpack.decode(encoded, type=HandshakePayload)
+        if factors is not None:
+            check_compatible(factors, payload)
+        if hashlib.sha256(payload.agent_metadata_bytes).digest() != payload.digest:
+            raise KVTransferError("the handshake was damaged on the way: its digest differs")
+        return msgspec.msgpack.decode(payload.agent_metadata_bytes, type=AgentMetadata)
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise KVTransferError(f"the handshake is malformed: {error}") from error
 
 
 def compatibility_hash(factors: dict[str, str]) -> str:

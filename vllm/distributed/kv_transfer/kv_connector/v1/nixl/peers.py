@@ -14,10 +14,9 @@ import torch
 
 from vllm.distributed.kv_transfer.kv_connector.v1.nixl.messages import (
     AgentMetadata,
-    HandshakePayload,
     NixlSettings,
     RemoteParams,
-    check_compatible,
+    decode_payload,
 )
 from vllm.distributed.kv_transfer.kv_connector.v1.topology import TransferTopology
 from vllm.distributed.kv_transfer.plan import TransferPlan, plan_transfer
@@ -27,7 +26,7 @@ from vllm.errors import ConfigError, KVTransferError
 from vllm.v1.kv_cache.descriptors import CacheDescriptor
 from vllm.v1.kv_cache.rearrange import Shard
 
-__all__ = ["LocalSide", "Peer", "PeerBook", "PeerRank", "plan_between", "read_payload", "read_ring"]
+__all__ = ["LocalSide", "Peer", "PeerBook", "PeerRank", "plan_between", "read_ring"]
 
 AskHandshake = Callable[[str, int, int, float], bytes]
 
@@ -87,21 +86,6 @@ class _Answers:
     """A handshake that has been answered by every rank that was asked."""
 
     metadata: dict[int, AgentMetadata]
-
-
-def read_payload(encoded: bytes, factors: dict[str, str], enforce: bool) -> AgentMetadata:
-    """What a worker says of itself, once it is known to serve the same model.
-
-    Raises:
-        KVTransferError: it is malformed, or of an engine that has other ``factors``.
-    """
-    try:
-        payload = msgspec.msgpack.decode(encoded, type=HandshakePayload)
-        if enforce:
-            check_compatible(factors, payload)
-        return msgspec.msgpack.decode(payload.agent_metadata_bytes, type=AgentMetadata)
-    except (msgspec.DecodeError, msgspec.ValidationError) as error:
-        raise KVTransferError(f"the handshake is malformed: {error}") from error
 
 
 def read_ring(ring: dict[str, int | bool]) -> RingShape:
@@ -195,9 +179,8 @@ class PeerBook:
         found = {}
         for rank in ranks:
             encoded = self._ask(*address, rank, self._settings.handshake_timeout)
-            metadata = read_payload(
-                encoded, self._local.factors, self._settings.enforce_handshake_compat
-            )
+            checked = self._settings.enforce_handshake_compat
+            metadata = decode_payload(encoded, self._local.factors if checked else None)
             if (metadata.engine_id, metadata.tp_rank) != (engine_id, rank):
                 raise KVTransferError(
                     f"{address[0]}:{address[1]} is engine {metadata.engine_id} rank "

@@ -36,6 +36,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.nixl.messages import (
     NixlStepMetadata,
     Receive,
     RemoteParams,
+    decode_payload,
 )
 from vllm.distributed.kv_transfer.kv_connector.v1.nixl.peers import (
     AskHandshake,
@@ -43,7 +44,6 @@ from vllm.distributed.kv_transfer.kv_connector.v1.nixl.peers import (
     Peer,
     PeerBook,
     PeerRank,
-    read_payload,
 )
 from vllm.distributed.kv_transfer.kv_connector.v1.nixl.taking import Take, Taker
 from vllm.distributed.kv_transfer.kv_connector.v1.topology import TransferTopology
@@ -220,7 +220,9 @@ class TransferWorker:
                     self._loop()
             else:
                 self._loop()
-        except Exception as error:  # noqa: BLE001 - raised again in the thread of the steps
+        except Exception as error:
+            # Raised again in the thread of the steps, which cannot show where it came from.
+            logger.exception("the KV transfer thread has ended")
             self._broken = error
 
     def _loop(self) -> None:
@@ -647,7 +649,8 @@ class TransferWorker:
         """A consumer says what it is; False where it is none."""
         settings = self._settings
         try:
-            metadata = read_payload(payload, self._local.factors, settings.enforce_handshake_compat)
+            checked = settings.enforce_handshake_compat
+            metadata = decode_payload(payload, self._local.factors if checked else None)
             self._giver.introduce(sender, metadata)
         except (KVTransferError, PortError) as error:
             logger.warning("The consumer %s is refused: %s", sender, error)
