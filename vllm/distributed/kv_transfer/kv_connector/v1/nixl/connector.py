@@ -142,6 +142,12 @@ class NixlConnector(KVConnectorBase_V1, SupportsHMA):
                 }
             )
         if metadata.says_something:
+            if metadata.receives and self._vllm_config.device_config.device_type == "cuda":
+                import torch
+
+                # A step that is under way may still write for a request that has just ended.
+                metadata.after = torch.cuda.Event()
+                metadata.after.record()
             self._worker.submit(metadata)
 
     def wait_for_layer_load(self, layer_name: str) -> None:

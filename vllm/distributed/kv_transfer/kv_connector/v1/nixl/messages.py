@@ -200,6 +200,8 @@ class NixlStepMetadata(KVConnectorMetadata):
     expected: dict[str, RemoteParams] = field(default_factory=dict)
     """Requests that will fetch something once they are admitted: keep their leases alive."""
     unexpected: list[str] = field(default_factory=list)
+    after: Any = None
+    """A ``torch.cuda.Event``: blocks may still be written by the device until then."""
 
     @property
     def says_something(self) -> bool:

@@ -156,6 +156,8 @@ class TransferWorker:
         self._ended: OrderedDict[str, None] = OrderedDict()
         self._waiting: dict[str, list[_Load]] = {}
         self._loads: dict[str, _Load] = {}
+        self._held: list[tuple[Any, _Load]] = []
+        """Loads whose blocks the device may still write."""
         self._releases: list[tuple[float, RemoteParams]] = []
         self._expected: dict[str, RemoteParams] = {}
         self._backing = backing
@@ -228,7 +230,7 @@ class TransferWorker:
     def _loop(self) -> None:
         progress = 0
         while True:
-            busy = bool(self._loads or self._waiting or self._releases)
+            busy = bool(self._loads or self._waiting or self._releases or self._held)
             wait = _ACTIVE_WAIT if busy else _IDLE_WAIT
             if self._giver.is_busy or self._taker.is_busy:
                 now = self._giver.progress + self._taker.progress
@@ -254,6 +256,12 @@ class TransferWorker:
                     self._inbox.put(None)
                     break
                 self._take(metadata)
+        held, self._held = self._held, []
+        for after, load in held:
+            if after.query():
+                self._begin(load)
+            else:
+                self._held.append((after, load))
         self._settle_handshakes()
         self._hear()
         self._giver.turn()
@@ -295,7 +303,10 @@ class TransferWorker:
             self._releases.append((now + self._settings.handshake_timeout, params))
         for receive in metadata.receives:
             load = _Load(receive, now + self._settings.transfer_timeout, now)
-            self._begin(load)
+            if metadata.after is None or metadata.after.query():
+                self._begin(load)
+            else:
+                self._held.append((metadata.after, load))
 
     # Loads
 
