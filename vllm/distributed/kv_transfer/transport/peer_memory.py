@@ -45,6 +45,9 @@ class _Metadata(msgspec.Struct, array_like=True):
     nixl: bytes
     host: str
     shares: list[_Share]
+    kind: str
+    """Of the cache's memory, as NIXL calls it."""
+    device: int
 
 
 def host_identity() -> str:
@@ -123,7 +126,9 @@ class PeerMemoryPort(NixlPort):
                 self._shares.append(share)
 
     def metadata(self) -> bytes:
-        whole = _Metadata(super().metadata(), host_identity(), self._shares)
+        whole = _Metadata(
+            super().metadata(), host_identity(), self._shares, self._kind, self._device
+        )
         return msgspec.msgpack.encode(whole)
 
     def connect(self, metadata: bytes) -> str:
@@ -132,6 +137,7 @@ class PeerMemoryPort(NixlPort):
         except (msgspec.DecodeError, msgspec.ValidationError) as error:
             raise PortError(f"not the metadata of an agent: {error}") from error
         peer = super().connect(whole.nixl)
+        self._places[peer] = whole.kind, whole.device
         if whole.host == host_identity() and self._driver is not None:
             self._map(peer, whole.shares)
         return peer
