@@ -154,7 +154,8 @@ def measure(devices: tuple[str, str], layout: str, path: str, shape: Shape) -> d
     answers = {"p-host": ours.recv()}
     cache, worker, _ = make_side(config, devices[1], 2, path, answers)
     ids = list(range(1, num_used + 1))
-    times = []
+    times: list[float] = []
+    taken: list[str] = []
     stats: dict[str, float] = {}
     for repeat in range(shape.repeats):
         there = random.Random(repeat).sample(ids, num_used)
@@ -185,12 +186,16 @@ def measure(devices: tuple[str, str], layout: str, path: str, shape: Shape) -> d
         wait_for(worker, f"r{repeat}")
         times.append(time.perf_counter() - begin)
         stats = worker.take_stats() or {}
+        taken.append(
+            next(k for k in stats if k.startswith("transfers_by_"))[len("transfers_by_") :]
+        )
     truth = filled(config, devices[1], 1)
     for name in ("layer.0", f"layer.{LAYERS - 1}"):
         # As whole numbers: some of these bits are no number at all.
         sent, came = (c[name][ids].view(torch.int16) for c, ids in ((truth, there), (cache, here)))
         assert torch.equal(sent, came), f"{layout}: wrong bytes"
-    ways = list(worker.ways_taken)
+    # Of the last run: by then the plan has seen how the ways do here.
+    ways = [taken[-1]]
     worker.close()
     ours.send(None)
     process.join()
@@ -202,6 +207,7 @@ def measure(devices: tuple[str, str], layout: str, path: str, shape: Shape) -> d
         "layout": layout,
         "asked": path,
         "way": ways[0],
+        "ways": taken,
         "regions": len(regions(config)),
         "descriptors": int(stats.get("transfer_descriptors", 0)),
         "predicted_ms": round(predicted.seconds.get(ways[0], 0) * 1e3, 2),
@@ -233,7 +239,7 @@ def main() -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--megabytes", type=int)
     parser.add_argument("--layouts", default="LBHNC,BLHNC,BHLNC")
-    parser.add_argument("--paths", default="descriptors,auto")
+    parser.add_argument("--paths", default="descriptors,staging,auto")
     parser.add_argument("--output")
     options = parser.parse_args()
     os.environ.setdefault("UCX_NET_DEVICES", "lo")

@@ -14,7 +14,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
-__all__ = ["HOST_COPIES", "NVLINK", "TRANSPORTS", "Route", "TransportCosts", "Way", "route"]
+__all__ = [
+    "HOST_COPIES",
+    "NVLINK",
+    "TRANSPORTS",
+    "Experience",
+    "Route",
+    "TransportCosts",
+    "Way",
+    "route",
+]
 
 Way = str
 """``descriptors``, ``staging`` or ``mapped``."""
@@ -91,6 +100,34 @@ TRANSPORTS: Mapping[str, TransportCosts] = MappingProxyType(
 )
 
 
+class Experience:
+    """Measured over predicted seconds of each way, as it has been of late with one peer.
+
+    The figures above are of two machines; on others, and on busy ones, ways differ by more than
+    their predictions do. A way that was slow is tried again after a while: what is known of it
+    fades with every transfer that goes another way.
+    """
+
+    _NEW = 0.5
+    _FADES = 0.97
+    _MOST = 20.0
+    LEAST_BYTES = 4 << 20
+    """Below this, chance decides how long a transfer takes."""
+
+    def __init__(self) -> None:
+        self._factors: dict[Way, float] = {}
+
+    def factor(self, way: Way) -> float:
+        return self._factors.get(way, 1.0)
+
+    def learn(self, way: Way, predicted: float, measured: float) -> None:
+        """What a transfer took."""
+        for other in self._factors.keys() - {way}:
+            self._factors[other] **= self._FADES
+        ratio = min(max(measured / predicted, 1 / self._MOST), self._MOST)
+        self._factors[way] = self.factor(way) ** (1 - self._NEW) * ratio**self._NEW
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Route:
     """The way that was chosen, and what each would take."""
@@ -106,6 +143,7 @@ def route(
     chunk_bytes: int | None,
     *,
     mapped: bool = False,
+    seen: Experience | None = None,
 ) -> Route:
     """The quickest way of a request; ties go to the one with the fewest parts.
 
@@ -113,10 +151,13 @@ def route(
         num_descriptors, num_bytes: of the runs that go straight to their place.
         chunk_bytes: of a slot of the ring; None where there is none, or a unit does not fit.
         mapped: the peer's memory is mapped here.
+        seen: how earlier transfers compared with what was predicted of them.
     """
     seconds = {"descriptors": costs.by_descriptors(num_descriptors, num_bytes)}
     if chunk_bytes is not None:
         seconds["staging"] = costs.by_staging(num_bytes, chunk_bytes)
     if mapped and costs.mapped_bytes_per_second:
         seconds["mapped"] = costs.by_mapping(num_bytes)
+    if seen is not None:
+        seconds = {way: value * seen.factor(way) for way, value in seconds.items()}
     return Route(way=min(seconds, key=lambda way: seconds[way]), seconds=seconds)

@@ -12,6 +12,7 @@ import msgspec
 import numpy as np
 import torch
 
+from vllm.distributed.kv_transfer.costs import Experience
 from vllm.distributed.kv_transfer.kv_connector.v1.nixl.messages import (
     AgentMetadata,
     NixlSettings,
@@ -63,6 +64,7 @@ class PeerRank:
     movers: list[TableMovers] = field(default_factory=list)
     mapped: int | None = None
     """Address here of the peer's cache, where its memory is mapped."""
+    seen: Experience = field(default_factory=Experience)
     introduced: bool = False
     """It knows us, and what we take."""
     lease_table: Any = None

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from vllm.distributed.kv_transfer.costs import HOST_COPIES, NVLINK, route
+from vllm.distributed.kv_transfer.costs import HOST_COPIES, NVLINK, Experience, route
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorTransferResults
 from vllm.distributed.kv_transfer.kv_connector.v1.nixl.giving import Giver, LeaseView
 from vllm.distributed.kv_transfer.kv_connector.v1.nixl.letters import (
@@ -59,6 +59,8 @@ logger = init_logger(__name__)
 
 _ACTIVE_WAIT = 0.0002
 _STAGING_WAIT = 0.00002
+_LEASE_WAIT = 0.0003
+"""Somebody may read at any time, and the transport answers small reads only when it is turned."""
 _IDLE_WAIT = 0.005
 _HEARTBEATS_A_LEASE = 6
 _PROLONGS_BY = 2 / 3
@@ -85,6 +87,8 @@ class _Load:
     """(rank, transfer) still under way."""
     takes: list[Take] = field(default_factory=list)
     """What is staged or pushed, still under way."""
+    chosen: list[tuple[PeerRank, str, int, int]] = field(default_factory=list)
+    """(rank, way, descriptors, bytes) of what was started."""
     checks: list[tuple[int, int, Any]] = field(default_factory=list)
     """(rank, scratch slot, transfer) of reads of the generation number."""
     checking: bool = False
@@ -231,7 +235,7 @@ class TransferWorker:
         progress = 0
         while True:
             busy = bool(self._loads or self._waiting or self._releases or self._held)
-            wait = _ACTIVE_WAIT if busy else _IDLE_WAIT
+            wait = _ACTIVE_WAIT if busy else _LEASE_WAIT if self._leases else _IDLE_WAIT
             if self._giver.is_busy or self._taker.is_busy:
                 now = self._giver.progress + self._taker.progress
                 wait = _STAGING_WAIT if now == progress else 0.0
@@ -364,6 +368,7 @@ class TransferWorker:
         """Start what one rank has, by the way that costs least."""
         descriptors = plan.num_descriptors(units)
         way = self._way(rank, plan, descriptors, plan.num_bytes(units))
+        load.chosen.append((rank, way, descriptors, plan.num_bytes(units)))
         self.ways_taken[way] = self.ways_taken.get(way, 0) + 1
         self._count(**{f"transfers_by_{way}": 1})
         if way == "staging" or self._pushes:
@@ -408,6 +413,7 @@ class TransferWorker:
             num_bytes,
             pair.slot_bytes if pair is not None and fits else None,
             mapped=mapped,
+            seen=rank.seen,
         ).way
 
     def _copy_mapped(self, rank: PeerRank, plan: TransferPlan, units: list[UnitBlocks]) -> Done:
@@ -511,6 +517,7 @@ class TransferWorker:
             else:
                 self._results.failed_recving.add(request_id)
         if load.error is None and not load.given_up:
+            self._learn(load)
             self._count(
                 transfers=1,
                 transfer_bytes=load.num_bytes,
@@ -520,6 +527,20 @@ class TransferWorker:
         else:
             self._count(failed_transfers=1)
             logger.warning("Loading KV of request %s failed: %s", request_id, load.error)
+
+    def _learn(self, load: _Load) -> None:
+        """How long it took, where one way brought everything."""
+        if len(load.chosen) != 1:
+            return
+        rank, way, descriptors, num_bytes = load.chosen[0]
+        if num_bytes < Experience.LEAST_BYTES:
+            return
+        slot = rank.pair.slot_bytes if rank.pair is not None else None
+        ways = route(
+            self._costs, descriptors, num_bytes, slot, mapped=rank.mapped is not None
+        ).seconds
+        if way in ways:
+            rank.seen.learn(way, ways[way], self._clock() - load.started)
 
     def _give_up_late(self) -> None:
         now = self._clock()
