@@ -16,6 +16,10 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorHandshakeMetadata,
     KVConnectorMetadata,
 )
+from vllm.distributed.kv_transfer.kv_connector.v1.compatibility import (
+    check_factors,
+    compatibility_hash,
+)
 from vllm.errors import ConfigError, KVTransferError, VLLMValidationError
 
 __all__ = [
@@ -274,34 +278,9 @@ def decode_payload(encoded: bytes, factors: dict[str, str] | None) -> AgentMetad
     try:
         payload = msgspec.msgpack.decode(encoded, type=HandshakePayload)
         if factors is not None:
-            check_compatible(factors, payload)
+            check_factors(factors, payload.factors, payload.compatibility_hash)
         if hashlib.sha256(payload.agent_metadata_bytes).digest() != payload.digest:
             raise KVTransferError("the handshake was damaged on the way: its digest differs")
         return msgspec.msgpack.decode(payload.agent_metadata_bytes, type=AgentMetadata)
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise KVTransferError(f"the handshake is malformed: {error}") from error
-
-
-def compatibility_hash(factors: dict[str, str]) -> str:
-    """SHA-256 over what must be equal on both sides."""
-    return hashlib.sha256(msgspec.json.encode(factors, order="sorted")).hexdigest()
-
-
-def check_compatible(mine: dict[str, str], payload: HandshakePayload) -> None:
-    """
-    Raises:
-        KVTransferError: the two engines serve different models, with both sides of what differs.
-    """
-    if compatibility_hash(mine) == payload.compatibility_hash:
-        return
-    theirs = payload.factors
-    differing = [
-        f"{name}: {mine.get(name, 'nothing')} here, {theirs.get(name, 'nothing')} there"
-        for name in sorted(mine.keys() | theirs.keys())
-        if mine.get(name) != theirs.get(name)
-    ]
-    raise KVTransferError(
-        "the engines cannot exchange KV blocks: "
-        + ("; ".join(differing) or "their compatibility hashes differ")
-        + ' (kv_connector_extra_config {"enforce_handshake_compat": false} skips this check)'
-    )
