@@ -36,6 +36,11 @@ logger = init_logger(__name__)
 # What the driver, cuBLAS and compiled kernels take after the memory has been measured, and what
 # the allocator loses between its blocks.
 _HEADROOM_BYTES = 384 << 20
+# Float32 kernels have more numbers than registers: the driver sets memory aside for the rest, for
+# as many threads as the device can run (1.3 GiB on an H100).
+_FLOAT32_HEADROOM_BYTES = 1536 << 20
+# What is measured differs by some MiB from start to start: advice holds for all of them.
+_ADVICE_STEP_BYTES = 128 << 20
 
 
 class Worker(WorkerBase):
@@ -99,10 +104,11 @@ class Worker(WorkerBase):
         if asked is not None:
             room = total - needed
             if asked > room:
+                most = max(room // _ADVICE_STEP_BYTES - 1, 0) * _ADVICE_STEP_BYTES
                 raise CapacityError(
                     f"--kv-cache-memory-bytes asks for {format_bytes(asked)} of KV cache, but "
                     f"{format_bytes(max(room, 0))} are left beside the model: set it to at most "
-                    f"{max(room, 0)}"
+                    f"{most}"
                 )
             return asked
         share = self.cache_config.gpu_memory_utilization
@@ -146,7 +152,10 @@ class Worker(WorkerBase):
             format_bytes(graphs),
             format_bytes(elsewhere),
         )
-        return peak + elsewhere + graphs + _HEADROOM_BYTES
+        wide = self.model_config.dtype is torch.float32
+        return (
+            peak + elsewhere + graphs + _HEADROOM_BYTES + (_FLOAT32_HEADROOM_BYTES if wide else 0)
+        )
 
     def _graph_bytes(self) -> int:
         """What the captured steps keep: logits above all, and some rows of activations."""

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 
 import torch
 
+from vllm.utils.cuda_memory import unowned
+
 __all__ = ["CapturedStep", "DecodeGraphs", "capture_sizes"]
 
 
@@ -58,7 +60,10 @@ class DecodeGraphs:
                 graph.capture_begin(pool=pool, capture_error_mode="thread_local")
                 step = run()
                 graph.capture_end()
-                self._graphs[size] = graph, step
+                # The next graph may write where this one leaves its outputs: whoever wants them
+                # reads them before another one runs. The pool stays as long as a graph does.
+                self._graphs[size] = graph, CapturedStep(unowned(step.hidden), unowned(step.logits))
+                del step
         torch.cuda.current_stream().wait_stream(stream)
         torch.cuda.synchronize()
 
