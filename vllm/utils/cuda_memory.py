@@ -17,7 +17,7 @@ import torch
 from vllm.errors import CapacityError, VLLMError
 from vllm.utils.system import format_bytes
 
-__all__ = ["HostCopy", "RemappableMemory", "unowned"]
+__all__ = ["HostCopy", "RemappableMemory"]
 
 # Physical memory comes in pieces of this size, so that what is mapped can follow what is used.
 _PIECE_BYTES = 256 << 20
@@ -100,28 +100,6 @@ def _call(name: str, *arguments: Any) -> None:
         raise _DriverError(name, status, words)
 
 
-def _array_interface(start: int, size: int) -> dict[str, Any]:
-    """Bytes as other libraries take them (version 3 of ``__cuda_array_interface__``)."""
-    return {"shape": (size,), "typestr": "|i1", "data": (start, False), "version": 3}
-
-
-class _Addresses:
-    def __init__(self, start: int, size: int) -> None:
-        self.__cuda_array_interface__ = _array_interface(start, size)
-
-
-def unowned(tensor: torch.Tensor) -> torch.Tensor:
-    """What shows the memory of ``tensor`` and does not keep it: somebody else does, or nobody
-    reads it before it is written again.
-    """
-    storage = tensor.untyped_storage()
-    size = storage.nbytes() // tensor.itemsize * tensor.itemsize
-    shown = torch.as_tensor(_Addresses(storage.data_ptr(), size), device=tensor.device)
-    return shown.view(tensor.dtype).as_strided(
-        tensor.size(), tensor.stride(), tensor.storage_offset()
-    )
-
-
 class _Reservation:
     """Addresses, and which of them have memory; both end with the last tensor that shows them."""
 
@@ -142,7 +120,12 @@ class _Reservation:
         self._end = weakref.finalize(self, _free, self.start, self.size, self.pieces)
         # At the end of a process the driver does it, and may be gone already.
         self._end.atexit = False
-        self.__cuda_array_interface__ = _array_interface(self.start, size)
+        self.__cuda_array_interface__ = {
+            "shape": (size,),
+            "typestr": "|i1",
+            "data": (self.start, False),
+            "version": 3,
+        }
 
     @property
     def mapped(self) -> int:

@@ -14,6 +14,7 @@ from vllm.errors import CapacityError
 from vllm.logger import init_logger
 from vllm.platforms import current_platform
 from vllm.utils.system import format_bytes
+from vllm.v1.worker.gpu.cuda_graphs import capture_sizes
 from vllm.v1.worker.gpu.device import CUDADeviceLayer
 from vllm.v1.worker.gpu.model_runner import GPUModelRunner
 from vllm.v1.worker.gpu.sleep import SleepMemory
@@ -158,12 +159,16 @@ class Worker(WorkerBase):
         )
 
     def _graph_bytes(self) -> int:
-        """What the captured steps keep: logits above all, and some rows of activations."""
-        rows = self.model_runner.largest_graph
+        """What the captured steps keep: the outputs of each (1.1 GiB of logits for 128,256 tokens
+        in bf16), and the memory that they share, which the largest one needs.
+        """
+        sizes = capture_sizes(self.model_runner.largest_graph)
         config = self.model_config
-        text_config = config.hf_text_config
+        text_config, vocab = config.hf_text_config, config.get_vocab_size()
         width = 4 * getattr(text_config, "intermediate_size", text_config.hidden_size)
-        return rows * (config.get_vocab_size() + width) * config.dtype.itemsize * 3 // 2
+        kept = sum(sizes) * (vocab + text_config.hidden_size)
+        shared = sizes[0] * (vocab + width) * 3 // 2
+        return (kept + shared) * config.dtype.itemsize
 
     def initialize_from_config(self, kv_cache_config: KVCacheConfig) -> None:
         self.model_runner.initialize_kv_cache(kv_cache_config)

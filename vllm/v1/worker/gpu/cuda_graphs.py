@@ -13,14 +13,12 @@ from dataclasses import dataclass
 
 import torch
 
-from vllm.utils.cuda_memory import unowned
-
 __all__ = ["CapturedStep", "DecodeGraphs", "capture_sizes"]
 
 
 @dataclass(slots=True)
 class CapturedStep:
-    """What a captured step leaves, until any graph runs again.
+    """What a captured step leaves, until any graph runs again. Each graph has its own.
 
     ``hidden`` ``(size, hidden)``, ``logits`` ``(size, V)``.
     """
@@ -60,10 +58,7 @@ class DecodeGraphs:
                 graph.capture_begin(pool=pool, capture_error_mode="thread_local")
                 step = run()
                 graph.capture_end()
-                # The next graph may write where this one leaves its outputs: whoever wants them
-                # reads them before another one runs. The pool stays as long as a graph does.
-                self._graphs[size] = graph, CapturedStep(unowned(step.hidden), unowned(step.logits))
-                del step
+                self._graphs[size] = graph, step
         torch.cuda.current_stream().wait_stream(stream)
         torch.cuda.synchronize()
 
