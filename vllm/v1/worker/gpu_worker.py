@@ -200,10 +200,11 @@ class Worker(WorkerBase):
     def sleep(self, level: int) -> None:
         memory = self._sleep_memory
         assert memory is not None, "the engine asks for --enable-sleep-mode first"
-        self.model_runner.release_kv_cache(lambda _: memory.release_pool())
         if level == 1:
+            # First: the host may not have the memory, and then nothing has changed.
             memory.offload_weights()
-        else:
+        self.model_runner.release_kv_cache(lambda _: memory.release_pool())
+        if level == 2:
             memory.drop_weights()
             self.model_runner.release_model()
             self._has_model = False
