@@ -30,7 +30,13 @@ class CudaPlatform(Platform):
     default_max_num_batched_tokens = 8192
     runs_beside_host = True
     has_sleep_mode = sys.platform == "linux"
-    attention_backend_priority = ("TRITON_ATTN", "TRITON_MLA", "TORCH_REF", "TORCH_REF_MLA")
+    attention_backend_priority = (
+        "TRITON_ATTN",
+        "TURBOQUANT",
+        "TRITON_MLA",
+        "TORCH_REF",
+        "TORCH_REF_MLA",
+    )
 
     @classmethod
     def prepare_environment(cls) -> None:

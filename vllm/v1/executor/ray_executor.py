@@ -283,8 +283,9 @@ class RayDistributedExecutor(Executor):
         if timeout is not None:
             _, late = self._ray.wait(refs, num_returns=len(refs), timeout=timeout)
             if late:
+                name = getattr(method, "__name__", method)
                 raise TimeoutError(
-                    f"{method}: no answer within {timeout:g} s from {len(late)} of {len(refs)} "
+                    f"{name}: no answer within {timeout:g} s from {len(late)} of {len(refs)} "
                     "workers"
                 )
         answers = self._get(refs)

@@ -280,7 +280,10 @@ class ModelRunner:
         self, scheduler_output: SchedulerOutput, step: StepInputs
     ) -> tuple[torch.Tensor, KVConnectorOutput | None]:
         """Hidden states ``(T, hidden)``, and what the connector has to report."""
-        context = ForwardContext(self.attention_groups.build_metadata(step.attention), self.layers)
+        metadata = self.attention_groups.build_metadata(
+            step.attention, scheduler_output.num_common_prefix_blocks
+        )
+        context = ForwardContext(metadata, self.layers)
         self._write_watch.begin(self.batch, step)
         self._connector.begin(scheduler_output, context)
         with set_forward_context(context):
