@@ -120,6 +120,8 @@ def test_a_correction_bias_chooses_and_does_not_weigh():
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
+        ({"top_k": None}, "num_experts_per_tok None must be between 1 and the number of experts"),
+        ({"num_expert_group": 0}, "6 experts in 0 groups"),
         ({"top_k": 7}, "num_experts_per_tok 7 must be between 1 and the number of experts, 6"),
         ({"scoring_func": "tanh"}, "scored by softmax, sigmoid, sqrtsoftplus, not 'tanh'"),
         ({"num_expert_group": 4, "topk_group": 2}, "6 experts in 4 groups"),

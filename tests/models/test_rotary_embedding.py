@@ -137,3 +137,9 @@ def test_an_unknown_scaling_is_refused_by_name():
 def test_a_missing_parameter_is_named():
     with pytest.raises(ConfigError, match="'llama3' needs low_freq_factor, high_freq_factor"):
         get_rope(16, 64, rope_parameters={"rope_type": "llama3", "factor": 8.0})
+
+
+@pytest.mark.parametrize(("head_size", "share"), [(7, 1.0), (10, 0.5), (8, 0.1), (8, 1.5)])
+def test_dimensions_that_make_no_pairs_are_refused(head_size, share):
+    with pytest.raises(ConfigError, match="RoPE turns pairs"):
+        get_rope(head_size, 16, rope_parameters={"partial_rotary_factor": share})

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from vllm.errors import ConfigError
+from vllm.transformers_utils.config_checks import check_fields, check_kinds
 from vllm.transformers_utils.linear_attention_model_types import (
     LINEAR_ATTENTION_DEFAULTS,
     LINEAR_ATTENTION_FINISHERS,
@@ -148,10 +149,12 @@ def fill_in_config(values: dict[str, Any]) -> HFConfig:
 
 def _fill_in(values: dict[str, Any]) -> dict[str, Any]:
     model_type = values.get("model_type")
-    values = {**MODEL_TYPE_DEFAULTS.get(model_type or "", {}), **values}
+    defaults = MODEL_TYPE_DEFAULTS.get(model_type or "", {})
+    values = {**defaults, **values}
     if values.get("num_key_value_heads") is None and "num_attention_heads" in values:
         values["num_key_value_heads"] = values["num_attention_heads"]
     _check_shape(values)
+    check_fields(values, defaults)
     if values.get("head_dim") is None and values.get("num_attention_heads"):
         values["head_dim"] = _derive_head_dim(values)
     if model_type in ("qwen2", "qwen3"):
@@ -159,6 +162,7 @@ def _fill_in(values: dict[str, Any]) -> dict[str, Any]:
     finish = FINISHERS.get(model_type or "") or LINEAR_ATTENTION_FINISHERS.get(model_type or "")
     if finish is not None:
         finish(values)
+    check_kinds(values)
     if "rope_theta" in values or values.get("rope_parameters"):
         _set_rope_parameters(values)
     dtype = values.get("dtype") or values.get("torch_dtype")

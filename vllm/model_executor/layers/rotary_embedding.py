@@ -166,7 +166,8 @@ def get_rope(
 
     Raises:
         UnsupportedError: an unknown ``rope_type``.
-        ConfigError: a parameter of the scaling is missing.
+        ConfigError: a parameter of the scaling is missing, or an odd number of dimensions
+            would be rotated.
     """
     rope = {"rope_type": "default", "rope_theta": 10000.0, **(rope_parameters or {})}
     kind = rope["rope_type"]
@@ -179,6 +180,11 @@ def get_rope(
     if missing:
         raise ConfigError(f"config.json: rope_type {kind!r} needs {', '.join(missing)}")
     rotary_dim = int(head_size * rope.get("partial_rotary_factor", 1.0))
+    if rotary_dim % 2 or not 2 <= rotary_dim <= head_size:
+        raise ConfigError(
+            f"config.json: {rotary_dim} dimensions of a head of {head_size} cannot be rotated: "
+            "RoPE turns pairs of them"
+        )
     trained = trained_max_position or max_position
     device = torch.get_default_device()
     key = json.dumps(

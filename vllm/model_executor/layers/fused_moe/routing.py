@@ -47,13 +47,13 @@ class Routing:
                 f"config.json: experts are scored by {', '.join(_SCORES)}, not "
                 f"{self.scoring_func!r}"
             )
-        if not 1 <= self.top_k <= self.num_experts:
+        if not isinstance(self.top_k, int) or not 1 <= self.top_k <= self.num_experts:
             raise ConfigError(
                 f"config.json: num_experts_per_tok {self.top_k} must be between 1 and the number "
                 f"of experts, {self.num_experts}"
             )
         groups = self.num_expert_group
-        if self.num_experts % groups or not 1 <= self.topk_group <= groups:
+        if groups < 1 or self.num_experts % groups or not 1 <= self.topk_group <= groups:
             raise ConfigError(
                 f"config.json: {self.num_experts} experts in {groups} groups, of which "
                 f"{self.topk_group} are used: the groups must divide the experts"
