@@ -54,6 +54,7 @@ _PROLONGS_BY = 2 / 3
 _SIGNS_A_SILENCE = 4
 _MOST_REMEMBERED = 16384
 _MOST_DECODERS = 1024
+_LARGEST_COUNT = 1 << 20
 
 _Key = tuple[str, int, str]
 """(session of the decoder, its rank, its request id)."""
@@ -304,6 +305,7 @@ class Sender:
             )
         target = CacheDescriptor.from_json(layout.descriptor)
         check_descriptor(target)
+        _check_sizes(target)
         there = Shard(tp_size=layout.tp_size, rank=layout.tp_rank)
         plan = plan_transfer(local.descriptor, target, local.shard, there, local.total_heads)
         decoder = _Decoder(layout, self._port.connect(layout.agent), plan)
@@ -471,11 +473,12 @@ class Sender:
         prefill = self._prefills.get(transfer_id)
         if prefill is None or prefill.offer is None or prefill.session is None:
             return
-        small, large = sorted((prefill.tp_size, self._local.shard.tp_size))
-        if small < 1 or large % small:
+        try:
+            consumers = self._topology(prefill.tp_size).consumers()
+        except ConfigError:
             # Nobody of that kind has been let in: the lease ends it.
             return
-        if prefill.done.issuperset(self._topology(prefill.tp_size).consumers()):
+        if prefill.done.issuperset(consumers):
             self._forget(transfer_id, "it has been fetched already")
 
     def _forget(self, transfer_id: str, why: str) -> None:
@@ -507,6 +510,20 @@ class Sender:
             self._forget(transfer_id, "the prefill engine has ended")
         while self._decoders:
             self._let_go(self._decoders.popitem()[1])
+
+
+def _check_sizes(cache: CacheDescriptor) -> None:
+    """A plan takes time and memory by these, and addresses must be such.
+
+    Raises:
+        KVTransferError: no cache is like that.
+    """
+    for layer in cache.layers:
+        counts = layer.tokens_per_block, layer.kernel_blocks_per_block, layer.num_head_slots
+        if max(*counts, layer.num_states) > _LARGEST_COUNT:
+            raise KVTransferError(f"{layer.name}: counts {counts} above {_LARGEST_COUNT}")
+    if cache.num_blocks > 1 << 40 or cache.base + cache.size_bytes >= 1 << 62:
+        raise KVTransferError("the cache of the decoder ends beyond all addresses")
 
 
 def _failure(request_id: str, why: str) -> MooncakeXferResponse:
