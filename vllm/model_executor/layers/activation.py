@@ -1,4 +1,6 @@
-"""Activation functions of gated MLPs: (..., 2 * i), gate before up -> (..., i)."""
+"""Activation functions of gated MLPs: (..., 2 * i), gate before up -> (..., i); and of plain ones,
+(..., i) -> (..., i), which may write to what they are given.
+"""
 
 from collections.abc import Callable
 
@@ -9,7 +11,15 @@ from torch import nn
 from vllm import _custom_ops as ops
 from vllm.errors import UnsupportedError
 
-__all__ = ["ClampedSiluAndMul", "GeluAndMul", "SiluAndMul", "SwigluOAI", "get_gated_activation"]
+__all__ = [
+    "ClampedSiluAndMul",
+    "GeluAndMul",
+    "SiluAndMul",
+    "SquaredReLU",
+    "SwigluOAI",
+    "get_activation",
+    "get_gated_activation",
+]
 
 
 class SiluAndMul(nn.Module):
@@ -69,6 +79,14 @@ class SwigluOAI(nn.Module):
         return f"alpha={self.alpha}, limit={self.limit}"
 
 
+class SquaredReLU(nn.Module):
+    """``relu(x) ** 2``, in place."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.relu_().square_()
+
+
+_PLAIN: dict[str, Callable[[], nn.Module]] = {"relu2": SquaredReLU}
 _GATED: dict[str, Callable[[], nn.Module]] = {
     "silu": SiluAndMul,
     "swish": SiluAndMul,
@@ -78,14 +96,28 @@ _GATED: dict[str, Callable[[], nn.Module]] = {
 }
 
 
+def get_activation(name: str) -> nn.Module:
+    """The activation of an MLP without a gate that config.json calls ``name``.
+
+    Raises:
+        UnsupportedError: there is none of that name.
+    """
+    return _find(_PLAIN, name)
+
+
 def get_gated_activation(name: str) -> nn.Module:
     """The gated form of the activation that config.json calls ``name``.
 
     Raises:
         UnsupportedError: there is none of that name.
     """
-    if name not in _GATED:
+    return _find(_GATED, name)
+
+
+def _find(known: dict[str, Callable[[], nn.Module]], name: str) -> nn.Module:
+    if name not in known:
         raise UnsupportedError(
-            f"config.json: the activation {name!r} is not supported; these are: {', '.join(_GATED)}"
+            f"config.json: the activation {name!r} is not supported; these are: {', '.join(known)}",
+            parameter="model",
         )
-    return _GATED[name]()
+    return known[name]()
