@@ -26,10 +26,12 @@ from vllm.distributed.kv_transfer.kv_connector.v1.mooncake.bootstrap import (
 )
 from vllm.distributed.kv_transfer.kv_connector.v1.mooncake.directory import Directory, ask_bootstrap
 from vllm.distributed.kv_transfer.kv_connector.v1.mooncake.messages import (
+    Discard,
     Heartbeat,
     MooncakeXferMetadata,
     MooncakeXferResponse,
     PeerLayout,
+    Question,
     Status,
     Wanted,
     Withdrawal,
@@ -333,9 +335,17 @@ def bootstrap():
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))
         port = sock.getsockname()[1]
-    server = BootstrapServer("127.0.0.1", port, make_bootstrap_app("e", 2, "secret"))
+    server = BootstrapServer("127.0.0.1", port, make_bootstrap_app("e", 2, "secret", tell))
+    TOLD.clear()
     yield f"http://127.0.0.1:{port}"
     server.close()
+
+
+TOLD: list[tuple[str, bytes]] = []
+
+
+def tell(address, message):
+    TOLD.append((address, message))
 
 
 def worker(**change):
@@ -400,8 +410,37 @@ def test_who_does_not_belong_is_not_registered(bootstrap, change, status):
     }
     with pytest.raises(ConfigError, match="VLLM_MOONCAKE_BOOTSTRAP_PORT of its own"):
         BootstrapServer(
-            "127.0.0.1", int(bootstrap.rpartition(":")[2]), make_bootstrap_app("", 1, "")
+            "127.0.0.1", int(bootstrap.rpartition(":")[2]), make_bootstrap_app("", 1, "", tell)
         )
+
+
+def test_all_workers_are_told_what_nobody_will_fetch(bootstrap):
+    for rank in range(2):
+        address = f"tcp://127.0.0.1:{5 + rank}"
+        register(bootstrap, Registration(**worker(tp_rank=rank, addr=address)), 5)
+    response = httpx.post(f"{bootstrap}/discard", json={"transfer_ids": ["r"]})
+    assert response.status_code == 200
+    assert [address for address, _ in TOLD] == ["tcp://127.0.0.1:5", "tcp://127.0.0.1:6"]
+    assert decode_sealed(TOLD[0][1], Question) == Discard(transfer_ids=["r"])
+    assert httpx.post(f"{bootstrap}/discard", json={"transfer_ids": 5}).status_code == 422
+
+
+@pytest.mark.parametrize("early", [False, True])
+def test_what_nobody_will_fetch_is_not_kept(early):
+    stranger = Stranger()
+    name = "later" if early else "r"
+    assert stranger.say(Discard(transfer_ids=[name])) is None
+    if early:
+        request = make_request("later-p", PROMPT, max_tokens=1)
+        request.kv_transfer_params = {"do_remote_decode": True, "transfer_id": name}
+        stranger.p.scheduler.add_request(request)
+        for _ in range(6):
+            stranger.turn()
+        stranger.say(Discard(transfer_ids=["r"]))
+    assert stranger.p.free_blocks() == 39
+    answer = stranger.say(stranger.question(transfer_id=name))
+    assert answer.status is Status.ERROR and "failed elsewhere" in answer.err_msg
+    assert stranger.nothing_was_written()
 
 
 # The channel

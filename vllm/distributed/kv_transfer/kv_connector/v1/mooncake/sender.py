@@ -19,6 +19,7 @@ import msgspec
 
 from vllm.distributed.kv_transfer.kv_connector.v1.compatibility import check_factors
 from vllm.distributed.kv_transfer.kv_connector.v1.mooncake.messages import (
+    Discard,
     Heartbeat,
     MooncakeSettings,
     MooncakeStepMetadata,
@@ -55,6 +56,7 @@ _SIGNS_A_SILENCE = 4
 _MOST_REMEMBERED = 16384
 _MOST_DECODERS = 1024
 _LARGEST_COUNT = 1 << 20
+_DISCARDED = "its request has failed elsewhere"
 
 _Key = tuple[str, int, str]
 """(session of the decoder, its rank, its request id)."""
@@ -82,6 +84,7 @@ class _Prefill:
     done: set[int] = field(default_factory=set)
     """Ranks of the decoder that need nothing more."""
     tp_size: int = 0
+    is_discarded: bool = False
 
 
 @dataclass(slots=True)
@@ -154,6 +157,8 @@ class Sender:
             claimed = prefill.session is not None
             lease = self._settings.kv_lease_duration if claimed else self._times.unclaimed
             prefill.deadline = now + lease
+            if prefill.is_discarded:
+                self._forget(offer.transfer_id, _DISCARDED)
             self._end_if_done(offer.transfer_id)
         for transfer_id, why in metadata.dropped.items():
             self._forget(transfer_id, why)
@@ -169,6 +174,8 @@ class Sender:
                 continue
             if isinstance(question, Heartbeat):
                 self._prolong(question)
+            elif isinstance(question, Discard):
+                self._discard(question)
             elif isinstance(question, Withdrawal):
                 self._withdraw(who, question)
             else:
@@ -194,6 +201,15 @@ class Sender:
                 self._claim(prefill, heartbeat.remote_session, heartbeat.remote_tp_size)
             if prefill.session == heartbeat.remote_session and prefill.offer is not None:
                 prefill.deadline = max(prefill.deadline, self._clock() + more)
+
+    def _discard(self, question: Discard) -> None:
+        for transfer_id in question.transfer_ids:
+            if transfer_id in self._over:
+                continue
+            prefill = self._prefill_or_early(transfer_id)
+            prefill.is_discarded = True
+            if prefill.offer is not None:
+                self._forget(transfer_id, _DISCARDED)
 
     def _asked(self, who: Any, question: MooncakeXferMetadata) -> None:
         names = list(question.req_blocks)
@@ -458,16 +474,21 @@ class Sender:
     def _rank_is_done(self, transfer_id: str, session: str, rank: int, tp_size: int) -> None:
         if transfer_id in self._over:
             return
-        prefill = self._prefills.get(transfer_id) or self._early.get(transfer_id)
-        if prefill is None:
-            prefill = self._early[transfer_id] = _Prefill(float("inf"))
-            while len(self._early) > _MOST_REMEMBERED:
-                self._early.popitem(last=False)
+        prefill = self._prefill_or_early(transfer_id)
         if prefill.session is None:
             self._claim(prefill, session, tp_size)
         if (prefill.session, prefill.tp_size) == (session, tp_size):
             prefill.done.add(rank)
             self._end_if_done(transfer_id)
+
+    def _prefill_or_early(self, transfer_id: str) -> _Prefill:
+        """What is known of a transfer id, also if the scheduler has not told of it yet."""
+        prefill = self._prefills.get(transfer_id) or self._early.get(transfer_id)
+        if prefill is None:
+            prefill = self._early[transfer_id] = _Prefill(float("inf"))
+            while len(self._early) > _MOST_REMEMBERED:
+                self._early.popitem(last=False)
+        return prefill
 
     def _end_if_done(self, transfer_id: str) -> None:
         prefill = self._prefills.get(transfer_id)
