@@ -148,11 +148,13 @@ def test_a_prefill_server_that_is_killed_fails_its_requests_and_the_router_goes_
 def test_a_decode_server_that_is_killed_leaves_no_blocks_behind(fleet, tmp_path):
     extra = json.dumps({"mooncake_protocol": "tcp", "kv_lease_duration": 2})
     doomed = setup("llama", name="doomed", role="kv_consumer", extra=extra)
-    with Cluster(fleet, tmp_path, setup("llama", extra=extra), setup("llama")) as cluster:
+    # Some it may not have asked for yet: those wait this long.
+    waits = (("VLLM_MOONCAKE_ABORT_REQUEST_TIMEOUT", "4"),)
+    prefill = setup("llama", extra=extra, environment=waits)
+    with Cluster(fleet, tmp_path, prefill, setup("llama")) as cluster:
         second = fleet.get(doomed)
         (prompt,) = prompts(1, 100)
         ids = [f"x-{i}" for i in range(3)]
-        # It has asked for them when it dies.
         with ThreadPoolExecutor(3) as pool:
             waiting = [pool.submit(fetch, cluster.p, second, prompt, name) for name in ids]
             wait_for(lambda: second.metric("vllm:kv_cache_usage_perc") > 0, 20, "nothing loads")
