@@ -145,6 +145,7 @@ def test_a_prefill_server_that_is_killed_fails_its_requests_and_the_router_goes_
     fleet.end(doomed)
 
 
+@pytest.mark.slow
 def test_a_decode_server_that_is_killed_leaves_no_blocks_behind(fleet, tmp_path):
     extra = json.dumps({"mooncake_protocol": "tcp", "kv_lease_duration": 2})
     doomed = setup("llama", name="doomed", role="kv_consumer", extra=extra)
