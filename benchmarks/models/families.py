@@ -307,7 +307,11 @@ def measure(name: str, dtype: str) -> dict[str, object]:
             skip_tokenizer_init=True, enable_prefix_caching=False,
         )  # fmt: skip
 
+    threads = torch.get_num_threads()
+
     def ours(ids: torch.Tensor, tokens: int) -> None:
+        # The engine has threads of its own, and leaves torch what it does not need.
+        torch.set_num_threads(threads)
         params = SamplingParams(temperature=0.0, max_tokens=tokens, ignore_eos=True)
         requests = [{"prompt_token_ids": row} for row in ids.tolist()]
         llm.generate(requests, params, use_tqdm=False)

@@ -1,7 +1,7 @@
 // Row-wise operators around the products: RMSNorm, gates of MLPs, argmax, RoPE with the store of keys
 // and values. Small inputs are done by the calling thread: waking another costs more.
+#include "gates.h"
 #include "pool.h"
-#include "vec.h"
 
 namespace vllm_cpu {
 namespace VLLM_ISA {
@@ -81,16 +81,6 @@ void rms_norm(const NormArgs& a) {
   }
 }
 
-VLLM_INLINE Vec sigmoid_times(Vec x, Vec factor) {
-  return div(factor, add(set1(1.0f), exp(sub(zero(), x))));
-}
-
-// 0.5 * x * (1 + tanh(u)) is x * sigmoid(2 * u), with u = sqrt(2 / pi) * (x + 0.044715 * x^3).
-VLLM_INLINE Vec gelu_tanh(Vec x) {
-  const Vec cubic = fma(mul(mul(x, x), set1(0.044715f)), x, x);
-  return sigmoid_times(mul(set1(1.5957691216057308f), cubic), x);
-}
-
 template <typename T, typename Body>
 void gated_rows(const SiluMulArgs& a, const Body& body) {
   for_rows(a.rows, a.size * 2, [&](int64_t row) {
@@ -104,20 +94,7 @@ void gated_rows(const SiluMulArgs& a, const Body& body) {
 
 template <typename T>
 void silu_mul_rows(const SiluMulArgs& a) {
-  switch (a.gate) {
-    case kGeluTanh:
-      return gated_rows<T>(a, [](Vec gate, Vec up) { return mul(gelu_tanh(gate), up); });
-    case kSwigluOai: {
-      const Vec most = set1(a.limit), least = set1(-a.limit), alpha = set1(a.alpha);
-      return gated_rows<T>(a, [&](Vec gate, Vec up) {
-        gate = min(gate, most);
-        up = add(max(min(up, most), least), set1(1.0f));
-        return sigmoid_times(mul(alpha, gate), mul(up, gate));
-      });
-    }
-    default:
-      return gated_rows<T>(a, [](Vec gate, Vec up) { return mul(silu(gate), up); });
-  }
+  with_gate(a.gate, a.alpha, a.limit, [&](const auto& gate) { gated_rows<T>(a, gate); });
 }
 
 void silu_mul(const SiluMulArgs& a) {

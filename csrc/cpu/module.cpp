@@ -144,6 +144,41 @@ ENTRY(experts) {
   return run(r, kernels().experts, a);
 }
 
+// False, with an exception set, if one of `count` experts is not there.
+bool experts_exist(const int64_t* experts, int64_t count, int64_t num_experts) {
+  for (int64_t i = 0; experts && i < count; ++i) {
+    if (experts[i] < 0 || experts[i] >= num_experts) {
+      PyErr_Format(PyExc_IndexError, "expert %lld is not below %lld",
+                   static_cast<long long>(experts[i]), static_cast<long long>(num_experts));
+      return false;
+    }
+  }
+  return true;
+}
+
+ENTRY(moe) {
+  Reader r(argv, argc, 10);
+  MoeArgs a;
+  int64_t bytes = 0;
+  a.layer = static_cast<const MoeLayer*>(r.bytes(bytes));
+  a.x = r.pointer<void>();
+  a.x_stride = r.number();
+  a.logits = r.pointer<void>();
+  a.logits_stride = r.number();
+  a.logits_dtype = static_cast<int>(r.number());
+  a.chosen = r.pointer<int64_t>();
+  a.out = r.pointer<void>();
+  a.out_stride = r.number();
+  a.num_tokens = r.number();
+  if (!r.ok()) return nullptr;
+  if (bytes != static_cast<int64_t>(sizeof(MoeLayer))) {
+    return PyErr_Format(PyExc_ValueError, "experts take %zu bytes", sizeof(MoeLayer));
+  }
+  const int64_t pairs = a.num_tokens * a.layer->top_k;
+  if (!experts_exist(a.chosen, pairs, a.layer->num_experts)) return nullptr;
+  return run(r, kernels().moe, a);
+}
+
 PyObject* move_weight(PyObject* const* argv, Py_ssize_t argc, void (*kernel)(const PackArgs&)) {
   Reader r(argv, argc, 6);
   PackArgs a;
@@ -615,6 +650,7 @@ PyObject* set_isa(PyObject*, PyObject* name) {
 PyMethodDef methods[] = {
     FAST(gemm),
     FAST(experts),
+    FAST(moe),
     FAST(pack),
     FAST(unpack),
     FAST(embedding),

@@ -44,24 +44,6 @@ VLLM_INLINE void narrow(const float* from, T* to, int64_t count) {
                        static_cast<int>(count - i));
 }
 
-// log(1 + e^x) = max(x, 0) + log(1 + u), u = e^-|x| in (0, 1], and log(1 + u) = 2 atanh(s) with
-// s = u / (2 + u) <= 1 / 3: nine terms of its series leave less than 1e-9.
-VLLM_INLINE Vec softplus(Vec x) {
-  const Vec u = exp(min(x, sub(zero(), x)));
-  const Vec s = div(u, add(u, set1(2.0f)));
-  const Vec q = mul(s, s);
-  Vec p = set1(1.0f / 17.0f);
-  p = fma(p, q, set1(1.0f / 15.0f));
-  p = fma(p, q, set1(1.0f / 13.0f));
-  p = fma(p, q, set1(1.0f / 11.0f));
-  p = fma(p, q, set1(1.0f / 9.0f));
-  p = fma(p, q, set1(1.0f / 7.0f));
-  p = fma(p, q, set1(1.0f / 5.0f));
-  p = fma(p, q, set1(1.0f / 3.0f));
-  p = fma(p, q, set1(1.0f));
-  return fma(add(s, s), p, max(x, zero()));
-}
-
 // ---- convolution -----------------------------------------------------------------------------
 
 // Rows of the state as floats, past[step * kTile + channel].

@@ -53,6 +53,40 @@ struct ExpertsArgs {
   int epilogue;
 };
 
+// Values are shared with vllm/_moe_op.py.
+enum Scoring : int { kSoftmax = 0, kSigmoid = 1, kSqrtSoftplus = 2 };
+
+// A mixture of gated experts and how tokens find theirs. Weights are packed, gate_up (2 * inner,
+// hidden) and down (hidden, inner) of each expert, inner a multiple of kPanel; biases (num_experts,
+// 2 * inner) and (num_experts, hidden) of the weights' dtype may be null, as may the correction of
+// the choice, (num_experts,). Every field has eight bytes: Python packs them one after another.
+struct MoeLayer {
+  int64_t num_experts, top_k, scoring, renormalize, num_groups, topk_group;
+  double scaling;
+  const float* correction;
+  int64_t hidden_size, inner_size, dtype, gate;
+  double alpha, limit;
+  const void* const* gate_up;
+  const void* const* down;
+  const void *gate_up_bias, *down_bias;
+  int64_t weigh_input;
+};
+
+// Logits (num_tokens, num_experts) are of floats or of the layer's dtype. `chosen` (num_tokens,
+// top_k), or null, are experts that were chosen already. Strides in elements.
+struct MoeArgs {
+  const MoeLayer* layer;
+  const void* x;
+  int64_t x_stride;
+  const void* logits;
+  int64_t logits_stride;
+  int logits_dtype;
+  const int64_t* chosen;
+  void* out;
+  int64_t out_stride;
+  int64_t num_tokens;
+};
+
 struct PackArgs {
   const void* src;
   int64_t src_stride;
@@ -135,8 +169,8 @@ struct NormArgs {
 };
 
 // Values are shared with vllm/_custom_ops.py. kSwigluOai: (up + 1) * gate * sigmoid(alpha * gate),
-// the gate at most `limit`, up within it on both sides.
-enum Gate : int { kSilu = 0, kGeluTanh = 1, kSwigluOai = 2 };
+// the gate at most `limit`, up within it on both sides. kClampedSilu: silu(gate) * up, so limited.
+enum Gate : int { kSilu = 0, kGeluTanh = 1, kSwigluOai = 2, kClampedSilu = 3 };
 
 // Rows of gate beside up, `size` each -> gate(x) * up.
 struct SiluMulArgs {
@@ -283,6 +317,7 @@ struct Kernels {
   const char* name;
   void (*gemm)(const GemmArgs&);
   void (*experts)(const ExpertsArgs&);
+  void (*moe)(const MoeArgs&);
   void (*pack)(const PackArgs&);
   void (*unpack)(const PackArgs&);
   void (*embedding)(const EmbeddingArgs&);

@@ -9,18 +9,36 @@ from torch import nn
 from vllm import _custom_ops as ops
 from vllm.errors import UnsupportedError
 
-__all__ = ["ClampedSiluAndMul", "GeluAndMul", "SiluAndMul", "SwigluOAI", "get_gated_activation"]
+__all__ = [
+    "ClampedSiluAndMul",
+    "GatedActivation",
+    "GeluAndMul",
+    "SiluAndMul",
+    "SwigluOAI",
+    "get_gated_activation",
+]
 
 
-class SiluAndMul(nn.Module):
+class GatedActivation(nn.Module):
+    """What ``kernel`` calls a gate of the CPU kernels, with its numbers; None where there is none."""
+
+    kernel: str | None = None
+    alpha = limit = 0.0
+
+
+class SiluAndMul(GatedActivation):
     """``silu(first half) * second half``: (..., 2 * i) -> (..., i)."""
+
+    kernel = "silu"
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return ops.silu_and_mul(x)
 
 
-class ClampedSiluAndMul(nn.Module):
+class ClampedSiluAndMul(GatedActivation):
     """``silu(gate) * up``: the gate at most ``limit``, ``up`` within ``[-limit, limit]``."""
+
+    kernel = "clamped_silu"
 
     def __init__(self, limit: float) -> None:
         super().__init__()
@@ -34,12 +52,13 @@ class ClampedSiluAndMul(nn.Module):
         return f"limit={self.limit}"
 
 
-class GeluAndMul(nn.Module):
+class GeluAndMul(GatedActivation):
     """``gelu(first half) * second half``; ``approximate`` is "none" or "tanh"."""
 
     def __init__(self, approximate: str = "none") -> None:
         super().__init__()
         self.approximate = approximate
+        self.kernel = "gelu_tanh" if approximate == "tanh" else None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.approximate == "tanh":
@@ -51,11 +70,13 @@ class GeluAndMul(nn.Module):
         return f"approximate={self.approximate}"
 
 
-class SwigluOAI(nn.Module):
+class SwigluOAI(GatedActivation):
     """gpt-oss's: ``(up + 1) * gate * sigmoid(alpha * gate)``, both clamped.
 
     The gate is at most ``limit``, the up projection within ``[-limit, limit]``.
     """
+
+    kernel = "swiglu_oai"
 
     def __init__(self, alpha: float = 1.702, limit: float = 7.0) -> None:
         super().__init__()
@@ -69,7 +90,7 @@ class SwigluOAI(nn.Module):
         return f"alpha={self.alpha}, limit={self.limit}"
 
 
-_GATED: dict[str, Callable[[], nn.Module]] = {
+_GATED: dict[str, Callable[[], GatedActivation]] = {
     "silu": SiluAndMul,
     "swish": SiluAndMul,
     "gelu": GeluAndMul,
@@ -78,7 +99,7 @@ _GATED: dict[str, Callable[[], nn.Module]] = {
 }
 
 
-def get_gated_activation(name: str) -> nn.Module:
+def get_gated_activation(name: str) -> GatedActivation:
     """The gated form of the activation that config.json calls ``name``.
 
     Raises:
