@@ -194,7 +194,12 @@ FAMILIES: dict[str, tuple[Any, Any, dict[str, Any]]] = {
     "jamba": (
         transformers.JambaConfig,
         transformers.JambaForCausalLM,
-        {"intermediate_size": 1024, "num_experts": 4, "attn_layer_period": 4},
+        {
+            "intermediate_size": 1024,
+            "num_experts": 4,
+            "attn_layer_period": 4,
+            "attn_layer_offset": 3,
+        },
     ),
     "nemotron_h": (
         transformers.NemotronHConfig,
