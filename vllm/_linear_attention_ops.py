@@ -113,6 +113,13 @@ def _run(
     if gate is not None and gate.dim() == 3 and gate.shape != (num_tokens, num_heads, key_size):
         raise ValueError(f"gates {tuple(gate.shape)} are not one for each number of a key")
     out = value.new_empty((num_tokens, num_heads, value_size))
+    if _triton_takes(query, key, value, gate, beta, rates, biases, state):
+        from vllm._triton_linear_attention import linear_attention
+
+        linear_attention(
+            query, key, value, gate, beta, rates, biases, state, segments, scale, normalize, out
+        )
+        return out
     if not _kernel_takes(query, key, value, gate, beta, state):
         _reference(
             query, key, value, gate, beta, rates, biases, state, segments, scale, normalize, out
@@ -194,6 +201,27 @@ def _kernel_takes(
         and (gate is None or gate.dim() == 2 or gate.stride(1) == gate.shape[2])
         and state.stride(3) == 1
         and state.stride(2) == state.shape[3]
+    )
+
+
+def _triton_takes(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    gate: torch.Tensor | None,
+    beta: torch.Tensor | None,
+    rates: torch.Tensor,
+    biases: torch.Tensor | None,
+    state: torch.Tensor,
+) -> bool:
+    """On a GPU: the dtypes are known, and rows of heads, states and parameters are dense."""
+    inputs = [x for x in (query, key, value, gate, beta) if x is not None]
+    return (
+        value.is_cuda
+        and value.dtype in ops.DTYPE_CODES
+        and state.dtype in ops.DTYPE_CODES
+        and all(x.stride(-1) == 1 for x in (*inputs, state))
+        and all(x is None or x.is_contiguous() for x in (rates, biases))
     )
 
 

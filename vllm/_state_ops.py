@@ -2,7 +2,8 @@
 
 Each continues states that lie in blocks of a cache, in place, and takes every address from the
 cache view's strides; ``StateSegments`` says which block a token continues and where states are
-kept. On the CPU the compiled extension does the work where it knows the dtypes; else PyTorch does.
+kept. On the CPU the compiled extension does the work where it knows the dtypes, on a GPU Triton
+(``_triton_state_ops``); else PyTorch does.
 This module owns the check of dtypes, shapes and strides before an address is handed to C++; it
 must not know layers, caches' owners or models.
 
@@ -43,6 +44,13 @@ def _kernel_takes(state: torch.Tensor, *inputs: torch.Tensor | None) -> bool:
         and dtype in DTYPE_CODES
         and state.dtype in DTYPE_CODES
         and all(x is None or (x.dtype is dtype and x.stride(-1) == 1) for x in inputs)
+    )
+
+
+def _triton_takes(state: torch.Tensor, *tensors: torch.Tensor | None) -> bool:
+    """On a GPU: the dtypes are known and last axes dense; where not, PyTorch computes."""
+    return state.is_cuda and all(
+        x is None or (x.dtype in DTYPE_CODES and x.stride(-1) == 1) for x in (state, *tensors)
     )
 
 
@@ -109,6 +117,10 @@ def causal_conv1d(
     Returns:
         (T, I), dense, dtype of x.
     """
+    if x.is_cuda and weight.shape[0] > 1 and _triton_takes(x, weight, bias):
+        from vllm import _triton_state_ops
+
+        return _triton_state_ops.causal_conv1d(x, weight, bias, conv_state, segments, activation)
     if (
         not _kernel_takes(conv_state, x)
         or not _parameters_fit(weight, bias)
@@ -159,6 +171,10 @@ def selective_scan(
     Returns:
         (T, I), dense, dtype of x.
     """
+    if ssm_state[0].is_contiguous() and _triton_takes(ssm_state, x, dt, a, b, c, d, z, dt_bias):
+        from vllm import _triton_state_ops
+
+        return _triton_state_ops.selective_scan(x, dt, a, b, c, d, z, dt_bias, ssm_state, segments)
     if (
         not _kernel_takes(ssm_state, x, dt, b, c, z)
         or not _parameters_fit(a, d, dt_bias)
@@ -210,6 +226,10 @@ def ssd_scan(
     Returns:
         (T, H, P), dense, dtype of x.
     """
+    if ssm_state[0].is_contiguous() and _triton_takes(ssm_state, x, dt, a, b, c, d, dt_bias):
+        from vllm import _triton_state_ops
+
+        return _triton_state_ops.ssd_scan(x, dt, a, b, c, d, dt_bias, dt_limit, ssm_state, segments)
     if (
         not _kernel_takes(ssm_state, x, dt, b, c)
         or not _heads_are_dense(x, b, c)
@@ -253,6 +273,10 @@ def gated_rms_norm(
     Returns:
         (T, I), dense, dtype of x.
     """
+    if _triton_takes(x, gate, weight):
+        from vllm import _triton_state_ops
+
+        return _triton_state_ops.gated_rms_norm(x, gate, weight, eps, num_groups, norm_before_gate)
     if not _kernel_takes(x, x, gate) or not _parameters_fit(weight):
         return _torch_state_ops.gated_rms_norm(x, gate, weight, eps, num_groups, norm_before_gate)
     out = torch.empty(x.shape, dtype=x.dtype)

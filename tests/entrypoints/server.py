@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,12 @@ class Server:
     """``vllm serve`` on a free port; a context manager that leaves nothing behind."""
 
     def __init__(
-        self, log: Path, *options: str, model: str = MODEL, api_key: str | None = None
+        self,
+        log: Path,
+        *options: str,
+        model: str = MODEL,
+        api_key: str | None = None,
+        environment: Mapping[str, str] | None = None,
     ) -> None:
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
@@ -50,7 +56,7 @@ class Server:
                 serve_command("--port", str(self.port), *options, model=model),
                 stdout=file,
                 stderr=subprocess.STDOUT,
-                env={**os.environ, "PYTHONUNBUFFERED": "1"},
+                env={**os.environ, "PYTHONUNBUFFERED": "1", **(environment or {})},
                 start_new_session=True,
             )
         self.tree = psutil.Process(self.process.pid)

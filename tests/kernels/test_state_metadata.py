@@ -5,6 +5,7 @@ import torch
 
 from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.attention.backends.mamba_attn import StateAttentionBackend
+from vllm.v1.attention.ops.triton_state_blocks import StateBlocks
 from vllm.v1.kv_cache_interface import MambaSpec
 
 BLOCK = 8
@@ -89,3 +90,35 @@ def test_steps_of_one_token_each_are_told():
     for mode in ("none", "align", "all"):
         assert build(mode, [(3, 1), (8, 1), (0, 1)]).segments.is_one_token_each
         assert not build(mode).segments.is_one_token_each
+
+
+@pytest.mark.parametrize(
+    ("mode", "sizes"),
+    [
+        *((mode, (1, 1, 1, 1)) for mode in ("none", "align", "all")),
+        *((mode, (5, 1, 1, 22)) for mode in ("none", "align")),
+    ],
+)
+def test_a_device_finds_the_same_blocks(mode, sizes):
+    step = [(before, size) for (before, _), size in zip(STEP, sizes, strict=True)]
+    expected = build(mode, step).segments
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    starts = torch.zeros(6, dtype=torch.int32)
+    starts[1:5] = torch.tensor(sizes).cumsum(0)
+    starts[5] = starts[4] + 1
+    # A fifth request that only fills a captured step up.
+    lens = torch.tensor([before + size for before, size in step] + [0], dtype=torch.int32)
+    table = torch.cat((TABLE, TABLE[:1]))
+    blocks = StateBlocks(9, device)
+    for _ in range(2):
+        found = blocks.find(
+            starts.to(device),
+            lens.to(device),
+            table.to(device),
+            0 if mode == "none" else BLOCK,
+            int(starts[5]),
+        )
+    assert found.sources.tolist() == [*expected.sources.tolist(), -1]
+    assert found.targets.tolist() == [*expected.targets.tolist(), -1]
+    assert found.request_starts.tolist() == [0, 1, 2, 3, 4, 5]
+    assert found.num_requests == 5

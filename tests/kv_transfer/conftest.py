@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from tests.engine.conftest import ENGINE_ARGS, tiny_model  # noqa: F401
 from vllm import LLM, SamplingParams
 from vllm.inputs import TokensPrompt
+
+if TYPE_CHECKING:
+    from tests.kv_transfer.harness import Fleet
 
 
 @pytest.fixture(autouse=True, scope="package")
@@ -52,3 +55,13 @@ def cached(llm: LLM, prompt: TokensPrompt) -> int:
     params = SamplingParams(temperature=0, max_tokens=1, ignore_eos=True)
     (output,) = llm.generate([prompt], params, use_tqdm=False)
     return output.num_cached_tokens
+
+
+@pytest.fixture(scope="session")
+def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
+    """Servers as processes, shared by all tests that leave them as they were."""
+    from tests.kv_transfer.harness import Fleet
+
+    made = Fleet(tmp_path_factory.mktemp("fleet"))
+    yield made
+    made.close()

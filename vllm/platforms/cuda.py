@@ -27,7 +27,7 @@ class CudaPlatform(Platform):
     default_block_size = 64
     default_max_num_batched_tokens = 8192
     runs_beside_host = True
-    attention_backend_priority = ("TRITON_ATTN", "TORCH_REF", "TORCH_REF_MLA")
+    attention_backend_priority = ("TRITON_ATTN", "TRITON_MLA", "TORCH_REF", "TORCH_REF_MLA")
 
     @classmethod
     def set_device(cls, local_rank: int) -> torch.device:

@@ -24,11 +24,25 @@ class RouterArgs:
     timeout: float = arg(
         600.0, _GROUP, Kind.FLOAT, "Seconds without a byte of an answer.", minimum=0.1
     )
+    prefill_timeout: float = arg(
+        120.0, _GROUP, Kind.FLOAT, "Seconds until a prefill must be done.", minimum=0.1
+    )
     health_interval: float = arg(
         2.0, _GROUP, Kind.FLOAT, "Seconds between two looks at each server.", minimum=0.05
     )
+    health_timeout: float = arg(
+        5.0, _GROUP, Kind.FLOAT, "Seconds in which a server must say how it is.", minimum=0.05
+    )
+    health_misses: int = arg(
+        1, _GROUP, Kind.INT, "Looks in a row that a server may leave unanswered.", minimum=0
+    )
     retries: int = arg(
-        2, _GROUP, Kind.INT, "Other prefill servers to try where one fails.", minimum=0
+        2,
+        _GROUP,
+        Kind.INT,
+        "How often a request that failed before its first token is tried again, on other servers "
+        "where there are some.",
+        minimum=0,
     )
     admin_key: str | None = arg(
         None,

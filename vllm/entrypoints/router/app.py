@@ -13,7 +13,7 @@ import hmac
 import json
 import logging
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import TYPE_CHECKING, Any
 
 import httpx
@@ -21,7 +21,9 @@ import uvicorn
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from starlette.types import Receive, Scope, Send
 
+from vllm.entrypoints.openai.http import until_disconnect
 from vllm.entrypoints.router.pool import Pool, Server
 from vllm.errors import ConfigError
 
@@ -45,8 +47,52 @@ _LARGEST_BODY = 256 << 20
 _PASSED_HEADERS = ("authorization", "x-request-id", "content-type")
 
 
+class _FailedError(Exception):
+    """A server could not do its part before anything was said to the client.
+
+    Args:
+        what: the outcome that is counted if nothing else works.
+        answer: what the client gets then.
+    """
+
+    def __init__(self, what: str, answer: Response) -> None:
+        super().__init__(what)
+        self.what = what
+        self.answer = answer
+
+
+class _RefusedError(Exception):
+    """A server says that the request itself is wrong; ``answer`` is its answer."""
+
+    def __init__(self, answer: Response) -> None:
+        super().__init__(answer.status_code)
+        self.answer = answer
+
+
+class _Relayed(StreamingResponse):
+    """A stream that lets go of the server it comes from, however it ends."""
+
+    def __init__(
+        self, events: AsyncIterator[bytes], let_go: Callable[[], Awaitable[None]], media_type: str
+    ) -> None:
+        super().__init__(events, media_type=media_type)
+        self._let_go = let_go
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            await self._let_go()
+
+
 class Router:
-    """Pools, counters and the way of a request."""
+    """Pools, counters and the way of a request.
+
+    A request that fails before its first token has reached the client is tried again from the
+    start, prefill and all: the KV that the first decoder fetched is gone with it. After that a
+    stream ends with an error event, as one of a single server does: what was drawn so far cannot
+    be drawn again elsewhere.
+    """
 
     def __init__(self, args: RouterArgs) -> None:
         self.args = args
@@ -61,123 +107,218 @@ class Router:
             "vllm_router_requests", "Requests by outcome.", ["outcome"], registry=self.registry
         )
         self.retries = Counter(
-            "vllm_router_retries", "Prefills tried again elsewhere.", registry=self.registry
+            "vllm_router_retries", "Requests tried again elsewhere.", registry=self.registry
+        )
+        self.failures = Counter(
+            "vllm_router_server_failures",
+            "Requests that a server did not answer.",
+            ["kind"],
+            registry=self.registry,
         )
         self.prefill_seconds = Histogram(
             "vllm_router_prefill_seconds", "Time until a prefill was done.", registry=self.registry
         )
+        self.first_byte_seconds = Histogram(
+            "vllm_router_first_byte_seconds",
+            "Time from a request to the first byte of its answer.",
+            registry=self.registry,
+        )
         healthy = Gauge(
             "vllm_router_healthy_servers", "Servers in use.", ["kind"], registry=self.registry
         )
+        in_flight = Gauge(
+            "vllm_router_requests_in_flight",
+            "Requests at servers, by their kind.",
+            ["kind"],
+            registry=self.registry,
+        )
         for pool in (self.prefill, self.decode):
+            self.failures.labels(pool.kind)
             healthy.labels(pool.kind).set_function(
                 lambda pool=pool: sum(s.healthy for s in pool.servers.values())  # type: ignore[misc]
             )
+            in_flight.labels(pool.kind).set_function(
+                lambda pool=pool: sum(s.in_flight for s in pool.servers.values())  # type: ignore[misc]
+            )
+
+    async def look(self, *pools: Pool) -> None:
+        """See how the servers are, of all pools or of these."""
+        args = self.args
+        await asyncio.gather(
+            *(
+                pool.look(self.client, args.health_timeout, args.health_misses)
+                for pool in pools or (self.prefill, self.decode)
+            )
+        )
 
     async def watch(self) -> None:
         """Look at all servers from time to time, until cancelled."""
         while True:
-            await asyncio.gather(self.prefill.look(self.client), self.decode.look(self.client))
+            await self.look()
             await asyncio.sleep(self.args.health_interval)
 
     async def answer(self, path: str, body: dict[str, Any], headers: dict[str, str]) -> Response:
         """Prefill somewhere, decode elsewhere; the decoder's answer."""
-        params, refusal = await self._prefill(path, body, headers)
-        if refusal is not None:
-            self.requests.labels("prefill_failed").inc()
-            return refusal
-        wanted = {**body, "kv_transfer_params": params} if params else body
-        return await self._decode(path, wanted, headers)
+        avoided: set[str] = set()
+        failure: _FailedError | None = None
+        with self.first_byte_seconds.time():
+            for attempt in range(self.args.retries + 1):
+                if attempt:
+                    self.retries.inc()
+                try:
+                    params = await self._prefill(path, body, headers, avoided)
+                    wanted = {**body, "kv_transfer_params": params} if params else body
+                    return await self._decode(path, wanted, headers, avoided)
+                except _RefusedError as refusal:
+                    self.requests.labels("refused").inc()
+                    return refusal.answer
+                except _FailedError as error:
+                    failure = error
+        assert failure is not None
+        self.requests.labels(failure.what).inc()
+        return failure.answer
 
     async def _prefill(
-        self, path: str, body: dict[str, Any], headers: dict[str, str]
-    ) -> tuple[dict[str, Any] | None, Response | None]:
-        """The parameters for the decoder; or why there are none, as an answer."""
+        self, path: str, body: dict[str, Any], headers: dict[str, str], avoided: set[str]
+    ) -> dict[str, Any] | None:
+        """The parameters for the decoder, if there are any.
+
+        Raises:
+            _FailedError: no server is there, or the chosen one failed.
+            _RefusedError: the request is wrong.
+        """
         short = {**body, "max_tokens": 1, "stream": False, "kv_transfer_params": _ASK}
         if "max_completion_tokens" in short:
             short["max_completion_tokens"] = 1
         for name in ("stream_options", "min_tokens"):
             short.pop(name, None)
-        tried: set[str] = set()
-        for attempt in range(self.args.retries + 1):
-            server = self.prefill.choose(tried)
-            if server is None:
-                break
-            if attempt:
-                self.retries.inc()
-            tried.add(server.url)
-            response = await self._post(server, path, short, headers)
-            if response is None or response.status_code >= 500:
-                continue
-            if response.status_code != 200:
-                return None, _copy(response)
-            try:
-                return response.json().get("kv_transfer_params"), None
-            except (ValueError, AttributeError):
-                continue
-        message = "no prefill server could take the request"
-        return None, _error(503, f"{message}: {len(tried)} tried")
-
-    async def _post(
-        self, server: Server, path: str, body: dict[str, Any], headers: dict[str, str]
-    ) -> httpx.Response | None:
-        server.in_flight += 1
+        with self.prefill_seconds.time():
+            server, response = await self._ask(self.prefill, path, short, headers, avoided)
         try:
-            with self.prefill_seconds.time():
-                return await self.client.post(server.url + path, json=body, headers=headers)
-        except httpx.HTTPError as error:
-            server.healthy = False
-            logger.warning("Prefill server %s failed: %r", server.url, error)
-            return None
+            answer = _copy(response)
+            if response.status_code != 200:
+                raise _RefusedError(answer)
+            return response.json().get("kv_transfer_params")
+        except (ValueError, AttributeError):
+            raise self._failed(self.prefill, server, avoided, 502, "answered no JSON") from None
         finally:
             server.in_flight -= 1
 
-    async def _decode(self, path: str, body: dict[str, Any], headers: dict[str, str]) -> Response:
-        tried: set[str] = set()
-        while (server := self.decode.choose(tried)) is not None:
-            tried.add(server.url)
-            request = self.client.build_request(
-                "POST", server.url + path, json=body, headers=headers
-            )
-            server.in_flight += 1
-            try:
-                response = await self.client.send(request, stream=True)
-            except httpx.HTTPError as error:
+    async def _decode(
+        self, path: str, body: dict[str, Any], headers: dict[str, str], avoided: set[str]
+    ) -> Response:
+        """The decoder's answer: whole, or a stream that has begun.
+
+        Raises:
+            _FailedError: no server is there, or the chosen one failed.
+            _RefusedError: the request is wrong.
+        """
+        server, response = await self._ask(self.decode, path, body, headers, avoided)
+        media_type = response.headers.get("content-type", "")
+        if "event-stream" in media_type:
+            self.requests.labels("ok").inc()
+
+            async def let_go() -> None:
                 server.in_flight -= 1
-                server.healthy = False
-                logger.warning("Decode server %s failed: %r", server.url, error)
-                continue
-            self.requests.labels("ok" if response.status_code == 200 else "refused").inc()
-            return StreamingResponse(
-                self._pass_on(server, response),
-                status_code=response.status_code,
-                media_type=response.headers.get("content-type"),
-            )
-        self.requests.labels("decode_failed").inc()
-        return _error(503, f"no decode server could take the request: {len(tried)} tried")
+                await response.aclose()
+
+            return _Relayed(self._pass_on(server, response), let_go, media_type)
+        server.in_flight -= 1
+        if response.status_code != 200:
+            raise _RefusedError(_copy(response))
+        self.requests.labels("ok").inc()
+        return _copy(response)
+
+    async def _ask(
+        self,
+        pool: Pool,
+        path: str,
+        body: dict[str, Any],
+        headers: dict[str, str],
+        avoided: set[str],
+    ) -> tuple[Server, httpx.Response]:
+        """A server of ``pool`` and its answer: read whole, or the start of a stream of events.
+
+        The request counts as in flight there until the caller says otherwise.
+
+        Raises:
+            _FailedError: there is none, or it gave no answer, or one that is an error of its own.
+        """
+        server = pool.choose(avoided)
+        if server is None:
+            message = f"no {pool.kind} server could take the request"
+            raise _FailedError(f"{pool.kind}_failed", _error(503, message))
+        server.in_flight += 1
+        timeout = self.args.prefill_timeout if pool is self.prefill else None
+        try:
+            async with server.working(timeout):
+                response = await self._send(server, path, body, headers)
+        except (httpx.TimeoutException, TimeoutError):
+            server.in_flight -= 1
+            raise self._failed(pool, server, avoided, 504, "did not answer in time") from None
+        except httpx.HTTPError as error:
+            server.in_flight -= 1
+            server.healthy = False
+            raise self._failed(pool, server, avoided, 502, f"failed: {error!r}") from None
+        except BaseException:
+            server.in_flight -= 1
+            raise
+        if response.status_code < 500:
+            return server, response
+        server.in_flight -= 1
+        avoided.add(server.url)
+        self.failures.labels(pool.kind).inc()
+        logger.warning("%s server %s answered %d", pool.kind, server.url, response.status_code)
+        raise _FailedError(f"{pool.kind}_failed", _copy(response))
+
+    async def _send(
+        self, server: Server, path: str, body: dict[str, Any], headers: dict[str, str]
+    ) -> httpx.Response:
+        request = self.client.build_request("POST", server.url + path, json=body, headers=headers)
+        response = await self.client.send(request, stream=True)
+        if "event-stream" not in response.headers.get("content-type", ""):
+            await response.aread()
+        return response
+
+    def _failed(
+        self, pool: Pool, server: Server, avoided: set[str], status: int, why: str
+    ) -> _FailedError:
+        avoided.add(server.url)
+        self.failures.labels(pool.kind).inc()
+        logger.warning("%s server %s %s", pool.kind, server.url, why)
+        kind = pool.kind
+        return _FailedError(f"{kind}_failed", _error(status, f"the {kind} server {why}"))
 
     async def _pass_on(self, server: Server, response: httpx.Response) -> AsyncIterator[bytes]:
-        is_stream = "event-stream" in response.headers.get("content-type", "")
+        """Whole events only, so that an error can follow as one."""
+        chunks = response.aiter_raw()
+        rest = b""
         try:
-            async for chunk in response.aiter_raw():
-                yield chunk
+            while True:
+                async with server.working():
+                    chunk = await anext(chunks, None)
+                if chunk is None:
+                    break
+                events, end, rest = (rest + chunk).rpartition(b"\n\n")
+                if end:
+                    yield events + end
         except httpx.HTTPError as error:
-            server.healthy = False
-            logger.warning("Decode server %s failed within an answer: %r", server.url, error)
+            if not isinstance(error, httpx.TimeoutException):
+                server.healthy = False
+            logger.warning("decode server %s failed within an answer: %r", server.url, error)
+            self.failures.labels(self.decode.kind).inc()
             self.requests.labels("broken_off").inc()
-            if not is_stream:
-                raise
-            text = json.dumps({"error": {"message": "the decode server failed", "code": 502}})
-            yield f"data: {text}\n\n".encode()
-        finally:
-            server.in_flight -= 1
-            await response.aclose()
+            yield b"data: " + _error(502, "the decode server failed within its answer").body
+            yield b"\n\ndata: [DONE]\n\n"
+        else:
+            if rest:
+                yield rest
 
 
 def _copy(response: httpx.Response) -> Response:
-    return Response(
-        response.content, response.status_code, media_type=response.headers.get("content-type")
-    )
+    headers = {n: response.headers[n] for n in ("retry-after",) if n in response.headers}
+    media_type = response.headers.get("content-type")
+    return Response(response.content, response.status_code, headers, media_type)
 
 
 def _error(status: int, message: str) -> JSONResponse:
@@ -206,7 +347,7 @@ def make_app(router: Router) -> FastAPI:
         headers = {n: v for n, v in request.headers.items() if n in _PASSED_HEADERS}
         headers.setdefault("x-request-id", uuid.uuid4().hex)
         headers["content-type"] = "application/json"
-        return await router.answer(request.url.path, body, headers)
+        return await until_disconnect(request, router.answer(request.url.path, body, headers))
 
     for path in PATHS:
         app.add_api_route(path, forward, methods=["POST"])
@@ -229,7 +370,7 @@ def make_app(router: Router) -> FastAPI:
 
     @app.get("/v1/models")
     async def models(request: Request) -> Response:
-        server = router.decode.choose(set())
+        server = router.decode.choose()
         if server is None:
             return _error(503, "no decode server is healthy")
         headers = {n: v for n, v in request.headers.items() if n == "authorization"}
@@ -257,7 +398,7 @@ def make_app(router: Router) -> FastAPI:
             server = pool.join(str((await request.json())["url"]))
         except (ConfigError, ValueError, KeyError, TypeError) as error:
             return _error(400, f"url: {error}")
-        await pool.look(router.client)
+        await router.look(pool)
         return JSONResponse({"url": server.url, "healthy": server.healthy})
 
     @app.delete("/servers/{kind}")

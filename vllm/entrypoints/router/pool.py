@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Collection
 
 import httpx
 
@@ -14,11 +14,45 @@ from vllm.errors import ConfigError
 __all__ = ["Pool", "Server"]
 
 
-@dataclass(slots=True)
 class Server:
-    url: str
-    healthy: bool = False
-    in_flight: int = 0
+    """A server as the router sees it: how it is, and how much it has to do."""
+
+    def __init__(self, url: str) -> None:
+        self.url = url
+        self.healthy = False
+        """Whether it gets new requests."""
+        self.in_flight = 0
+        self.misses = 0
+        """Looks in a row that were not answered in time."""
+        self._limits: set[asyncio.Timeout] = set()
+
+    @contextlib.asynccontextmanager
+    async def working(self, seconds: float | None = None) -> AsyncIterator[None]:
+        """Within, the server is waited for.
+
+        Raises:
+            httpx.ReadError: it went down meanwhile.
+            TimeoutError: that took longer than ``seconds``.
+        """
+        try:
+            async with asyncio.timeout(seconds) as limit:
+                self._limits.add(limit)
+                try:
+                    yield
+                finally:
+                    self._limits.discard(limit)
+        except TimeoutError:
+            if self.healthy:
+                raise
+            raise httpx.ReadError("its health check failed") from None
+
+    def goes_down(self) -> None:
+        """No more requests; whoever waits for it need not."""
+        self.healthy = False
+        now = asyncio.get_running_loop().time()
+        for limit in self._limits:
+            if not limit.expired():
+                limit.reschedule(now)
 
 
 def checked_url(url: str) -> str:
@@ -56,22 +90,39 @@ class Pool:
         """No new requests for this server; False where it is not there."""
         return self.servers.pop(url.rstrip("/"), None) is not None
 
-    def choose(self, tried: set[str]) -> Server | None:
-        """The healthy server with the fewest requests, in turn; None where all are tried."""
-        able = [s for s in self.servers.values() if s.healthy and s.url not in tried]
+    def choose(self, avoided: Collection[str] = ()) -> Server | None:
+        """The healthy server with the fewest requests, in turn; None where none is healthy.
+
+        Those in ``avoided`` come last: what failed there may work now, or may not have been theirs.
+        """
+        able = [server for server in self.servers.values() if server.healthy]
+        able = [server for server in able if server.url not in avoided] or able
         if not able:
             return None
         least = min(server.in_flight for server in able)
         able = [server for server in able if server.in_flight == least]
         return able[next(self._turn) % len(able)]
 
-    async def look(self, client: httpx.AsyncClient) -> None:
-        """Ask every server how it is."""
+    async def look(self, client: httpx.AsyncClient, timeout: float, allowed_misses: int) -> None:
+        """Ask every server how it is.
+
+        One that says that it is ill, or does not listen, is out at once; one that is silent may
+        just have much to do, so it is out after more than ``allowed_misses`` times.
+        """
 
         async def ask(server: Server) -> None:
-            healthy = False
-            with contextlib.suppress(httpx.HTTPError):
-                healthy = (await client.get(f"{server.url}/health", timeout=5)).status_code == 200
-            server.healthy = healthy
+            try:
+                response = await client.get(f"{server.url}/health", timeout=timeout)
+            except httpx.TimeoutException:
+                server.misses += 1
+                if server.misses > allowed_misses:
+                    server.goes_down()
+            except httpx.HTTPError:
+                server.goes_down()
+            else:
+                server.misses = 0
+                server.healthy = response.status_code == 200
+                if not server.healthy:
+                    server.goes_down()
 
         await asyncio.gather(*(ask(server) for server in list(self.servers.values())))

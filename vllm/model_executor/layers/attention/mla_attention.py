@@ -85,10 +85,13 @@ class LatentUpProjection(nn.Module):
         self.from_queries: ops.PackedExperts | torch.Tensor = keys.transpose(1, 2)
 
     def process_weights_after_loading(self) -> None:
-        """Pack each head's parts; from here on there is no ``weight`` parameter."""
+        """On the CPU, pack each head's parts; from there on there is no ``weight`` parameter."""
         if "weight" not in self._parameters:
             return
         self._split(self.weight.data)
+        if not self.weight.is_cpu:
+            # A GPU multiplies all heads at once, from views of the one weight.
+            return
         assert isinstance(self.to_keys, torch.Tensor) and isinstance(self.to_values, torch.Tensor)
         self.from_queries = ops.pack_experts(self.to_keys.transpose(1, 2))
         self.to_keys = ops.pack_experts(self.to_keys)
@@ -105,6 +108,8 @@ class LatentUpProjection(nn.Module):
 
     def _by_heads(self, x: torch.Tensor, weights: ops.PackedExperts | torch.Tensor) -> torch.Tensor:
         num_heads, num_tokens, width = x.shape
+        if isinstance(weights, torch.Tensor) and not x.is_cpu:
+            return torch.bmm(x, weights.transpose(1, 2))
         counts = torch.full((num_heads,), num_tokens)
         rows = ops.experts_linear(x.reshape(num_heads * num_tokens, width), weights, counts)
         return rows.unflatten(0, (num_heads, num_tokens))
@@ -226,9 +231,10 @@ class MLAAttention(nn.Module, LatentLayerBase):
         slot_mapping = context.slot_mapping.get(self.layer_name)
         if slot_mapping is None:
             slot_mapping = attn_metadata.slot_mapping
-        latents = torch.cat((kv_c_normed, k_pe.flatten(1)), dim=-1)
-        ops.store_latent(latents, self.kv_cache, slot_mapping)
-        self.impl.forward(self, q, latents, None, self.kv_cache, attn_metadata, output)
+        self.impl.do_kv_cache_update(
+            self, kv_c_normed, k_pe.flatten(1), self.kv_cache, slot_mapping
+        )
+        self.impl.forward(self, q, None, None, self.kv_cache, attn_metadata, output)
         return output.view(shape)
 
     def get_attn_backend(self) -> type[AttentionBackend]:

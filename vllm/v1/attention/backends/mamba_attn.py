@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -22,6 +22,10 @@ from vllm.v1.attention.backend import (
     MultipleOf,
 )
 from vllm.v1.kv_cache_interface import KVCacheSpec, MambaSpec
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+    from vllm.v1.attention.ops.triton_state_blocks import StateBlocks
 
 __all__ = ["StateAttentionBackend", "StateMetadata", "StateMetadataBuilder"]
 
@@ -51,6 +55,20 @@ class StateMetadataBuilder(AttentionMetadataBuilder[StateMetadata]):
 
     kv_cache_spec: MambaSpec
 
+    def __init__(
+        self,
+        kv_cache_spec: KVCacheSpec,
+        layer_names: list[str],
+        vllm_config: VllmConfig,
+        device: torch.device,
+    ) -> None:
+        super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+        self._found: StateBlocks | None = None
+        if device.type == "cuda":
+            from vllm.v1.attention.ops.triton_state_blocks import StateBlocks
+
+            self._found = StateBlocks(vllm_config.scheduler_config.max_num_seqs, device)
+
     def build(
         self,
         common_prefix_len: int,
@@ -60,7 +78,18 @@ class StateMetadataBuilder(AttentionMetadataBuilder[StateMetadata]):
         common, spec = common_attn_metadata, self.kv_cache_spec
         table = common.block_table_tensor
         before = common.num_computed_tokens_cpu
-        if spec.mamba_cache_mode == "all":
+        # With a token each, every segment ends where its request does, whatever is kept.
+        if self._found is not None and (
+            spec.mamba_cache_mode != "all" or common.max_query_len == 1
+        ):
+            segments = self._found.find(
+                common.query_start_loc,
+                common.seq_lens,
+                table,
+                0 if spec.mamba_cache_mode == "none" else spec.block_size,
+                common.num_actual_tokens,
+            )
+        elif spec.mamba_cache_mode == "all":
             segments = self._cut_at_blocks(common, before)
         else:
             if spec.mamba_cache_mode == "none":
@@ -126,6 +155,8 @@ class StateMetadataBuilder(AttentionMetadataBuilder[StateMetadata]):
 
 class StateAttentionBackend(AttentionBackend):
     """Any layout, page and padding: states are found by strides."""
+
+    fits_cuda_graphs = True
 
     @staticmethod
     def get_name() -> str:

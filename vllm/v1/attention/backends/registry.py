@@ -22,6 +22,7 @@ class AttentionBackendEnum(enum.Enum):
     CPU_MLA = "vllm.v1.attention.backends.mla.cpu_mla.CPUMLABackend"
     TORCH_REF = "vllm.v1.attention.backends.torch_ref.TorchRefBackend"
     TORCH_REF_MLA = "vllm.v1.attention.backends.mla.torch_ref_mla.TorchRefMLABackend"
+    TRITON_MLA = "vllm.v1.attention.backends.mla.triton_mla.TritonMLABackend"
     TRITON_ATTN = "vllm.v1.attention.backends.triton_attn.TritonAttentionBackend"
 
     def get_path(self) -> str:

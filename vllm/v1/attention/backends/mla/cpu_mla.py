@@ -22,8 +22,9 @@ from vllm.v1.attention.backend import (
     CommonAttentionMetadata,
     MultipleOf,
 )
+from vllm.v1.attention.backends.mla.common import MLAImpl
 from vllm.v1.attention.backends.mla.torch_ref_mla import TorchRefMLABackend
-from vllm.v1.attention.backends.torch_ref import PagedAttentionImpl, PagedAttentionMetadata
+from vllm.v1.attention.backends.torch_ref import PagedAttentionMetadata
 from vllm.v1.kv_cache_interface import KVCacheSpec
 
 __all__ = ["CPUMLABackend", "CPUMLAImpl", "CPUMLAMetadata"]
@@ -106,7 +107,7 @@ def tokens_worth_expanding(layer: Any) -> int:
     return 1 + layer.kv_lora_rank * (layer.qk_nope_head_dim + layer.v_head_dim) // saved
 
 
-class CPUMLAImpl(PagedAttentionImpl):
+class CPUMLAImpl(MLAImpl):
     def forward(
         self,
         layer: Any,

@@ -12,8 +12,8 @@ import torch
 
 from vllm import _torch_ops
 from vllm.v1.attention.backend import AttentionBackend, AttentionImpl
+from vllm.v1.attention.backends.mla.common import MLAImpl
 from vllm.v1.attention.backends.torch_ref import (
-    PagedAttentionImpl,
     PagedAttentionMetadata,
     PagedAttentionMetadataBuilder,
 )
@@ -21,7 +21,7 @@ from vllm.v1.attention.backends.torch_ref import (
 __all__ = ["TorchRefMLABackend", "TorchRefMLAImpl"]
 
 
-class TorchRefMLAImpl(PagedAttentionImpl):
+class TorchRefMLAImpl(MLAImpl):
     def forward(
         self,
         layer: Any,
