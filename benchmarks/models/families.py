@@ -259,7 +259,8 @@ FAMILIES: dict[str, tuple[Any, Any, dict[str, Any]]] = {
             "index_topk": 128,
             "n_routed_experts": 32,
             "num_experts_per_tok": 4,
-            "moe_intermediate_size": 256,
+            # What this configuration calls the inner size of an expert.
+            "intermediate_size": 256,
         },
     ),
     "bart": (

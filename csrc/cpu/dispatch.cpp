@@ -9,6 +9,7 @@ namespace vllm_cpu {
   namespace isa {                    \
   void fill_gemm(Kernels&);          \
   void fill_moe(Kernels&);           \
+  void fill_streams(Kernels&);       \
   void fill_elementwise(Kernels&);   \
   void fill_attention(Kernels&);     \
   void fill_state(Kernels&);         \
@@ -30,6 +31,7 @@ namespace {
     k.name = #isa;                  \
     isa::fill_gemm(k);              \
     isa::fill_moe(k);               \
+    isa::fill_streams(k);           \
     isa::fill_elementwise(k);       \
     isa::fill_attention(k);         \
     isa::fill_state(k);             \

@@ -81,6 +81,46 @@ void rms_norm(const NormArgs& a) {
   }
 }
 
+// The sum with the residual is rounded to T first, as a tensor of its own would be.
+template <typename T>
+void layer_norm_rows(const LayerNormArgs& a) {
+  for_rows(a.rows, a.size, [&](int64_t row) {
+    const T* x = static_cast<const T*>(a.x) + row * a.x_stride;
+    const T* residual = static_cast<const T*>(a.residual) + row * a.residual_stride;
+    const T *weight = static_cast<const T*>(a.weight), *bias = static_cast<const T*>(a.bias);
+    T* out = static_cast<T*>(a.out) + row * a.size;
+    Vec total = zero(), squares = zero();
+    for_lanes(a.size, [&](int64_t i, int lanes) {
+      Vec v = load(x + i, lanes);
+      if (a.residual) v = add(v, load(residual + i, lanes));
+      store(out + i, v, lanes);
+      total = add(total, load(out + i, lanes));
+    });
+    const float size = static_cast<float>(a.size);
+    const Vec mean = set1(reduce_add(total) / size);
+    for_lanes(a.size, [&](int64_t i, int lanes) {
+      const Vec off = first_lanes(sub(load(out + i, lanes), mean), zero(), lanes);
+      squares = fma(off, off, squares);
+    });
+    const Vec factor = set1(1.0f / __builtin_sqrtf(reduce_add(squares) / size + a.eps));
+    for_lanes(a.size, [&](int64_t i, int lanes) {
+      const Vec v = mul(sub(load(out + i, lanes), mean), factor);
+      store(out + i, fma(v, load(weight + i, lanes), load(bias + i, lanes)), lanes);
+    });
+  });
+}
+
+void layer_norm(const LayerNormArgs& a) {
+  switch (a.dtype) {
+    case kFloat32:
+      return layer_norm_rows<float>(a);
+    case kFloat16:
+      return layer_norm_rows<f16>(a);
+    default:
+      return layer_norm_rows<bf16>(a);
+  }
+}
+
 template <typename T, typename Body>
 void gated_rows(const SiluMulArgs& a, const Body& body) {
   for_rows(a.rows, a.size * 2, [&](int64_t row) {
@@ -260,6 +300,7 @@ void rope_store(const RopeStoreArgs& a) {
 void fill_elementwise(Kernels& kernels) {
   kernels.rms_norm = rms_norm;
   kernels.silu_mul = silu_mul;
+  kernels.layer_norm = layer_norm;
   kernels.argmax = argmax;
   kernels.rope_store = rope_store;
 }

@@ -23,7 +23,9 @@ Product product_of(const GemmArgs& g, int64_t start) {
   char* out = static_cast<char*>(g.out);
   out += start * g.out_stride * static_cast<int64_t>(g.epilogue == kFloatOut ? 4 : sizeof(T));
   Product product = plain_product(g.w, g.bias, out, g.out_stride, g.n, g.k);
-  product.gated = g.epilogue == kSiluMul;
+  product.gated = g.epilogue == kGateMul;
+  product.gelu = g.epilogue == kGelu;
+  product.gate = g.gate;
   return product;
 }
 

@@ -97,7 +97,7 @@ bool positions_fit(const Reader& r, const int64_t* positions, int64_t count, int
 #define ENTRY(name) PyObject* name(PyObject*, PyObject* const* argv, Py_ssize_t argc)
 
 ENTRY(gemm) {
-  Reader r(argv, argc, 11);
+  Reader r(argv, argc, 12);
   GemmArgs a;
   a.x = r.pointer<void>();
   a.x_stride = r.number();
@@ -110,6 +110,7 @@ ENTRY(gemm) {
   a.k = r.number();
   a.dtype = static_cast<int>(r.number());
   a.epilogue = static_cast<int>(r.number());
+  a.gate = static_cast<int>(r.number());
   return run(r, kernels().gemm, a);
 }
 
@@ -372,6 +373,63 @@ ENTRY(gated_mul) {
   a.alpha = r.real();
   a.limit = r.real();
   return run(r, kernels().silu_mul, a);
+}
+
+ENTRY(layer_norm) {
+  Reader r(argv, argc, 11);
+  LayerNormArgs a;
+  a.x = r.pointer<void>();
+  a.residual = r.pointer<void>();
+  a.weight = r.pointer<void>();
+  a.bias = r.pointer<void>();
+  a.out = r.pointer<void>();
+  a.x_stride = r.number();
+  a.residual_stride = r.number();
+  a.rows = r.number();
+  a.size = r.number();
+  a.eps = r.real();
+  a.dtype = static_cast<int>(r.number());
+  return run(r, kernels().layer_norm, a);
+}
+
+ENTRY(streams) {
+  Reader r(argv, argc, 16);
+  StreamsArgs a;
+  a.streams = r.pointer<void>();
+  a.token_stride = r.number();
+  a.stream_stride = r.number();
+  a.fn = r.pointer<float>();
+  a.base = r.pointer<float>();
+  a.scale = r.pointer<float>();
+  a.branch = r.pointer<void>();
+  a.given = r.pointer<float>();
+  a.mix = r.pointer<float>();
+  a.num_tokens = r.number();
+  a.count = r.number();
+  a.size = r.number();
+  a.iterations = r.number();
+  a.eps = r.real();
+  a.norm_eps = r.real();
+  a.dtype = static_cast<int>(r.number());
+  return run(r, kernels().streams, a);
+}
+
+ENTRY(join_streams) {
+  Reader r(argv, argc, 12);
+  JoinArgs a;
+  a.branch = r.pointer<void>();
+  a.branch_stride = r.number();
+  a.streams = r.pointer<void>();
+  a.token_stride = r.number();
+  a.stream_stride = r.number();
+  a.given = r.pointer<float>();
+  a.mix = r.pointer<float>();
+  a.out = r.pointer<void>();
+  a.num_tokens = r.number();
+  a.count = r.number();
+  a.size = r.number();
+  a.dtype = static_cast<int>(r.number());
+  return run(r, kernels().join_streams, a);
 }
 
 ENTRY(argmax) {
@@ -661,6 +719,9 @@ PyMethodDef methods[] = {
     FAST(rms_norm_float_weight),
     FAST(silu_mul),
     FAST(gated_mul),
+    FAST(layer_norm),
+    FAST(streams),
+    FAST(join_streams),
     FAST(argmax),
     FAST(linear_attention),
     FAST(causal_conv1d),

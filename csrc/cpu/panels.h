@@ -80,14 +80,14 @@ struct Product {
   void* out;
   int64_t out_stride, out_width, out_block;
   int64_t n, k;
-  bool gated;
+  bool gated, gelu;
   int gate;
   float alpha, limit;
 };
 
 inline Product plain_product(const void* w, const void* bias, void* out, int64_t out_stride,
                              int64_t n, int64_t k) {
-  return {w, bias, out, out_stride, kPanel, kPanel, n, k, false, kSilu, 0, 0};
+  return {w, bias, out, out_stride, kPanel, kPanel, n, k, false, false, kSilu, 0, 0};
 }
 
 // A tile of sums, with what comes after them, to the output.
@@ -105,6 +105,7 @@ void finish(const Product& p, int64_t row, int rows, int64_t panel, const float*
         const int lanes = columns - c < kLanes ? columns - c : kLanes;
         Vec x = load(tile + r * kPanel + c);
         if (bias) x = add(x, load(bias + column + c, lanes));
+        if (p.gelu) x = gelu(x);
         store(out + r * p.out_stride + c, x, lanes);
       }
     }
