@@ -89,7 +89,9 @@ class MoeKernel:
         assert gate_up.shape == (num_experts, 2 * inner, hidden_size)
         if (
             inner % _PANEL
-            or any(b is not None and (b.dtype is not dtype or not b.is_contiguous()) for b in biases)
+            or any(
+                b is not None and (b.dtype is not dtype or not b.is_contiguous()) for b in biases
+            )
             or (correction is not None and correction.dtype is not torch.float32)
         ):
             return None
