@@ -1,9 +1,9 @@
 """Operators of models with several residual streams: the kernels, and PyTorch's form of them.
 
 Owns what ``_C.streams`` and ``_C.join_streams`` take; as ``_custom_ops``, it checks what C++ will
-not, and knows no layer and no model. A branch takes a weighted sum of the streams and gives to each;
-the streams are mixed by a matrix that is brought near to a doubly stochastic one (Sinkhorn and
-Knopp), so that their size is kept.
+not, and knows no layer and no model. A branch takes a weighted sum of the streams and gives to
+each; the streams are mixed by a matrix that is brought near to a doubly stochastic one (Sinkhorn
+and Knopp), so that their size is kept.
 
 Letters: T tokens, N streams.
 """

@@ -20,7 +20,7 @@ __all__ = [
 
 
 class GatedActivation(nn.Module):
-    """What ``kernel`` calls a gate of the CPU kernels, with its numbers; None where there is none."""
+    """``kernel`` names a gate of the CPU kernels, which may take numbers; None: there is none."""
 
     kernel: str | None = None
     alpha = limit = 0.0

@@ -100,10 +100,24 @@ class _GroupedLinear(nn.Module):
         self.num_groups = num_groups
         self.weight = make_parameter(outputs, inputs)
 
+        self.parts: list[ops.PackedWeight | torch.Tensor] = list(self._split())
+
+    def _split(self) -> tuple[torch.Tensor, ...]:
+        return self.weight.data.chunk(self.num_groups)
+
+    def process_weights_after_loading(self) -> None:
+        """Pack each group's; from here on there is no ``weight`` parameter."""
+        if "weight" in self._parameters:
+            self.parts = [ops.pack_weight(part) for part in self._split()]
+            del self.weight
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        groups = x.unflatten(-1, (self.num_groups, -1)).transpose(0, 1)
-        weight = self.weight.unflatten(0, (self.num_groups, -1))
-        return torch.bmm(groups, weight.transpose(1, 2)).transpose(0, 1).flatten(1)
+        inputs = x.chunk(self.num_groups, dim=1)
+        output = x.new_empty((x.shape[0], sum(part.shape[0] for part in self.parts)))
+        outputs = output.chunk(self.num_groups, dim=1)
+        for part, weight, out in zip(inputs, self.parts, outputs, strict=True):
+            ops.linear_into(part, weight, out)
+        return output
 
 
 class _SharedExpert(HotModule):

@@ -341,8 +341,10 @@ class CompressedAttention(nn.Module):
 
     def _window(self, tile: _Tile, dtype: torch.dtype) -> _Seen:
         device = tile.positions.device
-        reach = torch.arange(1 - self.window, 1, device=device)
         if not tile.is_shared:
+            # No further back than the longest request goes.
+            furthest = min(self.window - 1, int(tile.positions.max()))
+            reach = torch.arange(-furthest, 1, device=device)
             at = tile.positions.unsqueeze(1) + reach
             return _Seen(self.recent.gather(tile.rows_of(at), at, dtype), at >= 0)
         first, last = int(tile.positions[0]), int(tile.positions[-1])
