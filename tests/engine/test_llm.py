@@ -10,7 +10,7 @@ import pytest
 
 from tests.engine.conftest import EOS
 from vllm import LLM, SamplingParams
-from vllm.errors import ConfigError, UnsupportedError, VLLMValidationError
+from vllm.errors import ConfigError, EngineGenerateError, UnsupportedError, VLLMValidationError
 from vllm.inputs import TokensPrompt
 from vllm.sampling_params import BeamSearchParams
 
@@ -274,6 +274,28 @@ def test_what_this_engine_lacks_is_refused_by_name(llm: LLM) -> None:
 def test_unknown_arguments_name_the_nearest() -> None:
     with pytest.raises(ConfigError, match="max_model_len"):
         LLM("nowhere", max_modle_len=5)
+
+
+def test_workers_are_called_by_name_or_with_a_function(llm: LLM) -> None:
+    assert llm.collective_rpc("check_health", timeout=5) == [None]
+    assert llm.collective_rpc(
+        lambda worker, n, *, m: (worker.rank, n, m), None, (3,), {"m": 4}
+    ) == [(0, 3, 4)]
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (("_x",), "_x is not a public method of the worker"),
+        (("nothing_like_it",), "no attribute 'nothing_like_it'"),
+        ((7,), "method must be the name of a worker's method"),
+        (("check_health", 0), "timeout must be a number of seconds above 0, not 0"),
+        (("check_health", (1,)), r"timeout must be a number of seconds above 0, not \(1,\)"),
+    ],
+)
+def test_calls_of_workers_that_cannot_be_made(llm: LLM, call: Any, message: str) -> None:
+    with pytest.raises((VLLMValidationError, EngineGenerateError), match=message):
+        llm.collective_rpc(*call)
 
 
 def test_metrics_count_what_was_done(llm: LLM) -> None:

@@ -175,6 +175,16 @@ def test_workers_that_wait_for_one_that_has_refused_are_given_up(executor: Multi
         executor.collective_rpc("echo", (1,))
 
 
+def test_an_answer_that_comes_too_late_is_nobodys(executor: MultiprocExecutor):
+    for rank in (1, 0, 1):
+        with pytest.raises(TimeoutError, match=f"nap: no answer within 0.1 s from .*{rank}"):
+            executor.collective_rpc("nap", (rank, 0.5), timeout=0.1)
+    # Steps and calls get what is theirs.
+    assert executor.execute_model(make_step(4)).sampled_token_ids == [[4]]
+    assert executor.collective_rpc("echo", (1,), timeout=30) == [1, 1]
+    assert executor.collective_rpc("nap", (0, 0.01), timeout=30) == ["awake 0", "awake 1"]
+
+
 @pytest.mark.parametrize(
     ("how", "message"),
     [

@@ -17,7 +17,7 @@ import pytest
 
 from tests.engine.conftest import ENGINE_ARGS
 from vllm import LLM, SamplingParams
-from vllm.errors import CapacityError, ConfigError, EngineDeadError
+from vllm.errors import CapacityError, ConfigError, EngineDeadError, VLLMValidationError
 from vllm.utils.system import raise_open_files_limit
 from vllm.v1.engine.core_client import SyncMPClient
 
@@ -79,7 +79,11 @@ def test_a_process_gives_the_same_and_its_clean_end_leaves_nothing(
         # The sockets' directory is gone as soon as both sides are connected.
         assert list(tmp_path.iterdir()) == []
         assert client.facts.num_gpu_blocks > 1
-        assert other.collective_rpc("check_health") == [None]
+        assert other.collective_rpc("check_health", timeout=60) == [None]
+        assert other.collective_rpc("sleep", args=(1,)) == [None]
+        assert other.collective_rpc("wake_up", kwargs={"tags": ["kv_cache"]}) == [None]
+        with pytest.raises(VLLMValidationError, match="functions are not sent to the engine's"):
+            other.collective_rpc(len)
         assert other.reset_prefix_cache()
         assert summary(other) == summary(llm)
         # Ctrl-C and SIGTERM reach the whole group: only the front end acts on them.

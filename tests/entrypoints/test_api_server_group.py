@@ -73,9 +73,11 @@ def test_a_group_serves_counts_sleeps_and_ends_as_one(group: Server, tmp_path: P
     assert group.post("/wake_up?tags=weights&tags=kv_cache").status_code == 200
     assert group.get("/is_sleeping").json() == {"is_sleeping": False}
     assert group.post("/reset_prefix_cache").json() == {"success": True}
-    body = {"method": "check_health"}
+    body = {"method": "check_health", "timeout": 60, "args": [], "kwargs": {}}
     assert group.post("/collective_rpc", body).json() == {"results": [None]}
     assert group.post("/collective_rpc", {"method": "_x"}).status_code == 400
+    assert group.post("/collective_rpc", {**body, "timeout": -1}).status_code == 400
+    assert group.post("/collective_rpc", {**body, "kwargs": []}).status_code == 400
 
     children = group.children()
     group.process.send_signal(signal.SIGTERM)

@@ -62,15 +62,16 @@ class Setup:
     options: tuple[str, ...] = ()
     environment: tuple[tuple[str, str], ...] = ()
     name: str = ""
-    """Of otherwise equal servers."""
+    """Of otherwise equal servers; their engine id."""
 
     def transfer_config(self) -> dict[str, Any]:
-        return {
+        config = {
             "kv_connector": self.connector,
             "kv_role": self.role,
             "kv_load_failure_policy": self.policy,
             "kv_connector_extra_config": json.loads(self.extra),
         }
+        return config | ({"engine_id": self.name} if self.name else {})
 
 
 class Engine(Server):
@@ -78,7 +79,8 @@ class Engine(Server):
 
     def __init__(self, setup: Setup, model: str, log: Path, **environment: str) -> None:
         self.setup = setup
-        self.side_port = free_port()
+        fixed = dict(setup.environment).get("VLLM_NIXL_SIDE_CHANNEL_PORT")
+        self.side_port = int(fixed or free_port())
         options = [
             *("--dtype", "float32", "--max-model-len", str(MAX_MODEL_LEN)),
             *("--kv-cache-memory-bytes", "128M" if setup.model == SMOLLM2 else "16M"),
@@ -94,8 +96,8 @@ class Engine(Server):
             "UCX_NET_DEVICES": "lo",
             "VLLM_NIXL_SIDE_CHANNEL_PORT": str(self.side_port),
             "VLLM_MOONCAKE_BOOTSTRAP_PORT": str(self.side_port),
-            **dict(setup.environment),
             **environment,
+            **dict(setup.environment),
         }
         if setup.layout is not None:
             given["VLLM_KV_CACHE_LAYOUT"] = setup.layout

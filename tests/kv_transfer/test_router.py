@@ -1,242 +1,338 @@
-"""Prefill and decode servers as processes of their own, the router before them, real HTTP."""
+"""The router before prefill and decode servers that come, go, freeze and die: real processes."""
 
 from __future__ import annotations
 
 import contextlib
 import importlib.util
-import os
+import json
 import signal
-import subprocess
-import sys
+import threading
 import time
-from pathlib import Path
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import httpx
 import pytest
 
-from tests.entrypoints.server import SMALL, TINY, Server, free_port
+from tests.entrypoints.server import TINY
+from tests.kv_transfer.harness import (
+    KEY,
+    SMOLLM2,
+    RouterProcess,
+    Setup,
+    body_of,
+    tokens_of,
+    wait_for,
+)
 
 pytestmark = pytest.mark.skipif(
     not any(importlib.util.find_spec(name) for name in ("nixl", "nixl_cu12", "nixl_cu13")),
     reason="needs nixl: pip install 'vllm[nixl]'",
 )
-KEY = "join me"
-WORDS = [
-    "the",
-    "quick",
-    "brown",
-    "fox",
-    "jumps",
-    "over",
-    "a",
-    "lazy",
-    "dog",
-    "while",
-    "seven",
-    "wizards",
-    "brew",
-    "strange",
-    "blue",
-    "tea",
-]
+PLAIN = Setup(model=SMOLLM2, options=TINY)
+PREFILL = replace(PLAIN, role="kv_producer", name="p")
+DECODE = replace(PLAIN, role="kv_consumer", name="d")
+DOOMED = "doomed"
+LONG = 200
 
 
-def prompt(index: int) -> str:
-    return " ".join(WORDS[(index * 5 + i * (index + 3)) % len(WORDS)] for i in range(8 + 9 * index))
-
-
-def transfer(role: str, **extra: object) -> list[str]:
-    import json
-
-    config = {
-        "kv_connector": "NixlConnector",
-        "kv_role": role,
-        "kv_connector_extra_config": extra,
-    }
-    return ["--kv-transfer-config", json.dumps(config)]
-
-
-class RouterProcess:
-    def __init__(self, log: Path, *options: str) -> None:
-        self.port = free_port()
-        self.url = f"http://127.0.0.1:{self.port}"
-        command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "router"]
-        with log.open("wb") as file:
-            self.process = subprocess.Popen(
-                [*command, "--port", str(self.port), "--health-interval", "0.2", *options],
-                stdout=file,
-                stderr=subprocess.STDOUT,
-            )
-        self.http = httpx.Client(base_url=self.url, timeout=60)
-
-    def wait(self, status: int = 200, seconds: float = 30) -> None:
-        deadline = time.monotonic() + seconds
-        while time.monotonic() < deadline:
-            with contextlib.suppress(httpx.TransportError):
-                if self.http.get("/health").status_code == status:
-                    return
-            time.sleep(0.1)
-        raise AssertionError(f"the router did not come to {status}")
-
-    def metric(self, name: str) -> float:
-        lines = self.http.get("/metrics").text.splitlines()
-        return sum(float(line.split()[-1]) for line in lines if line.startswith(name))
-
-    def close(self) -> None:
-        self.http.close()
-        self.process.terminate()
-        self.process.wait(10)
-
-
-class Cluster:
-    """P servers, D servers, a plain one and a router."""
-
-    def __init__(self, folder: Path, options: tuple[str, ...], num_prefill: int = 1) -> None:
-        self.stack = contextlib.ExitStack()
-        self.folder, self.options = folder, options
-        self.plain = self._server("plain")
-        self.prefill = [self.make("kv_producer", f"p{i}") for i in range(num_prefill)]
-        self.decode = [self.make("kv_consumer", "d")]
-        for server in (self.plain, *self.prefill, *self.decode):
-            self.stack.enter_context(server)
-        self.router = RouterProcess(
-            folder / "router",
-            "--admin-key",
-            KEY,
-            "--prefill",
-            *[server.url for server in self.prefill],
-            "--decode",
-            *[server.url for server in self.decode],
-        )
-        self.stack.callback(self.router.close)
-        self.router.wait()
-
-    def _server(self, name: str, *more: str) -> Server:
-        return Server(self.folder / name, *self.options, "--dtype", "float32", *more)
-
-    def make(self, role: str, name: str, **extra: object) -> Server:
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setenv("VLLM_NIXL_SIDE_CHANNEL_PORT", str(free_port()))
-            return self._server(name, *transfer(role, **extra))
-
-
-def ask(url: str, text: str, count: int = 12, **more: object) -> str:
-    body = {"model": "smollm2", "prompt": text, "max_tokens": count, "temperature": 0, **more}
-    response = httpx.post(f"{url}/v1/completions", json=body, timeout=60)
-    assert response.status_code == 200, response.text
-    return response.json()["choices"][0]["text"]
+def prompt(index: int) -> list[int]:
+    return [5 + (index * 131 + i * (index + 3)) % 900 for i in range(8 + 9 * index)]
 
 
 @pytest.fixture(scope="module")
-def cluster(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("OMP_NUM_THREADS", "1")
-        patch.setenv("UCX_NET_DEVICES", "lo")
-        made = Cluster(tmp_path_factory.mktemp("cluster"), (*SMALL, *TINY))
-        with made.stack:
-            yield made
+def router(tmp_path_factory):
+    log = tmp_path_factory.mktemp("router") / "log"
+    limits = ("--health-timeout", "0.5", "--prefill-timeout", "4", "--retries", "2")
+    made = RouterProcess(log, *limits)
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def cluster(fleet, router):
+    """The router with one prefill and one decode server; and the plain one."""
+    p, d, plain = fleet.all_of(PREFILL, DECODE, PLAIN)
+    with router.with_servers([p], [d]):
+        yield router, p, d, plain
+
+
+@pytest.fixture
+def doomed(fleet):
+    """Makes another server that the test may hurt, of a role."""
+    made = []
+
+    def make(setup):
+        made.append(replace(setup, name=DOOMED + setup.name))
+        return fleet.get(made[-1])
+
+    yield make
+    for setup in made:
+        if setup in fleet.running:
+            fleet.end(setup)
+
+
+def stream(url: str, index: int, count: int):
+    """Events of an answer, as they come."""
+    body = {**body_of(prompt(index), count), "stream": True}
+    with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=60) as response:
+        assert response.status_code == 200, response.read()
+        for line in response.iter_lines():
+            if line.startswith("data: "):
+                yield line.removeprefix("data: ")
+
+
+def ids_of(events: list[str]) -> list[int]:
+    return [token for event in events for token in json.loads(event)["choices"][0]["token_ids"]]
+
+
+def kill(server) -> None:
+    server.signal(signal.SIGKILL)
+    server.process.wait()
+
+
+@contextlib.contextmanager
+def frozen(server):
+    server.signal(signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        if server.alive:
+            server.signal(signal.SIGCONT)
+
+
+def in_flight(router: RouterProcess, kind: str) -> float:
+    return router.metric(f'vllm_router_requests_in_flight{{kind="{kind}"}}')
 
 
 def test_answers_are_those_of_one_server(cluster):
-    before = cluster.decode[0].metric("vllm:kv_transfer_bytes_total")
+    router, p, d, plain = cluster
+    before = d.metric("vllm:kv_transfer_bytes_total"), d.metric("vllm:kv_transfers_total")
+    answered = router.metric('vllm_router_requests_total{outcome="ok"}')
     for index in range(6):
-        assert ask(cluster.router.url, prompt(index)) == ask(cluster.plain.url, prompt(index))
-    decoder, prefiller = cluster.decode[0], cluster.prefill[0]
-    assert decoder.metric("vllm:kv_transfers_total") >= 6
-    assert decoder.metric("vllm:kv_transfer_bytes_total") > before
-    assert decoder.metric("vllm:kv_transfer_descriptors_total") > 0
-    assert decoder.metric("vllm:kv_failed_transfers_total") == 0
-    decoder.wait_until_idle()
-    wait_for(lambda: prefiller.metric("vllm:kv_cache_usage_perc") == 0)
-
-
-def wait_for(condition, seconds=10):
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
+        assert router.tokens(prompt(index)) == plain.tokens(prompt(index))
+    assert d.metric("vllm:kv_transfers_total") >= before[1] + 6
+    assert d.metric("vllm:kv_transfer_bytes_total") > before[0]
+    assert d.metric("vllm:kv_transfer_descriptors_total") > 0
+    assert d.metric("vllm:kv_failed_transfers_total") == 0
+    d.wait_until_empty()
+    p.wait_until_empty()
+    assert router.metric('vllm_router_requests_total{outcome="ok"}') == answered + 6
+    assert router.metric("vllm_router_prefill_seconds_count") >= 6
+    assert router.metric("vllm_router_first_byte_seconds_count") >= 6
+    assert router.metric('vllm_router_healthy_servers{kind="prefill"}') == 1
+    assert in_flight(router, "prefill") == in_flight(router, "decode") == 0
 
 
 def test_streams_and_chats_pass_through(cluster):
-    messages = [{"role": "user", "content": prompt(2)}]
-    body = {"model": "smollm2", "messages": messages, "max_tokens": 8, "temperature": 0}
+    router, _, _, plain = cluster
+    messages = [{"role": "user", "content": "the quick brown fox jumps over a lazy dog"}]
+    body = {"messages": messages, "max_tokens": 8, "temperature": 0}
     answers = [
         httpx.post(f"{url}/v1/chat/completions", json=body, timeout=60).json()["choices"][0]
-        for url in (cluster.router.url, cluster.plain.url)
+        for url in (router.url, plain.url)
     ]
     assert answers[0]["message"]["content"] == answers[1]["message"]["content"]
-    body = {"model": "smollm2", "prompt": prompt(3), "max_tokens": 5, "stream": True}
-    with httpx.stream("POST", f"{cluster.router.url}/v1/completions", json=body) as response:
-        lines = [line for line in response.iter_lines() if line.startswith("data: ")]
-    assert lines[-1] == "data: [DONE]" and len(lines) > 3
+    events = list(stream(router.url, 3, 5))
+    assert events[-1] == "[DONE]" and len(events) > 3
+    assert ids_of(events[:-1]) == plain.tokens(prompt(3), 5)
 
 
 def test_what_a_server_refuses_reaches_the_client(cluster):
-    body = {"model": "smollm2", "prompt": "x", "max_tokens": -1}
-    response = httpx.post(f"{cluster.router.url}/v1/completions", json=body)
+    router = cluster[0]
+    body = {"prompt": "x", "max_tokens": -1}
+    response = router.http.post("/v1/completions", json=body)
     # The prefill asks for one token; the decoder sees what the client wrote.
     assert response.status_code == 400 and "max_tokens" in response.text
-    response = httpx.post(f"{cluster.router.url}/v1/completions", content=b"not JSON")
+    response = router.http.post("/v1/completions", content=b"not JSON")
     assert response.status_code == 400
-    assert httpx.get(f"{cluster.router.url}/v1/models").json()["data"][0]["id"] == "smollm2"
+    assert router.http.get("/v1/models").json()["data"][0]["id"] == SMOLLM2
+    assert router.metric('vllm_router_requests_total{outcome="refused"}') >= 1
 
 
 def test_servers_join_and_leave_with_the_key_only(cluster):
-    url = f"{cluster.router.url}/servers/prefill"
-    assert httpx.post(url, json={"url": "http://127.0.0.1:1"}).status_code == 401
+    router, _, _, plain = cluster
     key = {"authorization": f"Bearer {KEY}"}
-    assert httpx.post(url, json={"url": "ftp://x"}, headers=key).status_code == 400
-    joined = httpx.post(url, json={"url": "http://127.0.0.1:1"}, headers=key)
-    assert joined.json() == {"url": "http://127.0.0.1:1", "healthy": False}
-    assert ask(cluster.router.url, prompt(1)) == ask(cluster.plain.url, prompt(1))
-    left = httpx.delete(url, params={"url": "http://127.0.0.1:1"}, headers=key)
-    assert left.status_code == 200
-    assert httpx.delete(url, params={"url": "http://no"}, headers=key).status_code == 404
+    nobody = {"url": "http://127.0.0.1:1"}
+    assert router.http.post("/servers/prefill", json=nobody).status_code == 401
+    assert router.http.post("/servers/prefill", json={"url": "ftp://x"}, headers=key).is_error
+    assert router.join("prefill", nobody["url"]) == {**nobody, "healthy": False}
+    assert router.tokens(prompt(1)) == plain.tokens(prompt(1))
+    router.leave("prefill", nobody["url"])
+    unknown = router.http.delete("/servers/prefill", params={"url": "http://no"}, headers=key)
+    assert unknown.status_code == 404
 
 
-def test_a_request_goes_to_another_prefill_server_when_one_dies(cluster, tmp_path):
+def test_without_servers_of_a_kind_it_says_so(cluster):
+    router, p, d, _ = cluster
+    assert router.http.get("/health").status_code == 200
+    router.leave("decode", d.url)
+    health = router.http.get("/health")
+    assert health.status_code == 503
+    assert health.json() == {"status": "waiting", "prefill_instances": 1, "decode_instances": 0}
+    response = router.complete(prompt(0))
+    assert response.status_code == 503
+    assert response.json()["error"]["message"] == "no decode server could take the request"
+    assert router.join("decode", d.url)["healthy"]
+    assert router.http.get("/health").status_code == 200
+    router.leave("prefill", p.url)
+    response = router.complete(prompt(0))
+    assert (response.status_code, response.json()["error"]["code"]) == (503, 503)
+    router.join("prefill", p.url)
+
+
+def test_a_server_that_leaves_ends_what_it_has_begun(cluster):
+    router, _, d, plain = cluster
+    events = stream(router.url, 2, LONG)
+    first = next(events)
+    router.leave("decode", d.url)
+    rest = list(events)
+    assert rest[-1] == "[DONE]"
+    assert ids_of([first, *rest[:-1]]) == plain.tokens(prompt(2), LONG)
+    router.join("decode", d.url)
+
+
+def test_a_frozen_server_is_left_alone_until_it_is_back(cluster):
+    """Somebody who waits for it is told in time."""
+    router, p, _, plain = cluster
+    before = router.metric('vllm_router_server_failures_total{kind="prefill"}')
+    with frozen(p):
+        response = router.complete(prompt(1))
+        assert response.status_code in (502, 503, 504), response.text
+        assert response.json()["error"]["type"] == "router_error"
+        router.wait(503)
+    assert router.metric('vllm_router_server_failures_total{kind="prefill"}') > before
+    router.wait(200)
+    assert router.tokens(prompt(1)) == plain.tokens(prompt(1))
+
+
+@pytest.mark.parametrize("kind", ["prefill", pytest.param("decode", marks=pytest.mark.slow)])
+def test_a_request_goes_to_another_server_when_one_dies(cluster, doomed, tmp_path, kind):
     """The router does not know yet that the server is gone: its health is looked at later."""
-    key = {"authorization": f"Bearer {KEY}"}
-    with cluster.make("kv_producer", "doomed") as doomed:
-        url = f"{cluster.router.url}/servers/prefill"
-        assert httpx.post(url, json={"url": doomed.url}, headers=key).json()["healthy"]
-        expected = [ask(cluster.plain.url, prompt(index)) for index in range(4)]
-        os.killpg(doomed.process.pid, signal.SIGKILL)
-        got = [ask(cluster.router.url, prompt(index)) for index in range(4)]
-        httpx.delete(url, params={"url": doomed.url}, headers=key)
-    assert got == expected
+    _, p, d, plain = cluster
+    router = RouterProcess(tmp_path / "log", "--health-interval", "3600")
+    try:
+        with router.with_servers([p], [d]):
+            second = doomed(PREFILL if kind == "prefill" else DECODE)
+            assert router.join(kind, second.url)["healthy"]
+            kill(second)
+            got = [router.tokens(prompt(index)) for index in range(4)]
+            failures = f'vllm_router_server_failures_total{{kind="{kind}"}}'
+            assert router.metric(failures) == router.metric("vllm_router_retries_total") == 1
+            assert router.metric(f'vllm_router_healthy_servers{{kind="{kind}"}}') == 1
+    finally:
+        router.close()
+    assert got == [plain.tokens(prompt(index)) for index in range(4)]
 
 
-def test_a_prefill_that_died_after_its_answer_fails_one_request_only(cluster):
-    with cluster.make("kv_producer", "gone") as gone:
-        body = {
-            "model": "smollm2",
-            "prompt": prompt(4),
-            "max_tokens": 1,
-            "kv_transfer_params": {"do_remote_decode": True},
-        }
-        params = gone.post("/v1/completions", body).json()["kv_transfer_params"]
-        os.killpg(gone.process.pid, signal.SIGKILL)
-    decoder = cluster.decode[0]
-    body |= {"max_tokens": 4, "kv_transfer_params": params}
-    response = decoder.post("/v1/completions", body)
+def test_a_decoder_that_dies_before_the_first_token_is_replaced(cluster, doomed):
+    """Prefill and all, whether the answer is a stream or not."""
+    router, _, d, plain = cluster
+    for is_stream in (False, True):
+        second = doomed(DECODE)
+        router.leave("decode", d.url)
+        assert router.join("decode", second.url)["healthy"]
+        second.signal(signal.SIGSTOP)
+        with ThreadPoolExecutor(1) as pool:
+            if is_stream:
+                answer = pool.submit(lambda: list(stream(router.url, 4, 12)))
+            else:
+                answer = pool.submit(router.tokens, prompt(4))
+            wait_for(lambda: in_flight(router, "decode") == 1, 10, "nothing was sent on")
+            assert router.join("decode", d.url)["healthy"]
+            kill(second)
+            got = answer.result()
+        if is_stream:
+            assert got[-1] == "[DONE]"
+            got = ids_of(got[:-1])
+        assert got == plain.tokens(prompt(4))
+        router.leave("decode", second.url)
+
+
+@pytest.mark.parametrize("how", ["dies", pytest.param("freezes", marks=pytest.mark.slow)])
+def test_a_decoder_that_fails_within_a_stream_ends_it_with_an_error(cluster, doomed, how):
+    """What was drawn cannot be drawn again elsewhere: the client is told, and may ask again."""
+    router, _, d, plain = cluster
+    second = doomed(DECODE)
+    router.leave("decode", d.url)
+    assert router.join("decode", second.url)["healthy"]
+    before = router.metric('vllm_router_requests_total{outcome="broken_off"}')
+    events = stream(router.url, 2, LONG)
+    got = [next(events)]
+    second.signal(signal.SIGSTOP)
+    if how == "dies":
+        kill(second)
+    got += events
+    assert got[-1] == "[DONE]"
+    error = json.loads(got[-2])["error"]
+    assert error["code"] == 502
+    assert error["message"] == "the decode server failed within its answer"
+    right = plain.tokens(prompt(2), LONG)
+    ids = ids_of(got[:-2])
+    assert ids == right[: len(ids)] and len(ids) < LONG
+    assert router.metric('vllm_router_requests_total{outcome="broken_off"}') == before + 1
+    wait_for(lambda: in_flight(router, "decode") == 0, 5, "a request is still counted")
+    router.leave("decode", second.url)
+    router.join("decode", d.url)
+
+
+def test_a_client_that_leaves_ends_its_request_everywhere(cluster):
+    router, _, d, _ = cluster
+    with frozen(d), pytest.raises(httpx.ReadTimeout):
+        httpx.post(f"{router.url}/v1/completions", json=body_of(prompt(1), LONG), timeout=0.4)
+    wait_for(lambda: in_flight(router, "decode") == 0, 5, "a request is still counted")
+    router.wait(200)
+    events = stream(router.url, 1, LONG)
+    next(events)
+    events.close()
+    wait_for(lambda: in_flight(router, "decode") == 0, 5, "a request is still counted")
+    d.wait_until_idle()
+    d.wait_until_empty()
+
+
+@pytest.mark.slow
+def test_a_prefill_that_died_after_its_answer_fails_one_request_only(cluster, doomed):
+    router, _, d, plain = cluster
+    gone = doomed(PREFILL)
+    params = gone.prefill(prompt(4))
+    kill(gone)
+    response = d.complete(prompt(4), 4, params)
     assert response.status_code == 500 and "could not be loaded" in response.text
-    began = time.monotonic()
-    assert ask(cluster.router.url, prompt(4)) == ask(cluster.plain.url, prompt(4))
-    assert time.monotonic() - began < 30
-    wait_for(lambda: decoder.metric("vllm:kv_cache_usage_perc") == 0)
-    response = decoder.post(
-        "/v1/completions", body | {"kv_transfer_params": {"do_remote_prefill": 1}}
-    )
+    assert router.tokens(prompt(4)) == plain.tokens(prompt(4))
+    d.wait_until_empty()
+    response = d.complete(prompt(4), 4, {"do_remote_prefill": 1})
     assert response.status_code == 400 and "kv_transfer_params" in response.text
 
 
 @pytest.mark.slow
-def test_smollm2_writes_the_same_100_answers(tmp_path):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("UCX_NET_DEVICES", "lo")
-        made = Cluster(tmp_path, SMALL)
-        with made.stack:
-            for index in range(100):
-                text = f"{index}. {prompt(index % 17)}"
-                assert ask(made.router.url, text) == ask(made.plain.url, text), text
+def test_requests_survive_servers_that_come_and_go(cluster, doomed):
+    """Under load, prefill and decode servers join, are killed and leave: no request notices."""
+    router, _, _, plain = cluster
+    prompts = [prompt(index % 12) for index in range(60)]
+    expected = {index: plain.tokens(prompt(index)) for index in range(12)}
+    wrong: list[str] = []
+    stop = threading.Event()
+    served = [0]
+
+    def client() -> None:
+        for turn, text in enumerate(prompts):
+            if stop.is_set():
+                return
+            response = router.complete(text)
+            served[0] += 1
+            if response.status_code != 200 or tokens_of(response) != expected[turn % 12]:
+                wrong.append(response.text)
+
+    with ThreadPoolExecutor(3) as pool:
+        clients = [pool.submit(client) for _ in range(3)]
+        for setup, kind in ((PREFILL, "prefill"), (DECODE, "decode"), (PREFILL, "prefill")):
+            server = doomed(setup)
+            router.join(kind, server.url)
+            time.sleep(1.0)
+            kill(server)
+            time.sleep(0.5)
+            router.leave(kind, server.url)
+        for future in clients:
+            future.result()
+    assert served[0] == 180
+    assert not wrong, wrong[:2]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ import torch
 
 from tests.models.harness import BLOCK_SIZE, VOCAB
 from vllm import LLM, SamplingParams
+from vllm.errors import CapacityError
 
 NUM_TOKENS = 64
 MAX_MODEL_LEN = 400
@@ -96,3 +98,14 @@ def assert_same(got: Generated, expected: Generated) -> None:
 
 def metric(llm: LLM, name: str) -> int:
     return sum(m.value for m in llm.get_metrics() if m.name == f"vllm:{name}")
+
+
+def smallest_pool(folder: Path, **settings: Any) -> int:
+    """Blocks with which an engine of these settings can just start, as it says itself."""
+    try:
+        with engine(folder, **settings, num_gpu_blocks_override=2):
+            return 2
+    except CapacityError as error:
+        needed = re.search(r"needs (\d+) cache blocks", str(error))
+        assert needed is not None, error
+        return 1 + int(needed[1])

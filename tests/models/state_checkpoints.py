@@ -64,11 +64,18 @@ KINDS: dict[str, dict[str, Any]] = {
     },
     "nemotron_h": {
         **_ATTENTION,
-        "num_hidden_layers": 7,
+        "num_hidden_layers": 9,
         "layers_block_type": [
-            *("linear_attention", "mlp", "linear_attention", "full_attention"),
-            *("mlp", "linear_attention", "full_attention"),
+            *("linear_attention", "mlp", "moe", "linear_attention", "full_attention"),
+            *("mlp", "linear_attention", "moe", "full_attention"),
         ],
+        "n_routed_experts": 8,
+        "num_experts_per_tok": 3,
+        "n_group": 4,
+        "topk_group": 2,
+        "moe_intermediate_size": 40,
+        "moe_shared_expert_intermediate_size": 56,
+        "routed_scaling_factor": 1.5,
         "head_dim": 24,
         "mamba_num_heads": 8,
         "mamba_head_dim": 12,
@@ -148,4 +155,7 @@ def make_state_model(model_type: str, seed: int = 0, **overrides: Any) -> Any:
                 param.normal_(0, 0.6)
             else:
                 param.normal_(0, _STD.get(model_type, 0.12))
+        for name, buffer in model.named_buffers():
+            if name.endswith("e_score_correction_bias"):
+                buffer.normal_(0, 0.3)
     return model

@@ -1,6 +1,7 @@
 """One rank of a tensor-parallel run, as a process: saves the logits of each checkpoint.
 
-Usage: python -m tests.models.tensor_parallel_worker RANK SIZE RENDEZVOUS OUTPUT CHECKPOINT...
+Usage: python -m tests.models.tensor_parallel_worker [--dummy] RANK SIZE RENDEZVOUS OUTPUT
+CHECKPOINT...; with --dummy weights are random, and checkpoints need only their config.json.
 """
 
 import sys
@@ -42,8 +43,10 @@ def check_collectives(rank: int, size: int) -> None:
 
 
 def main() -> None:
-    rank, size = int(sys.argv[1]), int(sys.argv[2])
-    rendezvous, output, checkpoints = sys.argv[3], sys.argv[4], sys.argv[5:]
+    arguments = [argument for argument in sys.argv[1:] if argument != "--dummy"]
+    load_format = "auto" if len(arguments) == len(sys.argv) - 1 else "dummy"
+    rank, size, rendezvous, output, *checkpoints = arguments
+    rank, size = int(rank), int(size)
     torch.set_num_threads(1)
     ops.set_num_threads(1)
     init_distributed_environment(size, rank, f"file://{rendezvous}")
@@ -51,7 +54,9 @@ def main() -> None:
     check_collectives(rank, size)
     logits, heads = [], []
     for checkpoint in checkpoints:
-        paged = PagedModel(make_config(checkpoint, tensor_parallel_size=size))
+        paged = PagedModel(
+            make_config(checkpoint, tensor_parallel_size=size, load_format=load_format)
+        )
         logits.append(paged.logits(TOKENS, chunk=40))
         heads.append(
             [layer.num_kv_heads for layer in paged.layers.values() if isinstance(layer, Attention)]

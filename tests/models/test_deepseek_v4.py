@@ -6,6 +6,7 @@ only the engine, with the planner's groups, can run it.
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import torch
 
 from tests.loader.test_default_loader import edit, load_error
 from tests.models.checkpoints import make_hf_model, save
+from tests.models.harness import make_config
 from tests.models.parity import (
     Generated,
     assert_equals_transformers,
@@ -24,8 +26,10 @@ from tests.models.parity import (
     make_prompts,
     metric,
 )
-from vllm.errors import ConfigError
+from tests.models.test_linear import seen_from
+from vllm.errors import ConfigError, VLLMValidationError
 from vllm.model_executor.layers.attention.compressed_attention import LatentStates
+from vllm.model_executor.model_loader import get_model
 
 PROMPTS = make_prompts()
 SOME = [PROMPTS[0], PROMPTS[3], PROMPTS[7]]
@@ -200,6 +204,55 @@ def test_released_names_and_what_is_missing(case, tmp_path):
     message = load_error(tmp_path)
     assert "1 missing: model.layers.1.attn.core.indexer.wq_b.weight; " in message
     assert "1 unexpected: model.layers.1.attn.wrong.weight" in message
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        (
+            {"compress_ratios": [0, 4, 16, 0, 4, 8]},
+            "compress_ratios says 8 for layer 5; ratios are 0, 4, 16",
+        ),
+        ({"compress_ratios": [0, 4, "16"] * 2}, "compress_ratios says '16' for layer 2"),
+        ({"compress_ratios": 4}, "compress_ratios must be a list of numbers, one a layer, not 4"),
+        ({"compress_ratios": [0, 4, 16]}, "layer_types names 3 layers, but num_hidden_layers is 6"),
+        ({"compress_rate_csa": 8}, "compress_rates.compressed_sparse_attention must be 4, not 8"),
+        ({"compress_rate_hca": 4}, "heavily_compressed_attention must not be that of"),
+        ({"compress_rate_hca": 48}, "48 tokens a compressed latent do not divide the 256"),
+        (
+            {"layer_types": ["full_attention"] * 6},
+            "layer_types of deepseek_v4 may be .*, not full_attention",
+        ),
+    ],
+)
+def test_ratios_that_no_layer_has_are_refused(case, values, message, tmp_path):
+    save(case.hf, tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    if "compress_ratios" in values:
+        del config["layer_types"]
+    (tmp_path / "config.json").write_text(json.dumps(config | values))
+    with pytest.raises(VLLMValidationError, match=message), engine(tmp_path):
+        pass
+
+
+def test_ratios_say_what_layers_are(case, tmp_path):
+    save(case.hf, tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    kinds = config.pop("layer_types")
+    # One more than layers: of a layer that guesses further tokens.
+    config["compress_ratios"] = [0, 4, 16] * 2 + [0]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    resolved = make_config(tmp_path).model_config.hf_text_config
+    assert resolved.layer_types == kinds
+    assert resolved.compress_ratios == [0, 4, 16] * 2
+
+
+def test_groups_of_heads_that_the_ranks_do_not_divide_are_refused(case):
+    with (
+        seen_from(0, 4),
+        pytest.raises(ConfigError, match=r"-size 4 does not divide .* heads \(o_groups\) \(2\)"),
+    ):
+        get_model(make_config(case.folder))
 
 
 def test_an_index_that_is_narrower_than_its_rotation_is_refused(case, tmp_path):

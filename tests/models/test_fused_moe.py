@@ -42,6 +42,10 @@ class Weights:
             rows.append(total)
         return torch.stack(rows)
 
+    def plain(self):
+        """Up and down projections, as of experts without a gate."""
+        return zip(self.up, self.down, strict=True)
+
     def load(self, moe):
         """One expert and projection at a time."""
         for e in range(EXPERTS):
@@ -217,6 +221,48 @@ def test_gelu_and_mul():
 def test_an_unknown_activation_is_refused():
     with pytest.raises(UnsupportedError, match="'relu2' is not supported; these are: silu"):
         FusedMoE(make_routing(), HIDDEN, INNER, activation="relu2")
+    with pytest.raises(UnsupportedError, match="'silu' is not supported; these are: relu2"):
+        FusedMoE(make_routing(), HIDDEN, INNER, activation="silu", is_gated=False)
+
+
+# ---- without a gate -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("size", [1, 2])
+@pytest.mark.parametrize("together", [False, True])
+def test_experts_without_a_gate(together, size, dtype):
+    weights, routing = Weights(), make_routing(3)
+    x, logits = torch.randn(9, HIDDEN).to(dtype), torch.randn(9, EXPERTS)
+    total = torch.zeros(9, HIDDEN)
+    for rank in range(size):
+        with seen_from(rank, size):
+            moe = FusedMoE(
+                routing,
+                HIDDEN,
+                INNER,
+                activation="relu2",
+                is_gated=False,
+                reduce_results=False,
+                params_dtype=dtype,
+            )
+            assert moe.w13_weight.shape == (EXPERTS, INNER // size, HIDDEN)
+            assert moe.w13_weight.shard_ids == tuple((e, "up") for e in range(EXPERTS))
+            if together:
+                moe.w13_weight.weight_loader(moe.w13_weight, weights.up)
+                moe.w2_weight.weight_loader(moe.w2_weight, weights.down)
+            else:
+                for e in range(EXPERTS):
+                    moe.w13_weight.weight_loader(moe.w13_weight, weights.up[e], (e, "up"))
+                    moe.w2_weight.weight_loader(moe.w2_weight, weights.down[e], (e, "down"))
+            moe.process_weights_after_loading()
+            total += moe(x, logits).float()
+    chosen, ids = select_experts(logits, routing)
+    wide = x.float()
+    each = torch.stack([(wide @ up.T).relu().square() @ down.T for up, down in weights.plain()])
+    expected = (each[ids, torch.arange(9).unsqueeze(1)] * chosen.unsqueeze(-1)).sum(1)
+    close = {"atol": 1e-4, "rtol": 1e-4} if dtype == torch.float32 else {"atol": 0.15, "rtol": 0.05}
+    torch.testing.assert_close(total, expected, **close)
 
 
 # ---- loading ------------------------------------------------------------------------------------

@@ -24,13 +24,21 @@ from tests.models.parity import (
     metric,
 )
 
-ELSEWHERE = ("llama", "qwen2", "qwen3", "deepseek_v4")
-"""Like others, or with tests of their own."""
+ELSEWHERE = ("deepseek_v4",)
+"""With tests of their own."""
+ALIKE = ("qwen2", "qwen3")
+"""Like Llama, but for their projections."""
 ARCHITECTURES = [name for name in CLASSES if name not in ELSEWHERE]
-MIXED = ("gemma3_text", "gpt_oss", "llama4_text")
-"""With caches of two kinds, that is of two groups."""
+MODELS = [
+    pytest.param(name, marks=[pytest.mark.slow] if name in ALIKE else []) for name in ARCHITECTURES
+]
 LAYOUTS = ("LBHNC", "LBNHC", "LHBNC", "BLHNC", "BLNHC", "BHLNC")
-COVERING = {("gemma3_text", "BLHNC"), ("gpt_oss", "LBNHC"), ("llama4_text", "BHLNC")}
+COVERING = {
+    ("gemma3_text", "BLHNC"),
+    ("gpt_oss", "LBNHC"),
+    ("llama4_text", "BHLNC"),
+    ("deepseek_v3", "LHBNC"),
+}
 """The others are slow to run each time."""
 SMALL_POOL = {"num_gpu_blocks_override": 48, "max_num_batched_tokens": 64, "max_num_seqs": 8}
 """Blocks for the longest request and little more, in any grouping of layers."""
@@ -43,7 +51,7 @@ class Case:
     reference: Generated
 
 
-@pytest.fixture(scope="module", params=ARCHITECTURES)
+@pytest.fixture(scope="module", params=MODELS)
 def case(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp(request.param)
     hf = make_hf_model(request.param, max_position_embeddings=512)
@@ -86,11 +94,12 @@ def test_after_preemption(case):
         pytest.param(
             model_type, layout, marks=[] if (model_type, layout) in COVERING else pytest.mark.slow
         )
-        for model_type in MIXED
+        for model_type in ARCHITECTURES
         for layout in LAYOUTS
     ],
 )
 def test_in_every_layout(model_type, layout, tmp_path, monkeypatch):
+    monkeypatch.setenv("VLLM_KV_CACHE_DEBUG", "1")
     monkeypatch.setenv("VLLM_KV_CACHE_LAYOUT", layout)
     hf = make_hf_model(model_type, max_position_embeddings=512)
     with engine(save(hf, tmp_path)) as llm:

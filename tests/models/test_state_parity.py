@@ -15,7 +15,6 @@ import pytest
 
 from tests.models.checkpoints import save
 from tests.models.parity import (
-    MAX_MODEL_LEN,
     Generated,
     assert_equals_transformers,
     assert_same,
@@ -23,6 +22,7 @@ from tests.models.parity import (
     generate,
     make_prompts,
     metric,
+    smallest_pool,
 )
 from tests.models.state_checkpoints import CLASSES, make_state_model
 from vllm.errors import ConfigError
@@ -46,8 +46,7 @@ class Case:
     folder: Path
     hf: Any
     reference: Generated
-    num_groups: int
-    """Block tables of a request, where states take blocks as attention does."""
+    has_attention: bool
 
 
 @pytest.fixture(scope="module", params=MODELS)
@@ -57,9 +56,7 @@ def case(request, tmp_path_factory):
     save(hf, folder)
     with engine(folder, enable_prefix_caching=False, **EVERY_BLOCK) as llm:
         reference = generate(llm, make_prompts(), one_by_one=True)
-        runner = llm.llm_engine.client._core.executor.worker.model_runner
-        num_groups = len(runner.batch.block_table.tables)
-    return Case(folder, hf, reference, num_groups)
+    return Case(folder, hf, reference, request.param not in WITHOUT_ATTENTION)
 
 
 def possible_hit(length: int, mode: str) -> int:
@@ -100,18 +97,42 @@ def test_in_one_batch_and_again_out_of_the_prefix_cache(case, mode):
     assert again.cached == [possible_hit(len(prompt), mode) for prompt in prompts]
 
 
-def test_after_preemption(case):
-    # Blocks for the longest request and a few more. With one state for a whole request a model
-    # without attention would never run out.
-    blocks_of_one = -(-MAX_MODEL_LEN // BLOCK)
+@pytest.mark.parametrize("mode", ["align", "all"])
+def test_a_prefix_of_others_is_continued(case, mode):
+    """Prompts that begin alike: states of the first one's blocks are where the others begin."""
+    shared = case.reference.prompts[-1][: 3 * BLOCK]
+    prompts = [shared + prompt for prompt in case.reference.prompts[:4]]
     settings = {
-        **EVERY_BLOCK,
-        "enable_prefix_caching": False,
-        "num_gpu_blocks_override": 1 + (blocks_of_one + 3) * case.num_groups,
+        "mamba_cache_mode": mode,
+        "block_size": BLOCK,
+        "enable_prefix_caching": True,
+        # Steps that end where blocks do leave a state at the end of each, in both modes.
+        "max_num_batched_tokens": BLOCK,
+        "max_num_seqs": 8,
     }
     with engine(case.folder, **settings) as llm:
+        first = generate(llm, prompts[:1])
+        others = generate(llm, prompts[1:])
+    assert_equals_transformers(first, case.hf)
+    assert_equals_transformers(others, case.hf)
+    assert first.cached == [0]
+    assert others.cached == [len(shared)] * len(others.prompts)
+
+
+@pytest.mark.parametrize("mode", ["none", "align", "all"])
+def test_after_preemption(case, mode):
+    settings = {
+        "mamba_cache_mode": mode,
+        "block_size": BLOCK,
+        "enable_prefix_caching": mode == "align",
+    }
+    # The longest request fits, and little beside it.
+    blocks = smallest_pool(case.folder, **settings) + 2
+    with engine(case.folder, **settings, num_gpu_blocks_override=blocks) as llm:
         assert_same(generate(llm, case.reference.prompts), case.reference)
-        assert metric(llm, "num_preemptions") > 0
+        # One state for a whole request is there from its beginning to its end.
+        runs_out = case.has_attention or mode != "none"
+        assert (metric(llm, "num_preemptions") > 0) is runs_out
 
 
 @pytest.mark.parametrize(
@@ -125,6 +146,7 @@ def test_after_preemption(case):
     ],
 )
 def test_in_every_layout(model_type, layout, tmp_path, monkeypatch):
+    monkeypatch.setenv("VLLM_KV_CACHE_DEBUG", "1")
     monkeypatch.setenv("VLLM_KV_CACHE_LAYOUT", layout)
     hf = make_state_model(model_type)
     save(hf, tmp_path)

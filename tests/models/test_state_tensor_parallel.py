@@ -12,7 +12,8 @@ MODELS = {
     "one group, normed over both ranks": ("mamba2", {"n_groups": 1}),
     "one group of a hybrid": ("bamba", {"mamba_n_groups": 1}),
     "experts beside a shared MLP": ("granitemoehybrid", {}),
-    "squared ReLU": ("nemotron_h", {"mlp_bias": True}),
+    "squared ReLU, experts without a gate": ("nemotron_h", {}),
+    "experts of a latent": ("nemotron_h", {"mlp_bias": True, "moe_latent_size": 24}),
     "experts and channels": ("jamba", {}),
     "norm before the gate, over both ranks": (
         "falcon_h1",

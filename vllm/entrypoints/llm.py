@@ -331,10 +331,27 @@ class LLM:
             )
         return get_metrics_snapshot()
 
-    def collective_rpc(self, method: str, args: tuple[Any, ...] = ()) -> list[Any]:
-        """Call a public method of every worker; arguments and answers must be plain data."""
+    def collective_rpc(
+        self,
+        method: str | Callable[..., Any],
+        timeout: float | None = None,
+        args: Sequence[Any] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> list[Any]:
+        """Call a method of every worker, and give back the answers in the order of ranks.
+
+        Args:
+            method: name of a public method of the worker (``--worker-cls``). Where the engine runs
+                in this process (VLLM_ENABLE_V1_MULTIPROCESSING=0), a function of the worker, too.
+            timeout: seconds to wait for workers that are processes of their own.
+            args, kwargs: plain data, as answers must be.
+
+        Raises:
+            VLLMValidationError: a function that cannot reach the engine, or no such timeout.
+            EngineGenerateError: the call has failed, or a worker has not answered in time.
+        """
         with self._turn:
-            return self.llm_engine.collective_rpc(method, args)
+            return self.llm_engine.collective_rpc(method, timeout, args, kwargs)
 
     def encode(self, *_: Any, **__: Any) -> Any:
         """Pooling models; always refused.

@@ -408,8 +408,29 @@ def _finish_deepseek(values: Values) -> None:
         values["n_routed_experts"] = routed
 
 
-_COMPRESSIONS = {0: "sliding_attention", 4: "compressed_sparse_attention"}
+_WINDOW_ONLY = "sliding_attention"
+_SPARSELY_COMPRESSED = "compressed_sparse_attention"
 _HEAVILY_COMPRESSED = "heavily_compressed_attention"
+
+
+def _kinds_of_ratios(ratios: Any, rates: Values, count: int) -> list[str]:
+    """Kinds of layers that compress so many tokens to one; 0 for none."""
+    kinds = {0: _WINDOW_ONLY, rates[_HEAVILY_COMPRESSED]: _HEAVILY_COMPRESSED}
+    kinds[rates[_SPARSELY_COMPRESSED]] = _SPARSELY_COMPRESSED
+    if not isinstance(ratios, list):
+        raise ConfigError(
+            f"config.json: compress_ratios must be a list of numbers, one a layer, not {ratios!r}",
+            parameter="model",
+        )
+    # Behind the last layer there may be those of layers that guess further tokens.
+    for layer, ratio in enumerate(ratios[:count]):
+        if ratio not in kinds:
+            raise ConfigError(
+                f"config.json: compress_ratios says {ratio!r} for layer {layer}; ratios are "
+                f"{', '.join(map(str, sorted(kinds)))}",
+                parameter="model",
+            )
+    return [kinds[ratio] for ratio in ratios[:count]]
 
 
 def _finish_deepseek_v4(values: Values) -> None:
@@ -418,26 +439,41 @@ def _finish_deepseek_v4(values: Values) -> None:
     """
     count = values["num_hidden_layers"]
     ratios = values.get("compress_ratios")
-    rates = {"compressed_sparse_attention": 4, _HEAVILY_COMPRESSED: 128}
+    rates = {_SPARSELY_COMPRESSED: 4, _HEAVILY_COMPRESSED: 128}
     rates |= values.get("compress_rates") or {}
     for kind, name in (
-        ("compressed_sparse_attention", "compress_rate_csa"),
+        (_SPARSELY_COMPRESSED, "compress_rate_csa"),
         (_HEAVILY_COMPRESSED, "compress_rate_hca"),
     ):
         rates[kind] = values.get(name) or rates[kind]
     if values["layer_types"] is None and ratios is not None:
-        values["layer_types"] = [_COMPRESSIONS.get(r, _HEAVILY_COMPRESSED) for r in ratios]
+        values["layer_types"] = _kinds_of_ratios(ratios, rates, count)
     if values["layer_types"] is None:
         values["layer_types"] = [
-            "compressed_sparse_attention" if i % 2 and i > 1 else _HEAVILY_COMPRESSED
-            for i in range(count)
+            _SPARSELY_COMPRESSED if i % 2 and i > 1 else _HEAVILY_COMPRESSED for i in range(count)
         ]
     values["layer_types"] = values["layer_types"][:count]
     values["compress_rates"] = rates
-    values["compress_ratios"] = [rates.get(kind, 0) for kind in values["layer_types"]]
-    if rates["compressed_sparse_attention"] != 4:
+    if rates[_HEAVILY_COMPRESSED] == rates[_SPARSELY_COMPRESSED]:
+        raise ConfigError(
+            f"config.json: compress_rates.{_HEAVILY_COMPRESSED} must not be that of "
+            f"{_SPARSELY_COMPRESSED}, {rates[_SPARSELY_COMPRESSED]}",
+            parameter="model",
+        )
+    kinds = {_WINDOW_ONLY: 0, **rates}
+    unknown = sorted(set(map(str, values["layer_types"])) - {*kinds})
+    if unknown:
+        raise ConfigError(
+            f"config.json: layer_types of deepseek_v4 may be {', '.join(kinds)}, not "
+            f"{', '.join(unknown)}",
+            parameter="model",
+        )
+    values["compress_ratios"] = [kinds[kind] for kind in values["layer_types"]]
+    if rates[_SPARSELY_COMPRESSED] != 4:
         raise UnsupportedError(
-            "config.json: compress_rates.compressed_sparse_attention must be 4", parameter="model"
+            f"config.json: compress_rates.{_SPARSELY_COMPRESSED} must be 4, not "
+            f"{rates[_SPARSELY_COMPRESSED]}: windows of 4 overlap, others do not",
+            parameter="model",
         )
     if values["mlp_layer_types"] is None:
         hashed = values.get("num_hash_layers", 3)

@@ -130,10 +130,19 @@ _NEMOTRON_H: Values = {
     "max_position_embeddings": 4096,
     "mlp_bias": False,
     "mlp_hidden_act": "relu2",
+    "moe_intermediate_size": 7688,
+    "moe_latent_size": None,
+    "moe_shared_expert_intermediate_size": 7688,
+    "n_group": 1,
     "n_groups": 8,
+    "n_routed_experts": 8,
+    "norm_topk_prob": True,
+    "num_experts_per_tok": 2,
     "residual_in_fp32": False,
+    "routed_scaling_factor": 1.0,
     "ssm_state_size": 128,
     "time_step_min": 0.001,
+    "topk_group": 1,
     "use_bias": False,
     "use_conv_bias": True,
     "vocab_size": 131072,
@@ -348,6 +357,8 @@ def _finish_nemotron_h(values: Values) -> None:
     """Released files spell the kinds of layers as one word, a letter each."""
     if values.get("attention_head_dim") is not None:
         values["head_dim"] = values["attention_head_dim"]
+    if values.get("num_local_experts") is not None:
+        values["n_routed_experts"] = values["num_local_experts"]
     eps = values.get("layer_norm_epsilon")
     values["rms_norm_eps"] = eps if eps is not None else values.get("rms_norm_eps", 1e-5)
     kinds = _kinds_of(values)

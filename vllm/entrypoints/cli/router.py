@@ -21,6 +21,21 @@ class RouterArgs:
         [], _GROUP, Kind.LIST, "URLs of prefill servers, such as http://127.0.0.1:8100."
     )
     decode: list[str] = arg([], _GROUP, Kind.LIST, "URLs of decode servers.")
+    connector: str = arg(
+        "nixl",
+        _GROUP,
+        Kind.STR,
+        "What the servers exchange KV by: NIXL's servers are asked one after the other, Mooncake's "
+        "at the same time.",
+        choices=("nixl", "mooncake"),
+    )
+    bootstrap: list[str] = arg(
+        [],
+        _GROUP,
+        Kind.LIST,
+        "With Mooncake, URLs of the bootstrap servers of the prefill servers, in the same order; "
+        "by default port VLLM_MOONCAKE_BOOTSTRAP_PORT of each one's host.",
+    )
     timeout: float = arg(
         600.0, _GROUP, Kind.FLOAT, "Seconds without a byte of an answer.", minimum=0.1
     )

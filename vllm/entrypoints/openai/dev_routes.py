@@ -47,10 +47,13 @@ def add_dev_routes(app: FastAPI, context: ServerContext) -> None:
 
     async def collective_rpc(raw: Request) -> JSONResponse:
         body = await read_object(raw)
-        method, args = body.get("method"), body.get("args", [])
-        if not isinstance(method, str) or not isinstance(args, list):
-            raise VLLMValidationError("method must be text and args a list", parameter="method")
-        results = await _refusable(engine.collective_rpc(method, tuple(args)))
+        method, timeout = body.get("method"), body.get("timeout")
+        args, kwargs = body.get("args", []), body.get("kwargs", {})
+        if not isinstance(method, str):
+            raise VLLMValidationError("method must be text", parameter="method")
+        if not isinstance(args, list) or not isinstance(kwargs, dict):
+            raise VLLMValidationError("args must be a list, kwargs an object", parameter="args")
+        results = await _refusable(engine.collective_rpc(method, timeout, args, kwargs))
         return JSONResponse({"results": results})
 
     app.add_api_route("/sleep", sleep, methods=["POST"], response_class=Response)

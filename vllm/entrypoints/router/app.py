@@ -1,4 +1,4 @@
-"""The proxy before prefill and decode servers, in NIXL's sequential protocol.
+"""The proxy before prefill and decode servers; by itself in NIXL's sequential protocol.
 
 A request goes to a prefill server with ``max_tokens`` 1; what that server answers as
 ``kv_transfer_params`` goes with the original request to a decode server, whose answer is passed on
@@ -30,7 +30,7 @@ from vllm.errors import ConfigError
 if TYPE_CHECKING:
     from vllm.entrypoints.cli.router import RouterArgs
 
-__all__ = ["Router", "make_app", "serve"]
+__all__ = ["FailedError", "RefusedError", "Router", "make_app", "prefill_body", "serve"]
 
 logger = logging.getLogger("vllm.entrypoints.router")
 
@@ -47,7 +47,7 @@ _LARGEST_BODY = 256 << 20
 _PASSED_HEADERS = ("authorization", "x-request-id", "content-type")
 
 
-class _FailedError(Exception):
+class FailedError(Exception):
     """A server could not do its part before anything was said to the client.
 
     Args:
@@ -61,7 +61,7 @@ class _FailedError(Exception):
         self.answer = answer
 
 
-class _RefusedError(Exception):
+class RefusedError(Exception):
     """A server says that the request itself is wrong; ``answer`` is its answer."""
 
     def __init__(self, answer: Response) -> None:
@@ -151,6 +151,14 @@ class Router:
             )
         )
 
+    def join(self, pool: Pool, given: dict[str, Any]) -> Server:
+        """A server joins with ``{"url": ...}``.
+
+        Raises:
+            ConfigError, KeyError, TypeError: that is not what was given.
+        """
+        return pool.join(str(given["url"]))
+
     async def watch(self) -> None:
         """Look at all servers from time to time, until cancelled."""
         while True:
@@ -160,23 +168,34 @@ class Router:
     async def answer(self, path: str, body: dict[str, Any], headers: dict[str, str]) -> Response:
         """Prefill somewhere, decode elsewhere; the decoder's answer."""
         avoided: set[str] = set()
-        failure: _FailedError | None = None
+        failure: FailedError | None = None
         with self.first_byte_seconds.time():
             for attempt in range(self.args.retries + 1):
                 if attempt:
                     self.retries.inc()
                 try:
-                    params = await self._prefill(path, body, headers, avoided)
-                    wanted = {**body, "kv_transfer_params": params} if params else body
-                    return await self._decode(path, wanted, headers, avoided)
-                except _RefusedError as refusal:
+                    return await self._attempt(path, body, headers, avoided)
+                except RefusedError as refusal:
                     self.requests.labels("refused").inc()
                     return refusal.answer
-                except _FailedError as error:
+                except FailedError as error:
                     failure = error
         assert failure is not None
         self.requests.labels(failure.what).inc()
         return failure.answer
+
+    async def _attempt(
+        self, path: str, body: dict[str, Any], headers: dict[str, str], avoided: set[str]
+    ) -> Response:
+        """Prefill, then decode, once.
+
+        Raises:
+            FailedError: a server is missing, or failed; it is in ``avoided`` now.
+            RefusedError: the request is wrong.
+        """
+        params = await self._prefill(path, body, headers, avoided)
+        wanted = {**body, "kv_transfer_params": params} if params else body
+        return await self._decode(path, wanted, headers, avoided)
 
     async def _prefill(
         self, path: str, body: dict[str, Any], headers: dict[str, str], avoided: set[str]
@@ -184,20 +203,16 @@ class Router:
         """The parameters for the decoder, if there are any.
 
         Raises:
-            _FailedError: no server is there, or the chosen one failed.
-            _RefusedError: the request is wrong.
+            FailedError: no server is there, or the chosen one failed.
+            RefusedError: the request is wrong.
         """
-        short = {**body, "max_tokens": 1, "stream": False, "kv_transfer_params": _ASK}
-        if "max_completion_tokens" in short:
-            short["max_completion_tokens"] = 1
-        for name in ("stream_options", "min_tokens"):
-            short.pop(name, None)
+        short = prefill_body(body, _ASK)
         with self.prefill_seconds.time():
             server, response = await self._ask(self.prefill, path, short, headers, avoided)
         try:
             answer = _copy(response)
             if response.status_code != 200:
-                raise _RefusedError(answer)
+                raise RefusedError(answer)
             return response.json().get("kv_transfer_params")
         except (ValueError, AttributeError):
             raise self._failed(self.prefill, server, avoided, 502, "answered no JSON") from None
@@ -210,8 +225,8 @@ class Router:
         """The decoder's answer: whole, or a stream that has begun.
 
         Raises:
-            _FailedError: no server is there, or the chosen one failed.
-            _RefusedError: the request is wrong.
+            FailedError: no server is there, or the chosen one failed.
+            RefusedError: the request is wrong.
         """
         server, response = await self._ask(self.decode, path, body, headers, avoided)
         media_type = response.headers.get("content-type", "")
@@ -225,7 +240,7 @@ class Router:
             return _Relayed(self._pass_on(server, response), let_go, media_type)
         server.in_flight -= 1
         if response.status_code != 200:
-            raise _RefusedError(_copy(response))
+            raise RefusedError(_copy(response))
         self.requests.labels("ok").inc()
         return _copy(response)
 
@@ -242,12 +257,32 @@ class Router:
         The request counts as in flight there until the caller says otherwise.
 
         Raises:
-            _FailedError: there is none, or it gave no answer, or one that is an error of its own.
+            FailedError: there is none, or it gave no answer, or one that is an error of its own.
+        """
+        server = self._choose(pool, avoided)
+        return server, await self._ask_server(server, pool, path, body, headers, avoided)
+
+    def _choose(self, pool: Pool, avoided: set[str]) -> Server:
+        """
+        Raises:
+            FailedError: no server of this pool is healthy.
         """
         server = pool.choose(avoided)
         if server is None:
             message = f"no {pool.kind} server could take the request"
-            raise _FailedError(f"{pool.kind}_failed", _error(503, message))
+            raise FailedError(f"{pool.kind}_failed", _error(503, message))
+        return server
+
+    async def _ask_server(
+        self,
+        server: Server,
+        pool: Pool,
+        path: str,
+        body: dict[str, Any],
+        headers: dict[str, str],
+        avoided: set[str],
+    ) -> httpx.Response:
+        """``_ask`` of one server of the pool."""
         server.in_flight += 1
         timeout = self.args.prefill_timeout if pool is self.prefill else None
         try:
@@ -264,12 +299,12 @@ class Router:
             server.in_flight -= 1
             raise
         if response.status_code < 500:
-            return server, response
+            return response
         server.in_flight -= 1
         avoided.add(server.url)
         self.failures.labels(pool.kind).inc()
         logger.warning("%s server %s answered %d", pool.kind, server.url, response.status_code)
-        raise _FailedError(f"{pool.kind}_failed", _copy(response))
+        raise FailedError(f"{pool.kind}_failed", _copy(response))
 
     async def _send(
         self, server: Server, path: str, body: dict[str, Any], headers: dict[str, str]
@@ -282,12 +317,12 @@ class Router:
 
     def _failed(
         self, pool: Pool, server: Server, avoided: set[str], status: int, why: str
-    ) -> _FailedError:
+    ) -> FailedError:
         avoided.add(server.url)
         self.failures.labels(pool.kind).inc()
         logger.warning("%s server %s %s", pool.kind, server.url, why)
         kind = pool.kind
-        return _FailedError(f"{kind}_failed", _error(status, f"the {kind} server {why}"))
+        return FailedError(f"{kind}_failed", _error(status, f"the {kind} server {why}"))
 
     async def _pass_on(self, server: Server, response: httpx.Response) -> AsyncIterator[bytes]:
         """Whole events only, so that an error can follow as one."""
@@ -313,6 +348,16 @@ class Router:
         else:
             if rest:
                 yield rest
+
+
+def prefill_body(body: dict[str, Any], params: dict[str, Any]) -> dict[str, Any]:
+    """What a prefill server is asked: one token, in one piece."""
+    short = {**body, "max_tokens": 1, "stream": False, "kv_transfer_params": params}
+    if "max_completion_tokens" in short:
+        short["max_completion_tokens"] = 1
+    for name in ("stream_options", "min_tokens"):
+        short.pop(name, None)
+    return short
 
 
 def _copy(response: httpx.Response) -> Response:
@@ -395,7 +440,7 @@ def make_app(router: Router) -> FastAPI:
             return refused
         pool: Pool = getattr(router, kind)
         try:
-            server = pool.join(str((await request.json())["url"]))
+            server = router.join(pool, await request.json())
         except (ConfigError, ValueError, KeyError, TypeError) as error:
             return _error(400, f"url: {error}")
         await router.look(pool)
@@ -416,6 +461,8 @@ def make_app(router: Router) -> FastAPI:
 
 def serve(args: RouterArgs) -> int:
     """Serve until a signal."""
-    app = make_app(Router(args))
+    from vllm.entrypoints.router.mooncake import MooncakeRouter
+
+    app = make_app(MooncakeRouter(args) if args.connector == "mooncake" else Router(args))
     uvicorn.run(app, host=args.host, port=args.port, log_level="warning")
     return 0

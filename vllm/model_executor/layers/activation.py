@@ -1,6 +1,9 @@
-"""Activation functions of gated MLPs: (..., 2 * i), gate before up -> (..., i)."""
+"""Activation functions of gated MLPs: (..., 2 * i), gate before up -> (..., i); and of plain ones,
+(..., i) -> (..., i), which may write to what they are given.
+"""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +17,9 @@ __all__ = [
     "GatedActivation",
     "GeluAndMul",
     "SiluAndMul",
+    "SquaredReLU",
     "SwigluOAI",
+    "get_activation",
     "get_gated_activation",
 ]
 
@@ -90,6 +95,14 @@ class SwigluOAI(GatedActivation):
         return f"alpha={self.alpha}, limit={self.limit}"
 
 
+class SquaredReLU(nn.Module):
+    """``relu(x) ** 2``, in place."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.relu_().square_()
+
+
+_PLAIN: dict[str, Callable[[], nn.Module]] = {"relu2": SquaredReLU}
 _GATED: dict[str, Callable[[], GatedActivation]] = {
     "silu": SiluAndMul,
     "swish": SiluAndMul,
@@ -99,14 +112,31 @@ _GATED: dict[str, Callable[[], GatedActivation]] = {
 }
 
 
+def get_activation(name: str) -> nn.Module:
+    """The activation of an MLP without a gate that config.json calls ``name``.
+
+    Raises:
+        UnsupportedError: there is none of that name.
+    """
+    return _find(_PLAIN, name)
+
+
 def get_gated_activation(name: str) -> GatedActivation:
     """The gated form of the activation that config.json calls ``name``.
 
     Raises:
         UnsupportedError: there is none of that name.
     """
-    if name not in _GATED:
+    return _find(_GATED, name)
+
+
+_Made = TypeVar("_Made", bound=nn.Module)
+
+
+def _find(known: Mapping[str, Callable[[], _Made]], name: str) -> _Made:
+    if name not in known:
         raise UnsupportedError(
-            f"config.json: the activation {name!r} is not supported; these are: {', '.join(_GATED)}"
+            f"config.json: the activation {name!r} is not supported; these are: {', '.join(known)}",
+            parameter="model",
         )
-    return _GATED[name]()
+    return known[name]()

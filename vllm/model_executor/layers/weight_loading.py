@@ -17,9 +17,11 @@ __all__ = [
     "WeightShapeError",
     "copy_weight",
     "default_weight_loader",
+    "load_shard",
     "make_parameter",
     "set_weight_attrs",
     "take_shard",
+    "whole_shape",
 ]
 
 ShardId = str | int | tuple[int, str] | None
@@ -27,9 +29,13 @@ ShardId = str | int | tuple[int, str] | None
 
 
 class WeightShapeError(ValueError):
-    """A checkpoint's tensor has another shape than the parameter's part that it goes to."""
+    """A checkpoint's tensor has another shape than the parameter's part that it goes to.
+
+    ``expected`` is the shape that it would have to have, over all ranks.
+    """
 
     def __init__(self, got: Sequence[int], expected: Sequence[int]) -> None:
+        self.expected = tuple(expected)
         super().__init__(f"has shape {list(got)}, expected {list(expected)}")
 
 
@@ -69,6 +75,32 @@ def default_weight_loader(
     """For a parameter that every rank holds whole."""
     assert shard_id is None, "a whole parameter has no shards"
     copy_weight(param.data, loaded_weight)
+
+
+def whole_shape(param: torch.Tensor, shard_id: ShardId) -> tuple[int, ...]:
+    """The shape, over all ranks, of the tensor that fills a shard of ``param``.
+
+    Only its loader knows: it is offered a tensor that fits nowhere, and refuses it by that shape.
+    """
+    nothing = torch.empty((0,), dtype=param.dtype, device=param.device)
+    try:
+        _loader_of(param)(param, nothing, shard_id)
+    except WeightShapeError as error:
+        return error.expected
+    raise AssertionError("a weight loader has taken a tensor without elements")
+
+
+def load_shard(param: torch.Tensor, loaded: torch.Tensor, shard_id: ShardId) -> None:
+    """Have ``param``'s loader take this rank's part of a checkpoint's tensor.
+
+    Raises:
+        WeightShapeError: the tensor has another shape than ``whole_shape``.
+    """
+    _loader_of(param)(param, loaded, shard_id)
+
+
+def _loader_of(param: torch.Tensor) -> Callable[..., None]:
+    return getattr(param, "weight_loader", default_weight_loader)
 
 
 def take_shard(

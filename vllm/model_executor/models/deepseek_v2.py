@@ -130,7 +130,7 @@ def _yarn_temperature(rope: Any) -> float:
     return (0.1 * weight * math.log(factor) + 1.0) ** 2
 
 
-class _Router(ReplicatedLinear):
+class ExpertRouter(ReplicatedLinear):
     """Scores of experts, with V3's correction of the choice, which balances their load."""
 
     def __init__(self, config: Any, prefix: str, is_corrected: bool) -> None:
@@ -156,7 +156,7 @@ class DeepseekMoE(HotModule):
         super().__init__()
         is_sigmoid = config.scoring_func == "sigmoid"
         is_grouped = config.topk_method != "greedy"
-        self.gate = _Router(config, f"{prefix}.gate", config.topk_method == "noaux_tc")
+        self.gate = ExpertRouter(config, f"{prefix}.gate", config.topk_method == "noaux_tc")
         bias = self.gate.e_score_correction_bias
         self.experts = FusedMoE(
             Routing(

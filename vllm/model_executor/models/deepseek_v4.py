@@ -16,14 +16,17 @@ from vllm import _custom_ops as ops
 from vllm._streams_op import join_streams, take_from_streams, unit_mean_square
 from vllm.config import VllmConfig
 from vllm.distributed.communication_op import tensor_model_parallel_all_reduce
+from vllm.distributed.parallel_state import get_tp_group
 from vllm.model_executor.layers.activation import ClampedSiluAndMul
 from vllm.model_executor.layers.attention.compressed_attention import CompressedAttention
 from vllm.model_executor.layers.fused_moe import FusedMoE, Routing
 from vllm.model_executor.layers.layernorm import RMSNorm
 from vllm.model_executor.layers.linear import (
+    ColumnParallelLinear,
     MergedColumnParallelLinear,
     ReplicatedLinear,
     RowParallelLinear,
+    divide,
 )
 from vllm.model_executor.layers.logits_processor import LogitsProcessor
 from vllm.model_executor.layers.rotary_embedding import get_rope
@@ -31,7 +34,13 @@ from vllm.model_executor.layers.vocab_parallel_embedding import (
     ParallelLMHead,
     VocabParallelEmbedding,
 )
-from vllm.model_executor.layers.weight_loading import ShardId, make_parameter
+from vllm.model_executor.layers.weight_loading import (
+    ShardId,
+    copy_weight,
+    make_parameter,
+    set_weight_attrs,
+    take_shard,
+)
 from vllm.model_executor.models.llama import HotModule
 from vllm.model_executor.models.weights import load_checkpoint, maybe_prefix
 
@@ -43,23 +52,33 @@ def _replicated(inputs: int, outputs: int, prefix: str) -> ReplicatedLinear:
 
 
 class _Attention(HotModule):
-    """Every rank computes all heads: they share one latent, which every rank keeps."""
+    """A rank computes some groups of heads; the latents that all heads share, every rank keeps."""
 
     def __init__(self, vllm_config: VllmConfig, config: Any, layer_index: int, prefix: str) -> None:
         super().__init__()
+        tp = get_tp_group()
         hidden, width, heads = config.hidden_size, config.head_dim, config.num_attention_heads
-        self.num_heads, self.head_dim, self.eps = heads, width, config.rms_norm_eps
+        groups = divide(config.o_groups, tp.world_size, "the number of groups of heads (o_groups)")
+        self.num_heads = heads // config.o_groups * groups
+        self.head_dim, self.eps = width, config.rms_norm_eps
         self.wq_a = _replicated(hidden, config.q_lora_rank, f"{prefix}.wq_a")
         self.q_norm = RMSNorm(config.q_lora_rank, eps=self.eps)
-        self.wq_b = _replicated(config.q_lora_rank, heads * width, f"{prefix}.wq_b")
+        self.wq_b = ColumnParallelLinear(
+            config.q_lora_rank,
+            heads * width,
+            bias=False,
+            prefix=f"{prefix}.wq_b",
+            return_bias=False,
+        )
         self.head_norm = RMSNorm(width, eps=self.eps, has_weight=False)
         self.wkv = _replicated(hidden, width, f"{prefix}.wkv")
         self.norm = RMSNorm(width, eps=self.eps)
-        self.attn_sink = make_parameter(heads, dtype=torch.float32)
-        self.num_groups = config.o_groups
+        self.attn_sink = _rows_of_rank(heads, self.num_heads, dtype=torch.float32)
         inner = config.o_groups * config.o_lora_rank
-        self.wo_a = _GroupedLinear(heads * width // config.o_groups, inner, config.o_groups)
-        self.wo_b = _replicated(inner, hidden, f"{prefix}.wo_b")
+        self.wo_a = _GroupedLinear(heads * width // config.o_groups, inner, groups)
+        self.wo_b = RowParallelLinear(
+            inner, hidden, bias=False, prefix=f"{prefix}.wo_b", return_bias=False
+        )
         ratio = config.compress_ratios[layer_index]
         rope = config.rope_parameters["compress" if ratio else "main"]
         self.rotary_emb = get_rope(
@@ -90,15 +109,30 @@ class _Attention(HotModule):
         return self.wo_b.forward(self.wo_a.forward(output.flatten(1)))
 
 
+def _rows_of_rank(rows: int, local: int, *inner: int, **attrs: Any) -> nn.Parameter:
+    """A parameter of which each rank holds a run of ``local`` rows."""
+    rank = get_tp_group().rank_in_group
+
+    def load(param: nn.Parameter, loaded: torch.Tensor, shard_id: ShardId = None) -> None:
+        copy_weight(param.data, take_shard(loaded, 0, rank, local, (rows, *inner)))
+
+    return make_parameter(local, *inner, weight_loader=load, **attrs)
+
+
 class _GroupedLinear(nn.Module):
-    """A product for each group of inputs: (T, G * in) -> (T, G * out)."""
+    """A product for each group of inputs of this rank: (T, G * in) -> (T, G * out).
+
+    Args:
+        outputs: of all groups of all ranks.
+        num_groups: G.
+    """
 
     weight: nn.Parameter
 
     def __init__(self, inputs: int, outputs: int, num_groups: int) -> None:
         super().__init__()
         self.num_groups = num_groups
-        self.weight = make_parameter(outputs, inputs)
+        self.weight = _rows_of_rank(outputs, outputs // get_tp_group().world_size, inputs)
 
         self.parts: list[ops.PackedWeight | torch.Tensor] = list(self._split())
 
@@ -153,6 +187,8 @@ class _Router(nn.Module):
         experts, chosen = config.n_routed_experts, config.num_experts_per_tok
         self.weight = make_parameter(experts, config.hidden_size)
         table = make_parameter(config.vocab_size, chosen, dtype=torch.int64) if by_token else None
+        if table is not None:
+            set_weight_attrs(table, {"num_values": experts})
         bias = None if by_token else make_parameter(experts, dtype=torch.float32)
         self.register_parameter("tid2eid", table)
         self.register_parameter("bias", bias)

@@ -7,13 +7,13 @@ the weights, not two.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import nn
 
 from vllm.errors import ConfigError
-from vllm.model_executor.layers.weight_loading import ShardId, WeightShapeError
+from vllm.model_executor.layers.weight_loading import ShardId, WeightShapeError, load_shard
 
 __all__ = [
     "CheckpointNames",
@@ -169,7 +169,9 @@ def load_checkpoint(
     unexpected: list[str] = []
     misshaped: list[str] = []
     touched: set[str] = set()
+    used: set[str] = set()
     for name, tensor in weights:
+        used.update(name.split("."))
         target, shard_id = names.find(name, known)
         if target is None:
             if name not in skip and not name.endswith(_DERIVED_BUFFERS):
@@ -184,12 +186,15 @@ def load_checkpoint(
             unexpected.append(name)
             continue
         try:
-            param.weight_loader(param, tensor, shard_id)  # type: ignore[attr-defined]
+            load_shard(param, tensor, shard_id)
         except WeightShapeError as error:
             misshaped.append(f"{name} {error}")
             outstanding.failed(target, shard_id)
             continue
         outstanding.arrived(target, shard_id)
+    # Where a checkpoint has our name of a part, what misses is told by that name, too.
+    theirs = {there: here for there, here in names.renamed.items() if here not in used}
+    names = replace(names, renamed=theirs)
     missing = {
         names.in_checkpoint(name, shard_id): None
         for name, left in outstanding.shards.items()

@@ -124,6 +124,11 @@ class AttentionBackend(ABC):
         return not sizes or head_size in sizes
 
     @classmethod
+    def supports_head_size_v(cls, head_size: int, head_size_v: int) -> bool:
+        """Values of another width than keys; the kernels of most backends know one width."""
+        return head_size_v == head_size
+
+    @classmethod
     def supports_dtype(cls, dtype: torch.dtype) -> bool:
         return dtype in cls.supported_dtypes
 
@@ -163,6 +168,10 @@ class AttentionBackend(ABC):
         return False
 
     @classmethod
+    def supports_alibi(cls) -> bool:
+        return True
+
+    @classmethod
     def supports_attn_type(cls, attn_type: str) -> bool:
         return attn_type == AttentionType.DECODER
 
@@ -177,11 +186,15 @@ class AttentionBackend(ABC):
         use_mla: bool = False,
         has_sink: bool = False,
         attn_type: str = AttentionType.DECODER,
+        head_size_v: int | None = None,
+        has_alibi: bool = False,
     ) -> list[str]:
         """Why this backend cannot serve such a layer; empty if it can."""
         reasons = []
         if not cls.supports_head_size(head_size):
             reasons.append(f"head size {head_size} not supported")
+        if head_size_v is not None and not cls.supports_head_size_v(head_size, head_size_v):
+            reasons.append(f"values of {head_size_v} beside keys of {head_size} not supported")
         if not cls.supports_dtype(dtype):
             reasons.append(f"dtype {dtype} not supported")
         if not cls.supports_kv_cache_dtype(kv_cache_dtype):
@@ -193,6 +206,8 @@ class AttentionBackend(ABC):
             reasons.append("MLA not supported" if use_mla else "only for MLA")
         if has_sink and not cls.supports_sink():
             reasons.append("attention sinks not supported")
+        if has_alibi and not cls.supports_alibi():
+            reasons.append("ALiBi not supported")
         if not cls.supports_attn_type(attn_type):
             reasons.append(f"attention type {attn_type} not supported")
         return reasons

@@ -28,6 +28,8 @@ def get_attn_backend(
     has_sink: bool = False,
     attn_type: str = "decoder",
     backend: str | None = None,
+    head_size_v: int | None = None,
+    has_alibi: bool = False,
 ) -> type[AttentionBackend]:
     """The first backend of the platform's order that can serve such a layer, or ``backend``.
 
@@ -36,8 +38,9 @@ def get_attn_backend(
         dtype: dtype of its activations.
         kv_cache_dtype: --kv-cache-dtype; None means "auto".
         block_size: tokens per manager block, None if the planner is still free to choose.
-        use_mla, has_sink, attn_type: what the layer needs.
+        use_mla, has_sink, attn_type, has_alibi: what the layer needs.
         backend: the name given by --attention-backend; no other is tried then.
+        head_size_v: width of a value where it is another than D.
 
     Raises:
         ConfigError: the named backend is unknown or cannot; or no candidate can.
@@ -59,6 +62,8 @@ def get_attn_backend(
             use_mla=use_mla,
             has_sink=has_sink,
             attn_type=attn_type,
+            head_size_v=head_size_v,
+            has_alibi=has_alibi,
         )
         if not reasons:
             return candidate

@@ -180,24 +180,26 @@ class KVCacheManager:
             request.num_computed_tokens + num_new_computed_tokens + num_external_computed_tokens
         )
         num_computed_or_new = total_computed + num_new_tokens
+        # A prompt that arrives whole leaves its last token to be computed, which looks back too.
+        looks_from = total_computed
+        if delay_cache_blocks:
+            looks_from = min(total_computed, request.num_tokens - 1)
         num_tokens = min(num_computed_or_new + num_lookahead_tokens, self.max_model_len)
         hits = (new_computed_blocks or self.empty_kv_cache_blocks).blocks
         if num_encoder_tokens is None:
             num_encoder_tokens = request.num_encoder_tokens
         num_needed = 0
         for manager, row in zip(self.managers, hits, strict=True):
-            manager.remove_skipped_blocks(request_id, total_computed)
+            manager.remove_skipped_blocks(request_id, looks_from)
             length = num_encoder_tokens if manager.counts_encoder_tokens else num_tokens
-            num_needed += manager.get_num_blocks_to_allocate(
-                request_id, length, row, total_computed
-            )
+            num_needed += manager.get_num_blocks_to_allocate(request_id, length, row, looks_from)
         if num_needed > self.block_pool.get_num_free_blocks() - num_reserved_blocks:
             return None
 
         # Every group's hits are held before any group takes blocks that might be among them.
         for manager, row in zip(self.managers, hits, strict=True):
             if request_id not in manager.req_to_blocks:
-                manager.start_row(request_id, row, total_computed)
+                manager.start_row(request_id, row, looks_from)
         new_blocks = []
         capacity = 1 << 62
         for manager in self.managers:

@@ -6,7 +6,7 @@ callback of the loop and put in one queue per request.
 
 import asyncio
 import itertools
-from collections.abc import AsyncGenerator, Callable, Iterable
+from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
 from typing import Any
 
 import vllm.envs as envs
@@ -18,7 +18,7 @@ from vllm.logger import init_logger
 from vllm.outputs import RequestOutput
 from vllm.sampling_params import SamplingParams
 from vllm.v1.engine import EngineCoreOutputs, EngineFacts
-from vllm.v1.engine.core_client import AsyncMPClient
+from vllm.v1.engine.core_client import AsyncMPClient, rpc_arguments
 from vllm.v1.engine.input_processor import InputProcessor, TokenizedPrompt
 from vllm.v1.engine.output_processor import OutputProcessor, OutputQueue
 from vllm.v1.engine.parallel_sampling import ParentRequest
@@ -324,9 +324,16 @@ class AsyncLLM:
     async def is_sleeping(self) -> bool:
         return await self.client.call_utility("is_sleeping")
 
-    async def collective_rpc(self, method: str, args: tuple[Any, ...] = ()) -> list[Any]:
-        """Call a public method of every worker; arguments and answers must be plain data."""
-        return await self.client.call_utility("collective_rpc", method, list(args))
+    async def collective_rpc(
+        self,
+        method: str,
+        timeout: float | None = None,
+        args: Sequence[Any] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> list[Any]:
+        """See ``LLMEngine.collective_rpc``; ``method`` is a name."""
+        call = rpc_arguments(method, timeout, args, kwargs, takes_functions=False)
+        return await self.client.call_utility("collective_rpc", *call)
 
     async def do_log_stats(self) -> None:
         """Log the line of statistics now, if anything happened since the last."""

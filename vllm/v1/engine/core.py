@@ -4,7 +4,7 @@ Knows nothing of text, tokenizers, sockets or threads; ``core_proc`` gives it a 
 ``core_client`` calls it in place.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import vllm.envs as envs
@@ -235,7 +235,13 @@ class EngineCore:
         call: Callable[..., Any] = getattr(self, method)
         try:
             return UtilityOutput(call_id, None, call(*args))
-        except (VLLMError, VLLMValidationError, TypeError, AttributeError) as error:
+        except (
+            VLLMError,
+            VLLMValidationError,
+            TimeoutError,
+            TypeError,
+            AttributeError,
+        ) as error:
             return UtilityOutput(call_id, f"{type(error).__name__}: {error}")
 
     def reset_prefix_cache(self) -> bool:
@@ -337,11 +343,17 @@ class EngineCore:
     def check_integrity(self) -> None:
         self.scheduler.check_integrity()
 
-    def collective_rpc(self, method: str, args: list[Any] | None = None) -> list[Any]:
-        """Call a public method of every worker by name."""
-        if method.startswith("_"):
+    def collective_rpc(
+        self,
+        method: str | Callable[..., Any],
+        timeout: float | None = None,
+        args: Sequence[Any] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> list[Any]:
+        """Call a public method of every worker by name; see ``Executor.collective_rpc``."""
+        if isinstance(method, str) and method.startswith("_"):
             raise VLLMValidationError(f"{method} is not a public method of the worker")
-        return self.executor.collective_rpc(method, tuple(args or ()))
+        return self.executor.collective_rpc(method, tuple(args), kwargs, timeout)
 
     def shutdown(self) -> None:
         self.structured_output_manager.shutdown()

@@ -9,13 +9,13 @@ import itertools
 import time
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import zmq
 
 from vllm.config import VllmConfig
-from vllm.errors import EngineDeadError, EngineGenerateError
+from vllm.errors import EngineDeadError, EngineGenerateError, VLLMValidationError
 from vllm.v1.engine import (
     EngineCoreOutputs,
     EngineCoreRequest,
@@ -28,7 +28,13 @@ from vllm.v1.engine.launch import EngineProcess
 from vllm.v1.engine.phases import StartupPhases
 from vllm.v1.engine.serial import UtilityCall, decode_outputs, encode
 
-__all__ = ["AsyncMPClient", "EngineCoreClient", "InprocClient", "SyncMPClient"]
+__all__ = [
+    "AsyncMPClient",
+    "EngineCoreClient",
+    "InprocClient",
+    "SyncMPClient",
+    "rpc_arguments",
+]
 
 _HELLO_TIMEOUT_MS = 10_000
 _MESSAGES_PER_TURN = 4
@@ -108,6 +114,35 @@ class InprocClient(EngineCoreClient):
         if not self._closed:
             self._closed = True
             self._core.shutdown()
+
+
+def rpc_arguments(
+    method: Any,
+    timeout: Any,
+    args: Sequence[Any],
+    kwargs: dict[str, Any] | None,
+    *,
+    takes_functions: bool,
+) -> tuple[Any, float | None, list[Any], dict[str, Any]]:
+    """What a caller says of a ``collective_rpc``, checked, in the form of the utility call.
+
+    Raises:
+        VLLMValidationError: naming what is wrong.
+    """
+    if not isinstance(method, str) and not (takes_functions and callable(method)):
+        raise VLLMValidationError(
+            "collective_rpc: method must be the name of a worker's method: functions are not sent "
+            "to the engine's process (give it a method by --worker-cls, or set "
+            "VLLM_ENABLE_V1_MULTIPROCESSING=0)",
+            parameter="method",
+        )
+    is_number = isinstance(timeout, int | float) and not isinstance(timeout, bool)
+    if timeout is not None and not (is_number and timeout > 0):
+        raise VLLMValidationError(
+            f"collective_rpc: timeout must be a number of seconds above 0, not {timeout!r}",
+            parameter="timeout",
+        )
+    return method, timeout, list(args), dict(kwargs or {})
 
 
 def _result_of(answer: UtilityOutput) -> Any:

@@ -4,7 +4,7 @@
 """
 
 import itertools
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import vllm.envs as envs
@@ -13,7 +13,12 @@ from vllm.inputs import PromptType
 from vllm.logger import init_logger
 from vllm.outputs import RequestOutput
 from vllm.sampling_params import SamplingParams
-from vllm.v1.engine.core_client import EngineCoreClient, SyncMPClient
+from vllm.v1.engine.core_client import (
+    EngineCoreClient,
+    InprocClient,
+    SyncMPClient,
+    rpc_arguments,
+)
 from vllm.v1.engine.input_processor import InputProcessor, TokenizedPrompt
 from vllm.v1.engine.output_processor import OutputProcessor
 from vllm.v1.engine.parallel_sampling import ParentRequest
@@ -144,9 +149,28 @@ class LLMEngine:
     def is_sleeping(self) -> bool:
         return self.client.call_utility("is_sleeping")
 
-    def collective_rpc(self, method: str, args: tuple[Any, ...] = ()) -> list[Any]:
-        """Call a public method of every worker; arguments and answers must be plain data."""
-        return self.client.call_utility("collective_rpc", method, list(args))
+    def collective_rpc(
+        self,
+        method: str | Callable[..., Any],
+        timeout: float | None = None,
+        args: Sequence[Any] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> list[Any]:
+        """Call a method of every worker, and give back the answers in the order of ranks.
+
+        Args:
+            method: name of a public method of the worker (``--worker-cls``). Where the engine runs
+                in this process (VLLM_ENABLE_V1_MULTIPROCESSING=0), a function of the worker, too.
+            timeout: seconds to wait for workers that are processes of their own.
+            args, kwargs: plain data, as answers must be.
+
+        Raises:
+            VLLMValidationError: a function that cannot reach the engine, or no such timeout.
+            EngineGenerateError: the call has failed, or a worker has not answered in time.
+        """
+        in_process = isinstance(self.client, InprocClient)
+        call = rpc_arguments(method, timeout, args, kwargs, takes_functions=in_process)
+        return self.client.call_utility("collective_rpc", *call)
 
     def shutdown(self, timeout: float = 5.0) -> None:
         """End the engine; may be called twice."""

@@ -61,8 +61,17 @@ class Executor(ABC):
         method: str | Callable[..., Any],
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
+        timeout: float | None = None,
     ) -> list[Any]:
-        """Call a worker's method by name, or ``method(worker, ...)``, on every worker."""
+        """Call a worker's method by name, or ``method(worker, ...)``, on every worker.
+
+        Args:
+            timeout: seconds to wait for the answers of worker processes; they go on after it, and
+                the next call or step waits for them. A worker in this process is always waited for.
+
+        Raises:
+            TimeoutError: not all have answered in time.
+        """
 
     def init_device(self) -> None:
         self.collective_rpc("init_device")

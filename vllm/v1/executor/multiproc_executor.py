@@ -145,6 +145,8 @@ class MultiprocExecutor(Executor):
         ]
         self._result_ranks = list(range(world_size)) if gathers else [0]
         self._results: list[deque[ModelRunnerOutput]] = [deque() for _ in range(world_size)]
+        self._unread = [0] * world_size
+        """Answers to come, by rank, to calls for which nobody waits any more."""
         self._handles = [inbox, *outboxes]
         self._workers: list[_WorkerProcess] = []
         env = _worker_environment()
@@ -221,10 +223,20 @@ class MultiprocExecutor(Executor):
         method: str | Callable[..., Any],
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
+        timeout: float | None = None,
     ) -> list[Any]:
         self._check()
         self._ring.send(Kind.CALL, encode_call(method, args, kwargs or {}))
-        answers = self._receive_answers()
+        answers = self._receive_answers(timeout)
+        if timeout is not None and len(answers) < len(self._workers):
+            late = [rank for rank in range(len(self._workers)) if rank not in answers]
+            if all(failure is None for _, failure in answers.values()):
+                for rank in late:
+                    self._unread[rank] += 1
+                raise TimeoutError(
+                    f"{_name_of(method)}: no answer within {timeout:g} s from workers "
+                    f"{', '.join(map(str, late))}"
+                )
         for rank, (_, failure) in sorted(answers.items()):
             if failure is not None:
                 error = exception_of(failure, WorkerError(f"worker {rank}: {failure}"))
@@ -234,22 +246,30 @@ class MultiprocExecutor(Executor):
                 raise error
         return [answers[rank][0] for rank in range(len(self._workers))]
 
-    def _receive_answers(self) -> dict[int, tuple[Any, EngineFailure | None]]:
-        """By rank; of all, unless one has failed and the others do not answer for a while."""
+    def _receive_answers(
+        self, timeout: float | None
+    ) -> dict[int, tuple[Any, EngineFailure | None]]:
+        """By rank; of all, unless one has failed and the others do not answer for a while, or
+        ``timeout`` seconds are over.
+        """
         answers: dict[int, tuple[Any, EngineFailure | None]] = {}
         poller = select.poll()
         poller.register(self._failed_fd, select.POLLIN)
         missing = dict(enumerate(self._readers))
         for reader in missing.values():
             poller.register(reader.wake_fd, select.POLLIN)
-        deadline: float | None = None
+        deadline = None if timeout is None else time.monotonic() + timeout
+        has_failed = False
         while missing:
             ready = [rank for rank, reader in missing.items() if reader.has_message]
             for rank in ready:
-                answer = answers[rank] = decode_answer(self._receive(rank, Kind.ANSWER))
+                payload = self._receive_one(rank, Kind.ANSWER)
+                if payload is None:
+                    continue
+                answer = answers[rank] = decode_answer(payload)
                 poller.unregister(missing.pop(rank).wake_fd)
-                if answer[1] is not None and deadline is None:
-                    deadline = time.monotonic() + _CAUSE_SECONDS
+                if answer[1] is not None and not has_failed:
+                    has_failed, deadline = True, time.monotonic() + _CAUSE_SECONDS
             if ready:
                 continue
             left = None if deadline is None else max(0.0, deadline - time.monotonic()) * 1000
@@ -261,17 +281,29 @@ class MultiprocExecutor(Executor):
         return answers
 
     def _receive(self, rank: int, wanted: Kind) -> bytes:
-        """The next message of ``wanted`` from a worker; results that come first are kept."""
-        while True:
-            message = self._readers[rank].receive()
-            if message is None:
-                self._check()
-                raise AssertionError("interrupted without a failure")
-            kind, payload = message
-            if kind == wanted:
-                return payload
-            assert kind == Kind.RESULT, kind
-            self._results[rank].append(decode_result(payload))
+        """The next message of ``wanted`` from a worker; see ``_receive_one``."""
+        while (payload := self._receive_one(rank, wanted)) is None:
+            pass
+        return payload
+
+    def _receive_one(self, rank: int, wanted: Kind) -> bytes | None:
+        """The next message from a worker, or None where it is not ``wanted``.
+
+        Results that come first are kept; answers for which nobody waits any more are dropped.
+        """
+        message = self._readers[rank].receive()
+        if message is None:
+            self._check()
+            raise AssertionError("interrupted without a failure")
+        kind, payload = message
+        if kind == Kind.ANSWER and self._unread[rank]:
+            self._unread[rank] -= 1
+            return None
+        if kind == wanted:
+            return payload
+        assert kind == Kind.RESULT, kind
+        self._results[rank].append(decode_result(payload))
+        return None
 
     def init_device(self) -> None:
         super().init_device()
@@ -351,6 +383,10 @@ class MultiprocExecutor(Executor):
         for fd in (self._failed_fd, self._stop_read, self._stop_write):
             os.close(fd)
         shutil.rmtree(self._directory, ignore_errors=True)
+
+
+def _name_of(method: str | Callable[..., Any]) -> str:
+    return method if isinstance(method, str) else getattr(method, "__name__", repr(method))
 
 
 def _initialize_worker(worker: Any, kv_cache_configs: list[Any]) -> None:

@@ -274,10 +274,17 @@ class RayDistributedExecutor(Executor):
         method: str | Callable[..., Any],
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
+        timeout: float | None = None,
     ) -> list[Any]:
-        answers = self._get(
-            [worker.call.remote(method, args, kwargs or {}) for worker in self._workers]
-        )
+        refs = [worker.call.remote(method, args, kwargs or {}) for worker in self._workers]
+        if timeout is not None:
+            _, late = self._ray.wait(refs, num_returns=len(refs), timeout=timeout)
+            if late:
+                raise TimeoutError(
+                    f"{method}: no answer within {timeout:g} s from {len(late)} of {len(refs)} "
+                    "workers"
+                )
+        answers = self._get(refs)
         for rank, (_, failure) in enumerate(answers):
             if failure is not None:
                 raise exception_of(failure, WorkerError(f"worker {rank}: {failure}"))

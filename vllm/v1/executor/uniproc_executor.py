@@ -42,6 +42,7 @@ class UniProcExecutor(Executor):
         method: str | Callable[..., Any],
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
+        timeout: float | None = None,
     ) -> list[Any]:
         if isinstance(method, str):
             return [getattr(self.worker, method)(*args, **(kwargs or {}))]

@@ -50,6 +50,7 @@ _KV_TRANSFER_COUNTERS = {
     "transfer_descriptors": "Runs of bytes that these were fetched in.",
     "transfer_seconds": "Seconds from the order to fetch until the last byte was confirmed.",
     "failed_transfers": "Loads that failed.",
+    "failed_sends": "Requests of other engines for KV that came to nothing.",
     "late_reads": "Loads whose blocks had been given back before they were read.",
     "quarantined_blocks": "Blocks kept back because something may still be written to them.",
     "expired_leases": "Prefills that nobody fetched in time.",

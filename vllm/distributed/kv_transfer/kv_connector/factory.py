@@ -34,6 +34,7 @@ class KVConnectorFactory:
 
     _registry: dict[str, tuple[str, str]] = {
         "ExampleConnector": (f"{_V1}.example_connector", "ExampleConnector"),
+        "MooncakeConnector": (f"{_V1}.mooncake.mooncake_connector", "MooncakeConnector"),
         "MultiConnector": (f"{_V1}.multi_connector", "MultiConnector"),
         "NixlConnector": (f"{_V1}.nixl.connector", "NixlConnector"),
         "OffloadingConnector": (f"{_V1}.offloading_connector", "OffloadingConnector"),

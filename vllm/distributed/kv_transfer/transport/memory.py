@@ -15,9 +15,10 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from vllm.distributed.kv_transfer.transport.channel import Channel
 from vllm.distributed.kv_transfer.transport.port import PeerLostError, PortError, TransferPort
 
-__all__ = ["Faults", "MemoryFabric", "MemoryPort"]
+__all__ = ["Faults", "MemoryChannel", "MemoryFabric", "MemoryPort"]
 
 
 @dataclass(slots=True)
@@ -54,6 +55,7 @@ class MemoryFabric:
 
     def __init__(self, faults: Faults | None = None) -> None:
         self.ports: dict[str, MemoryPort] = {}
+        self.channels: dict[str, MemoryChannel] = {}
         self.faults = faults or Faults()
         self.dead: set[str] = set()
         self.frozen: set[str] = set()
@@ -233,3 +235,66 @@ class MemoryPort(TransferPort):
     def close(self) -> None:
         self._regions.clear()
         self._fabric.ports.pop(self.name, None)
+
+
+class MemoryChannel(Channel):
+    """Questions and answers inside one process; the fabric's faults befall them, both ways.
+
+    Args:
+        name: that of the port beside it, with which it dies.
+    """
+
+    def __init__(self, fabric: MemoryFabric, name: str) -> None:
+        self._fabric = fabric
+        self._name = name
+        self.address = f"tcp://{name}:1"
+        self._questions: deque[tuple[str, bytes]] = deque()
+        self._answers: deque[tuple[str, bytes]] = deque()
+        fabric.channels[self.address] = self
+
+    def _put(self, inbox: deque[tuple[str, bytes]], message: bytes) -> None:
+        faults, item = self._fabric.faults, (self.address, message)
+        if faults.happens("lose"):
+            return
+        if faults.happens("reorder"):
+            inbox.appendleft(item)
+        else:
+            inbox.append(item)
+        if faults.happens("duplicate"):
+            inbox.append(item)
+        if faults.happens("garbage"):
+            inbox.append((self.address, faults.rng.randbytes(faults.rng.randrange(40))))
+
+    def ask(self, address: str, message: bytes) -> bool:
+        other = self._fabric.channels.get(address)
+        if other is None or self.is_gone(address):
+            return False
+        self._put(other._questions, message)
+        return True
+
+    def answer(self, who: str, message: bytes) -> None:
+        other = self._fabric.channels.get(who)
+        if other is not None and not self.is_gone(who):
+            self._put(other._answers, message)
+
+    def take_questions(self) -> list[tuple[str, bytes]]:
+        taken = list(self._questions)
+        self._questions.clear()
+        return taken
+
+    def take_answers(self) -> list[tuple[str, bytes]]:
+        taken = list(self._answers)
+        self._answers.clear()
+        return taken
+
+    def is_gone(self, address: str) -> bool:
+        return address.removeprefix("tcp://").rpartition(":")[0] in self._fabric.dead
+
+    def wait(self, seconds: float) -> None:
+        """Time is the caller's."""
+
+    def wake(self) -> None:
+        """Nobody waits."""
+
+    def close(self) -> None:
+        self._fabric.channels.pop(self.address, None)

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["PeerLostError", "PortError", "TransferPort"]
+__all__ = ["CopyPort", "PeerLostError", "PortError", "TransferPort"]
 
 
 class PortError(RuntimeError):
@@ -23,8 +23,8 @@ class PeerLostError(PortError):
     """The peer is gone; nothing of it will touch our memory any more."""
 
 
-class TransferPort(ABC):
-    """One agent. Every method may raise ``PortError``."""
+class CopyPort(ABC):
+    """One agent that copies. Every method may raise ``PortError``."""
 
     name: str
     """Unique among all agents that will ever meet."""
@@ -73,13 +73,17 @@ class TransferPort(ABC):
         """
 
     @abstractmethod
+    def close(self) -> None:
+        """End all transfers and give up the memory."""
+
+
+class TransferPort(CopyPort):
+    """One that carries messages too."""
+
+    @abstractmethod
     def notify(self, peer: str, message: bytes) -> None:
         """Send a message; delivery is not confirmed."""
 
     @abstractmethod
     def take_notifications(self) -> list[tuple[str, bytes]]:
         """(sender, message) of what has arrived."""
-
-    @abstractmethod
-    def close(self) -> None:
-        """End all transfers and give up the memory."""

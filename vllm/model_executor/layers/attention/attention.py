@@ -45,6 +45,7 @@ class Attention(nn.Module, AttentionLayerBase):
         kv_sharing_target_layer_name: layer whose cache is read instead of an own one.
         attn_backend: a class to use instead of choosing.
         sinks: (Q,) scores without a value.
+        head_size_v: Dv, width of a value; None means D.
 
     Raises:
         ValueError: ``prefix`` is taken already.
@@ -69,6 +70,7 @@ class Attention(nn.Module, AttentionLayerBase):
         kv_sharing_target_layer_name: str | None = None,
         attn_backend: type[AttentionBackend] | None = None,
         sinks: torch.Tensor | None = None,
+        head_size_v: int | None = None,
     ) -> None:
         super().__init__()
         if quant_config is not None:
@@ -80,6 +82,7 @@ class Attention(nn.Module, AttentionLayerBase):
         cache_config = cache_config or vllm_config.cache_config
         self.num_heads = num_heads
         self.head_size = head_size
+        self.head_size_v = head_size if head_size_v is None else head_size_v
         self.num_kv_heads = num_kv_heads or num_heads
         self.layer_name = prefix
         self.attn_type = attn_type
@@ -98,6 +101,8 @@ class Attention(nn.Module, AttentionLayerBase):
             has_sink=sinks is not None,
             attn_type=attn_type,
             backend=vllm_config.attention_config.backend,
+            head_size_v=head_size_v,
+            has_alibi=alibi_slopes is not None,
         )
         self.impl = self.attn_backend.get_impl_cls()(
             num_heads,
@@ -141,22 +146,22 @@ class Attention(nn.Module, AttentionLayerBase):
         """Store ``key`` and ``value``, then attend.
 
         Args:
-            query: (T, Q * D); key, value: (T, K * D), or None where the cache of another layer is
-                read. Rows may be strided, as slices of one qkv tensor are. ``query`` and ``key``
-                may be overwritten where ``rotary_emb`` is given.
-            output: (T, Q * D) to write to.
+            query: (T, Q * D); key (T, K * D), value (T, K * Dv), or None where the cache of another
+                layer is read. Rows may be strided, as slices of one qkv tensor are. ``query`` and
+                ``key`` may be overwritten where ``rotary_emb`` is given.
+            output: (T, Q * Dv) to write to.
             positions: (T,) int64; needed with ``rotary_emb``.
             rotary_emb: RoPE to apply to query and key in here, fused with the store if possible.
             head_norms: norms over each head of query and of key that come before all else, fused
                 likewise; query and key are then overwritten.
 
         Returns:
-            (T, Q * D). Rows of padding tokens are undefined; zeros in a profiling run.
+            (T, Q * Dv). Rows of padding tokens are undefined; zeros in a profiling run.
         """
         context = get_forward_context()
         if output is None:
             output = torch.empty(
-                (query.shape[0], self.num_heads * self.head_size),
+                (query.shape[0], self.num_heads * self.head_size_v),
                 dtype=query.dtype,
                 device=query.device,
             )
@@ -190,7 +195,7 @@ class Attention(nn.Module, AttentionLayerBase):
             value,
             self.kv_cache,
             attn_metadata,
-            output.unflatten(-1, heads),
+            output.unflatten(-1, (-1, self.head_size_v)),
         )
         if hook is not None:
             hook.after(self.layer_name, self.kv_cache, attn_metadata)
@@ -216,7 +221,7 @@ class Attention(nn.Module, AttentionLayerBase):
         num_heads, num_kv_heads, head_size = self.num_heads, self.num_kv_heads, self.head_size
         query = query.view(-1, num_heads, head_size)
         key = key.view(-1, num_kv_heads, head_size)
-        value = value.view(-1, num_kv_heads, head_size)
+        value = value.view(-1, num_kv_heads, self.head_size_v)
         fuses_norms = fused and head_norms is not None and self._fused_norms
         if head_norms is not None and not fuses_norms:
             head_norms[0].forward_in_place(query)
@@ -260,6 +265,7 @@ class Attention(nn.Module, AttentionLayerBase):
             self.layer_name,
             num_kv_heads=self.num_kv_heads,
             head_size=self.head_size,
+            head_size_v=self.head_size_v,
             sliding_window=self.sliding_window,
             default_block_size=current_platform.default_block_size,
         )

@@ -1,8 +1,9 @@
 """The experts of a mixture: their weights, how a checkpoint fills them, and the product.
 
 Tokens are sorted by expert, so that each expert's are one run of rows and one product. The weights
-of gate and up projection are one ("w13"), as are those of all experts in most checkpoints; the
-inner dimension is cut over the tensor-parallel ranks. A layer must not know which model it is
+of gate and up projection are one ("w13"), as are those of all experts in most checkpoints; experts
+without a gate have the up projection alone there. The inner dimension is cut over the
+tensor-parallel ranks. A layer must not know which model it is
 part of; which token goes to which expert is decided in ``routing``.
 """
 
@@ -20,6 +21,7 @@ from vllm.errors import UnsupportedError
 from vllm.model_executor.layers.activation import (
     GatedActivation,
     SiluAndMul,
+    get_activation,
     get_gated_activation,
 )
 from vllm.model_executor.layers.fused_moe.routing import Routing, select_experts
@@ -39,7 +41,8 @@ _PAIRS_AT_ONCE = 16384
 
 
 class FusedMoE(nn.Module):
-    """``sum over chosen experts of weight * down(act(gate(x)) * up(x))``.
+    """``sum over chosen experts of weight * down(act(gate(x)) * up(x))``; without a gate,
+    ``down(act(up(x)))``.
 
     ======================  =======================  ==========================================
     parameter               shape                    shards
@@ -50,11 +53,13 @@ class FusedMoE(nn.Module):
     ``w2_bias``             (E, hidden)              as its weight
     ======================  =======================  ==========================================
 
-    Each also takes all experts' tensors at once.
+    Each also takes all experts' tensors at once. Without a gate, ``w13`` has ``inner`` rows.
 
     Args:
         intermediate_size: inner size of one expert, over all ranks.
-        activation: a module, or a name of ``layers.activation.get_gated_activation``.
+        activation: a module, or a name of ``layers.activation.get_gated_activation``, or of
+            ``get_activation`` for experts without a gate.
+        is_gated: experts have a gate projection.
         correction_bias: see ``select_experts``; (E,), read when it is used.
         apply_router_weight_on_input: weights multiply what goes into an expert.
         reduce_results: sum over the ranks; else the caller does.
@@ -76,7 +81,8 @@ class FusedMoE(nn.Module):
         hidden_size: int,
         intermediate_size: int,
         *,
-        activation: str | GatedActivation = "silu",
+        activation: str | nn.Module = "silu",
+        is_gated: bool = True,
         has_bias: bool = False,
         correction_bias: torch.Tensor | None = None,
         apply_router_weight_on_input: bool = False,
@@ -98,8 +104,10 @@ class FusedMoE(nn.Module):
         self.tp_rank, self.tp_size = tp.rank_in_group, tp.world_size
         self.inner = divide(intermediate_size, tp.world_size, "the inner size of an expert")
         if isinstance(activation, str):
-            activation = get_gated_activation(activation)
+            find = get_gated_activation if is_gated else get_activation
+            activation = find(activation)
         self.activation = activation
+        self.parts = ("gate", "up") if is_gated else ("up",)
         self.is_silu = isinstance(activation, SiluAndMul)
         self.correction_bias = correction_bias
         self.apply_router_weight_on_input = apply_router_weight_on_input
@@ -115,20 +123,21 @@ class FusedMoE(nn.Module):
 
     def _make_parameters(self, has_bias: bool, dtype: torch.dtype | None) -> None:
         experts, hidden, inner = self.num_experts, self.hidden_size, self.inner
+        rows = len(self.parts) * inner
         gate_up: dict[str, Any] = {
             "dtype": dtype,
             "weight_loader": self._load_gate_up,
-            "shard_ids": tuple((e, part) for e in range(experts) for part in ("gate", "up")),
+            "shard_ids": tuple((e, part) for e in range(experts) for part in self.parts),
         }
         down: dict[str, Any] = {
             "dtype": dtype,
             "weight_loader": self._load_down,
             "shard_ids": tuple((e, "down") for e in range(experts)),
         }
-        self.w13_weight = make_parameter(experts, 2 * inner, hidden, **gate_up)
+        self.w13_weight = make_parameter(experts, rows, hidden, **gate_up)
         self.w2_weight = make_parameter(experts, hidden, inner, **down)
         if has_bias:
-            self.w13_bias = make_parameter(experts, 2 * inner, **gate_up)
+            self.w13_bias = make_parameter(experts, rows, **gate_up)
             self.w2_bias = make_parameter(experts, hidden, **down)
         else:
             self.register_parameter("w13_bias", None)
@@ -143,13 +152,18 @@ class FusedMoE(nn.Module):
         if isinstance(shard_id, tuple):
             expert, part = shard_id
             rows = take_shard(loaded_weight, 0, self.tp_rank, self.inner, whole)
-            start = 0 if part == "gate" else self.inner
+            start = self.parts.index(part) * self.inner
             copy_weight(param.data[expert].narrow(0, start, self.inner), rows)
             return
+        count = len(self.parts)
         loaded = self._untransposed(
-            loaded_weight, (self.num_experts, 2 * self.intermediate_size, *rest)
+            loaded_weight, (self.num_experts, count * self.intermediate_size, *rest)
         )
-        parts = (loaded[:, ::2], loaded[:, 1::2]) if self.interleaved else loaded.chunk(2, dim=1)
+        parts = (
+            [loaded[:, i::count] for i in range(count)]
+            if self.interleaved
+            else loaded.chunk(count, dim=1)
+        )
         for index, tensor in enumerate(parts):
             rows = tensor.narrow(1, self.tp_rank * self.inner, self.inner)
             copy_weight(param.data.narrow(1, index * self.inner, self.inner), rows)
@@ -190,7 +204,7 @@ class FusedMoE(nn.Module):
 
     def _make_kernel(self) -> MoeKernel | None:
         routing, activation = self.routing, self.activation
-        if activation.kernel is None:
+        if not isinstance(activation, GatedActivation) or activation.kernel is None:
             return None
         return MoeKernel.make(
             top_k=routing.top_k,

@@ -45,11 +45,12 @@ class SeparateConv1d(CausalConv1d):
     def weight_loader(
         self, param: nn.Parameter, loaded: torch.Tensor, shard_id: ShardId = None
     ) -> None:
-        """Take (channels, 1, taps) of one part, by its number."""
+        """Take (channels, 1, taps) or (channels, taps) of one part, by its number."""
         assert isinstance(shard_id, int), "each part has a tensor of its own"
         mine = self.shards[shard_id]
         part = param.data.narrow(0, mine.start, mine.size)
-        load_rows(part, loaded.squeeze(1), row_shards((self.segments[shard_id],)))
+        rows = loaded.squeeze(1) if loaded.dim() == 3 else loaded
+        load_rows(part, rows, row_shards((self.segments[shard_id],)))
 
 
 class KimiDeltaAttention(nn.Module, MambaBase):

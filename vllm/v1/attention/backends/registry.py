@@ -18,12 +18,24 @@ __all__ = ["AttentionBackendEnum", "register_backend", "resolve_backend"]
 class AttentionBackendEnum(enum.Enum):
     """A member's value is the path of the class that it means unless a plug-in overrides it."""
 
+    FLASHINFER = "vllm.v1.attention.backends.flashinfer.FlashInferBackend"
+    FLASHINFER_MLA = "vllm.v1.attention.backends.mla.flashinfer_mla.FlashInferMLABackend"
+    FLASH_ATTN = "vllm.v1.attention.backends.flash_attn.FlashAttentionBackend"
+    FLASH_ATTN_DIFFKV = "vllm.v1.attention.backends.flash_attn.FlashAttentionDiffKVBackend"
+    FLASH_ATTN_MLA = "vllm.v1.attention.backends.mla.flash_attn_mla.FlashAttentionMLABackend"
+    FLEX_ATTENTION = "vllm.v1.attention.backends.flex_attention.FlexAttentionBackend"
+    ROCM_AITER_FA = "vllm.v1.attention.backends.rocm_aiter.AiterFlashAttentionBackend"
+    ROCM_AITER_UNIFIED_ATTN = "vllm.v1.attention.backends.rocm_aiter.AiterUnifiedAttentionBackend"
+    ROCM_ATTN = "vllm.v1.attention.backends.rocm_attn.RocmAttentionBackend"
     CPU_ATTN = "vllm.v1.attention.backends.cpu_attn.CPUAttentionBackend"
     CPU_MLA = "vllm.v1.attention.backends.mla.cpu_mla.CPUMLABackend"
     TORCH_REF = "vllm.v1.attention.backends.torch_ref.TorchRefBackend"
     TORCH_REF_MLA = "vllm.v1.attention.backends.mla.torch_ref_mla.TorchRefMLABackend"
     TRITON_MLA = "vllm.v1.attention.backends.mla.triton_mla.TritonMLABackend"
     TRITON_ATTN = "vllm.v1.attention.backends.triton_attn.TritonAttentionBackend"
+    TRITON_ATTN_DIFFKV = (
+        "vllm.v1.attention.backends.triton_attn_diffkv.TritonAttentionDiffKVBackend"
+    )
 
     def get_path(self) -> str:
         return _overrides.get(self.name, self.value)

@@ -206,6 +206,10 @@ class TorchRefBackend(AttentionBackend):
         return [MultipleOf(1)]
 
     @classmethod
+    def supports_head_size_v(cls, head_size: int, head_size_v: int) -> bool:
+        return True
+
+    @classmethod
     def supports_attn_type(cls, attn_type: str) -> bool:
         return attn_type in (AttentionType.DECODER, AttentionType.ENCODER_DECODER)
 

@@ -54,8 +54,14 @@ class Absorbed:
     rows: torch.Tensor | None
     """(n,) int64 tokens of the step; None where they are all of them."""
     plan: DecodePlan
+    query_start_loc: torch.Tensor
+    """(n + 1,) int32."""
+    seq_lens: torch.Tensor
+    """(n,) int32."""
     block_table: torch.Tensor
     """(n, max blocks) int32."""
+    library_plans: dict[Any, Any] = field(default_factory=dict)
+    """What a library has planned for this step, by what it has planned with."""
 
 
 @dataclass(slots=True)
@@ -82,8 +88,9 @@ class TritonMLAMetadata(PagedAttentionMetadata):
 
     def split(self, expand_from: int) -> tuple[Absorbed | None, Expanded | None]:
         """The tokens of requests with fewer new ones than ``expand_from``, and the others."""
-        if self.plan is not None:
-            return Absorbed(None, self.plan, self.block_table), None
+        if expand_from not in self._splits and self.plan is not None:
+            everything = self.query_start_loc, self.seq_lens, self.block_table
+            self._splits[expand_from] = Absorbed(None, self.plan, *everything), None
         if expand_from not in self._splits:
             counts = np.diff(self.host_starts)
             few = np.flatnonzero((counts > 0) & (counts < expand_from))
@@ -104,9 +111,16 @@ class TritonMLAMetadata(PagedAttentionMetadata):
         device = self.block_table.device
         on_device = torch.from_numpy(packed).to(device, non_blocking=True)
         starts = torch.arange(owners.size + 1, dtype=torch.int32, device=device)
-        plan = plan_decodes(on_device[1].int(), starts, self.head_tiles, self.longest)
+        seq_lens = on_device[1].int()
+        plan = plan_decodes(seq_lens, starts, self.head_tiles, self.longest)
         everything = owners.size == self.num_actual_tokens
-        return Absorbed(None if everything else on_device[0], plan, self.block_table[on_device[2]])
+        return Absorbed(
+            rows=None if everything else on_device[0],
+            plan=plan,
+            query_start_loc=starts,
+            seq_lens=seq_lens,
+            block_table=self.block_table[on_device[2]],
+        )
 
     def _expanded(self, requests: np.ndarray, counts: np.ndarray) -> Expanded | None:
         if not requests.size:

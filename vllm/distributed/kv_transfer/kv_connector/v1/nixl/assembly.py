@@ -5,14 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-import msgspec
 import numpy as np
 
 from vllm.distributed.kv_transfer.kv_connector.v1.nixl.messages import (
     AgentMetadata,
-    HandshakePayload,
     NixlSettings,
-    compatibility_hash,
+    encode_payload,
 )
 from vllm.distributed.kv_transfer.kv_connector.v1.nixl.peers import AskHandshake, LocalSide
 from vllm.distributed.kv_transfer.kv_connector.v1.nixl.side_channel import ask_handshake
@@ -108,10 +106,5 @@ def make_worker(
         num_leases=len(table),
         lease_seconds=settings.kv_lease_duration,
     )
-    payload = HandshakePayload(
-        compatibility_hash=compatibility_hash(local.factors),
-        factors=local.factors,
-        agent_metadata_bytes=msgspec.msgpack.encode(metadata),
-    )
     worker = TransferWorker(port, local, settings, ask, table, scratch, threaded=threaded)
-    return worker, msgspec.msgpack.encode(payload)
+    return worker, encode_payload(local.factors, metadata)

@@ -16,6 +16,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorTransferResults,
     SupportsHMA,
 )
+from vllm.distributed.kv_transfer.kv_connector.v1.compatibility import compatibility_factors
 from vllm.distributed.kv_transfer.kv_connector.v1.nixl.messages import (
     CONNECTOR_VERSION,
     NixlHandshakeMetadata,
@@ -74,25 +75,9 @@ class NixlConnector(KVConnectorBase_V1, SupportsHMA):
             self._scheduler = NixlScheduler(vllm_config, self._settings, kv_cache_config)
 
     def _factors(self) -> dict[str, str]:
-        """What two engines must have in common; sizes of ranks and blocks need not be equal."""
-        import vllm
-
-        config = self._vllm_config
-        model = config.model_config
-        return {
-            "vllm": vllm.__version__,
-            "connector": f"{type(self).__name__} {CONNECTOR_VERSION}",
-            "architecture": model.architecture,
-            "layers": str(model.get_num_layers()),
-            "kv_heads": str(model.get_total_num_kv_heads()),
-            "head_size": str(model.get_head_size()),
-            "vocabulary": str(model.get_vocab_size()),
-            "dtype": model.dtype_name,
-            "kv_cache_dtype": config.cache_config.cache_dtype,
-            "hybrid_kv_cache_manager": str(
-                not config.scheduler_config.disable_hybrid_kv_cache_manager
-            ),
-        }
+        return compatibility_factors(
+            self._vllm_config, f"{type(self).__name__} {CONNECTOR_VERSION}"
+        )
 
     # Worker half
 

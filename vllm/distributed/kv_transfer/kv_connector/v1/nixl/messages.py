@@ -16,6 +16,10 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorHandshakeMetadata,
     KVConnectorMetadata,
 )
+from vllm.distributed.kv_transfer.kv_connector.v1.compatibility import (
+    check_factors,
+    compatibility_hash,
+)
 from vllm.errors import ConfigError, KVTransferError, VLLMValidationError
 
 __all__ = [
@@ -28,6 +32,8 @@ __all__ = [
     "Receive",
     "RemoteParams",
     "compatibility_hash",
+    "decode_payload",
+    "encode_payload",
     "parse_params",
     "parse_settings",
 ]
@@ -197,6 +203,8 @@ class HandshakePayload(msgspec.Struct, kw_only=True):
     factors: dict[str, str]
     """What was hashed, to say what differs."""
     agent_metadata_bytes: bytes
+    digest: bytes
+    """SHA-256 of the metadata: a damaged address would be a wrong read that nobody notices."""
 
 
 @dataclass(slots=True)
@@ -205,26 +213,33 @@ class NixlHandshakeMetadata(KVConnectorHandshakeMetadata):
     """An encoded ``HandshakePayload``."""
 
 
-def compatibility_hash(factors: dict[str, str]) -> str:
-    """SHA-256 over what must be equal on both sides."""
-    return hashlib.sha256(msgspec.json.encode(factors, order="sorted")).hexdigest()
-
-
-def check_compatible(mine: dict[str, str], payload: HandshakePayload) -> None:
-    """
-    Raises:
-        KVTransferError: the two engines serve different models, with both sides of what differs.
-    """
-    if compatibility_hash(mine) == payload.compatibility_hash:
-        return
-    theirs = payload.factors
-    differing = [
-        f"{name}: {mine.get(name, 'nothing')} here, {theirs.get(name, 'nothing')} there"
-        for name in sorted(mine.keys() | theirs.keys())
-        if mine.get(name) != theirs.get(name)
-    ]
-    raise KVTransferError(
-        "the engines cannot exchange KV blocks: "
-        + ("; ".join(differing) or "their compatibility hashes differ")
-        + ' (kv_connector_extra_config {"enforce_handshake_compat": false} skips this check)'
+def encode_payload(factors: dict[str, str], metadata: AgentMetadata) -> bytes:
+    """The answer to a handshake."""
+    encoded = msgspec.msgpack.encode(metadata)
+    payload = HandshakePayload(
+        compatibility_hash=compatibility_hash(factors),
+        factors=factors,
+        agent_metadata_bytes=encoded,
+        digest=hashlib.sha256(encoded).digest(),
     )
+    return msgspec.msgpack.encode(payload)
+
+
+def decode_payload(encoded: bytes, factors: dict[str, str] | None) -> AgentMetadata:
+    """What a peer says of itself, if it can exchange blocks with an engine of ``factors``.
+
+    Args:
+        factors: None believes that it can.
+
+    Raises:
+        KVTransferError: it cannot, or this is no such answer, or a damaged one.
+    """
+    try:
+        payload = msgspec.msgpack.decode(encoded, type=HandshakePayload)
+        if factors is not None:
+            check_factors(factors, payload.factors, payload.compatibility_hash)
+        if hashlib.sha256(payload.agent_metadata_bytes).digest() != payload.digest:
+            raise KVTransferError("the handshake was damaged on the way: its digest differs")
+        return msgspec.msgpack.decode(payload.agent_metadata_bytes, type=AgentMetadata)
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise KVTransferError(f"the handshake is malformed: {error}") from error

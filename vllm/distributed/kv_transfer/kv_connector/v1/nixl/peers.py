@@ -8,15 +8,13 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
-import msgspec
 import numpy as np
 
 from vllm.distributed.kv_transfer.kv_connector.v1.nixl.messages import (
     AgentMetadata,
-    HandshakePayload,
     NixlSettings,
     RemoteParams,
-    check_compatible,
+    decode_payload,
 )
 from vllm.distributed.kv_transfer.kv_connector.v1.topology import TransferTopology
 from vllm.distributed.kv_transfer.plan import TransferPlan, plan_transfer
@@ -140,13 +138,8 @@ class PeerBook:
         return _Answers(found)
 
     def _read(self, encoded: bytes) -> AgentMetadata:
-        try:
-            payload = msgspec.msgpack.decode(encoded, type=HandshakePayload)
-            if self._settings.enforce_handshake_compat:
-                check_compatible(self._local.factors, payload)
-            return msgspec.msgpack.decode(payload.agent_metadata_bytes, type=AgentMetadata)
-        except (msgspec.DecodeError, msgspec.ValidationError) as error:
-            raise KVTransferError(f"the handshake is malformed: {error}") from error
+        checked = self._settings.enforce_handshake_compat
+        return decode_payload(encoded, self._local.factors if checked else None)
 
     def settle(self) -> dict[str, Peer | KVTransferError]:
         """Handshakes that have ended since the last call: the peer, or why there is none."""

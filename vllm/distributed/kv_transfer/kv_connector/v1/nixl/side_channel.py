@@ -80,7 +80,7 @@ class HandshakeServer:
     def _answer(self, request: bytes) -> _Answer:
         try:
             what, pp_rank, tp_rank = msgspec.msgpack.decode(request, type=tuple[str, int, int])
-        except (msgspec.DecodeError, msgspec.ValidationError):
+        except (msgspec.DecodeError, UnicodeDecodeError):
             self.num_refused += 1
             return _Answer(None, "not a handshake request")
         payload = self._payloads.get((pp_rank, tp_rank))
@@ -114,7 +114,7 @@ def ask_handshake(host: str, port: int, tp_rank: int, timeout: float) -> bytes:
         if not socket.poll(int(timeout * 1000)):
             raise KVTransferError(f"no handshake from {host}:{port} within {timeout:g} s")
         answer = msgspec.msgpack.decode(socket.recv(), type=_Answer)
-    except (zmq.ZMQError, msgspec.DecodeError, msgspec.ValidationError) as error:
+    except (zmq.ZMQError, msgspec.DecodeError, UnicodeDecodeError) as error:
         raise KVTransferError(f"the handshake with {host}:{port} failed: {error}") from error
     finally:
         context.destroy(linger=0)

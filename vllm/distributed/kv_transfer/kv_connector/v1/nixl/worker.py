@@ -173,7 +173,9 @@ class TransferWorker:
     def _run(self) -> None:
         try:
             self._loop()
-        except Exception as error:  # noqa: BLE001 - raised again in the thread of the steps
+        except Exception as error:
+            # Raised again in the thread of the steps, which cannot show where it came from.
+            logger.exception("the KV transfer thread has ended")
             self._broken = error
 
     def _loop(self) -> None:

@@ -1,0 +1,61 @@
+"""What two engines must have in common before one may use the other's KV blocks.
+
+Sizes of ranks and blocks and the layout are not among it: the transfer plan bridges those.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from vllm.errors import KVTransferError
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+__all__ = ["check_factors", "compatibility_factors", "compatibility_hash"]
+
+
+def compatibility_factors(config: VllmConfig, connector: str) -> dict[str, str]:
+    """By name, as text that can be shown; ``connector`` names a connector and its version."""
+    import vllm
+
+    model = config.model_config
+    return {
+        "vllm": vllm.__version__,
+        "connector": connector,
+        "architecture": model.architecture,
+        "layers": str(model.get_num_layers()),
+        "kv_heads": str(model.get_total_num_kv_heads()),
+        "head_size": str(model.get_head_size()),
+        "vocabulary": str(model.get_vocab_size()),
+        "dtype": model.dtype_name,
+        "kv_cache_dtype": config.cache_config.cache_dtype,
+        "hybrid_kv_cache_manager": str(not config.scheduler_config.disable_hybrid_kv_cache_manager),
+    }
+
+
+def compatibility_hash(factors: dict[str, str]) -> str:
+    """SHA-256 over what must be equal on both sides."""
+    return hashlib.sha256(msgspec.json.encode(factors, order="sorted")).hexdigest()
+
+
+def check_factors(mine: dict[str, str], theirs: dict[str, str], their_hash: str) -> None:
+    """
+    Raises:
+        KVTransferError: the two engines serve different models, with both sides of what differs.
+    """
+    if compatibility_hash(mine) == their_hash:
+        return
+    differing = [
+        f"{name}: {mine.get(name, 'nothing')} here, {theirs.get(name, 'nothing')} there"
+        for name in sorted(mine.keys() | theirs.keys())
+        if mine.get(name) != theirs.get(name)
+    ]
+    raise KVTransferError(
+        "the engines cannot exchange KV blocks: "
+        + ("; ".join(differing) or "their compatibility hashes differ")
+        + ' (kv_connector_extra_config {"enforce_handshake_compat": false} skips this check)'
+    )

@@ -1,0 +1,53 @@
+"""What the two sides of a worker report to the thread of the steps: ended transfers, counters."""
+
+from __future__ import annotations
+
+import threading
+
+from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorTransferResults
+
+__all__ = ["Reports"]
+
+
+def _nothing() -> KVConnectorTransferResults:
+    return KVConnectorTransferResults(set(), set(), set(), set())
+
+
+class Reports:
+    """Written by the transfer thread, taken by another."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._results = _nothing()
+        self._stats: dict[str, float] = {}
+
+    def sent(self, request_id: str) -> None:
+        with self._lock:
+            assert self._results.finished_sending is not None
+            self._results.finished_sending.add(request_id)
+
+    def received(self, request_id: str, *, failed: bool) -> None:
+        with self._lock:
+            ended = self._results.failed_recving if failed else self._results.finished_recving
+            assert ended is not None
+            ended.add(request_id)
+
+    def stuck(self, request_id: str) -> None:
+        with self._lock:
+            assert self._results.stuck_recving is not None
+            self._results.stuck_recving.add(request_id)
+
+    def count(self, **values: float) -> None:
+        with self._lock:
+            for name, value in values.items():
+                self._stats[name] = self._stats.get(name, 0) + value
+
+    def take_results(self) -> KVConnectorTransferResults:
+        with self._lock:
+            results, self._results = self._results, _nothing()
+        return results
+
+    def take_stats(self) -> dict[str, float] | None:
+        with self._lock:
+            stats, self._stats = self._stats, {}
+        return stats or None
