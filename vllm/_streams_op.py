@@ -19,8 +19,8 @@ __all__ = ["join_streams", "take_from_streams", "unit_mean_square"]
 
 
 def unit_mean_square(x: torch.Tensor, eps: float) -> torch.Tensor:
-    """Float32, over the last dim."""
-    wide = x.float()
+    """Float32 at least, over the last dim."""
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
     return wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
 
 
