@@ -186,6 +186,7 @@ class _Router(nn.Module):
         super().__init__()
         experts, chosen = config.n_routed_experts, config.num_experts_per_tok
         self.weight = make_parameter(experts, config.hidden_size)
+        self.packed: ops.PackedWeight | torch.Tensor = self.weight.data
         table = make_parameter(config.vocab_size, chosen, dtype=torch.int64) if by_token else None
         if table is not None:
             set_weight_attrs(table, {"num_values": experts})
@@ -193,10 +194,16 @@ class _Router(nn.Module):
         self.register_parameter("tid2eid", table)
         self.register_parameter("bias", bias)
 
+    def process_weights_after_loading(self) -> None:
+        """Pack the weight; from here on there is no such parameter."""
+        if "weight" in self._parameters:
+            self.packed = ops.pack_weight(self.weight.data)
+            del self.weight
+
     def forward(self, x: torch.Tensor, input_ids: torch.Tensor) -> Any:
         """Logits (T, E), and the chosen experts (T, k) or None."""
         chosen = None if self.tid2eid is None else self.tid2eid[input_ids]
-        return F.linear(x, self.weight), chosen
+        return ops.linear(x, self.packed), chosen
 
 
 class _MoE(HotModule):
