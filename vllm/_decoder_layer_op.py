@@ -18,7 +18,7 @@ from vllm._moe_op import GATES
 __all__ = ["DecoderLayerKernel", "run_decoder_layers"]
 
 # The fields of struct DecoderLayer in csrc/cpu/types.h, eight bytes each.
-_FORMAT = struct.Struct("=6qd20q2d11q")
+_FORMAT = struct.Struct("=6qd20q2d8q2d8q")
 
 
 def _address(x: torch.Tensor | None) -> int:
@@ -35,7 +35,7 @@ class DecoderLayerKernel:
     Keeps the tensors that it reads alive. Weights must not be replaced afterwards.
     """
 
-    __slots__ = ("_fixed", "_kept", "_last", "cache", "dtype", "hidden_size", "packed")
+    __slots__ = ("_fixed", "_kept", "_last", "cache", "dtype", "head_size", "hidden_size", "packed")
 
     def __init__(
         self,
@@ -43,11 +43,13 @@ class DecoderLayerKernel:
         last: tuple[float, ...],
         kept: tuple[Any, ...],
         hidden_size: int,
+        head_size: int,
         dtype: torch.dtype,
     ) -> None:
         self._fixed, self._last = fixed, last
         self._kept = kept
         self.hidden_size = hidden_size
+        self.head_size = head_size
         self.dtype = dtype
         self.cache: torch.Tensor | None = None
         """The cache that ``packed`` speaks of."""
@@ -137,21 +139,22 @@ class DecoderLayerKernel:
         )
         last = (*(_address(x) for x in branch_norms), GATES[gate], norm_dtype is not dtype)
         kept = (packed, all_norms, biases, cos_sin_cache, alibi_slopes, sinks)
-        return cls(fixed, last, kept, hidden_size, dtype)
+        return cls(fixed, last, kept, hidden_size, head_size, dtype)
 
-    def bind(self, kv_cache: torch.Tensor) -> None:
-        """Take the layer's cache, (B, K, N, 2 * D) with a dense last dim."""
-        block, head, token, content = kv_cache.stride()
-        assert content == 1, "the content of a token's head is dense"
+    def bind(self, kv_cache: torch.Tensor, fmt: Any = None, scales: Any = None) -> None:
+        """Take the layer's cache, (B, K, N, 2 * D) with a dense last dim.
+
+        With ``fmt``, the ``KVFormat`` of a cache of single bytes, ``scales`` are the layer's
+        ``SideScales``.
+        """
+        address, quantised = ops.cache_arguments(kv_cache, fmt, scales, self.head_size)
         self.cache = kv_cache
         self.packed = _FORMAT.pack(
             *self._fixed,
-            kv_cache.data_ptr(),
-            block,
-            head,
-            token,
+            *address,
             kv_cache.shape[2],
-            ops.DTYPE_CODES[kv_cache.dtype],
+            0 if fmt is not None else ops.DTYPE_CODES[kv_cache.dtype],
+            *quantised,
             *self._last,
         )
 

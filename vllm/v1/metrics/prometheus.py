@@ -62,6 +62,10 @@ _KV_TRANSFER_COUNTERS = {
     "offload_store_bytes": "Bytes of KV copied to host memory.",
     "offload_load_blocks": "Blocks brought back from host memory.",
     "offload_store_blocks": "Blocks copied to host memory.",
+    "offload_file_load_bytes": "Bytes of KV brought back from files to host memory.",
+    "offload_file_store_bytes": "Bytes of KV that went from host memory to files.",
+    "offload_file_failed_loads": "Files of KV that were missing or damaged.",
+    "offload_file_failed_stores": "Files of KV that could not be written.",
     "offload_load_seconds": "Seconds spent on bringing blocks back.",
     "offload_store_seconds": "Seconds spent on copying blocks out.",
 }
