@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from vllm import _torch_ops
 from vllm.logger import init_logger, log_once
 from vllm.utils.huge_pages import HugePageArena
+from vllm.utils.torch_utils import nvfp4_split_data_scale
 
 try:
     from vllm import _C
@@ -589,6 +590,45 @@ def rotary_embedding(
     _rope_store(positions, query, key, None, cos_sin_cache, is_neox, None, None)
 
 
+# Largest code of a KVFormat that csrc/cpu/kv_formats.h knows (CacheFormat in csrc/cpu/types.h).
+_LAST_FORMAT = 6
+_NVFP4 = 6
+_PLAIN_CACHE = (0, 1.0, 1.0, 0, 0, 0, 0)
+
+
+def _cache_kernel_takes(kv_cache: torch.Tensor, fmt: Any) -> bool:
+    if fmt is None:
+        return kv_cache.dtype in DTYPE_CODES
+    return fmt.code <= _LAST_FORMAT and kv_cache.element_size() == 1
+
+
+def cache_arguments(
+    kv_cache: torch.Tensor, fmt: Any, scales: Any, head_size: int
+) -> tuple[tuple[int, int, int, int], tuple[Any, ...]]:
+    """Address and strides over B, H and N of a cache's keys, and struct QuantisedCache.
+
+    Strides count elements of the cache, which are bytes where ``fmt`` is given.
+    """
+    block, head, token, content = kv_cache.stride()
+    assert content == 1, "the content of a token's head is dense"
+    if fmt is None:
+        return (kv_cache.data_ptr(), block, head, token), _PLAIN_CACHE
+    # Scales of the layer, where the format has them.
+    factors = (1.0, 1.0) if scales is None or fmt.per_token_head else (scales.k, scales.v)
+    if fmt.code != _NVFP4:
+        assert kv_cache.shape[3] == 2 * fmt.side_bytes(head_size)
+        quantised = (fmt.code, *factors, fmt.side_bytes(head_size), 0, 0, 0)
+        return (kv_cache.data_ptr(), block, head, token), quantised
+    heads = kv_cache.shape[1] // 2
+    data, own = nvfp4_split_data_scale(kv_cache[:, :heads])
+    assert data.shape[3] * 2 == head_size
+    _, own_head, own_token, _ = own.stride()
+    apart = own.storage_offset() - data.storage_offset()
+    data_block, data_head, data_token, _ = data.stride()
+    address = (data.data_ptr(), data_block, data_head, data_token)
+    return address, (fmt.code, *factors, heads * head, apart, own_head, own_token)
+
+
 def _rope_kernel_takes(
     positions: torch.Tensor,
     query: torch.Tensor,
@@ -616,6 +656,8 @@ def _rope_store(
     is_neox: bool,
     kv_cache: torch.Tensor | None,
     slot_mapping: torch.Tensor | None,
+    fmt: Any = None,
+    scales: Any = None,
 ) -> None:
     """RoPE of query and key, the store of key and value, or both; checked by the callers."""
     lead = query if key is None else key
@@ -631,11 +673,12 @@ def _rope_store(
             DTYPE_CODES[cos_sin_cache.dtype],
         )
     cache = (0, 0, 0, 0, 0, 0)
-    block_size, cache_code = 1, 0
+    block_size, cache_code, quantised = 1, 0, _PLAIN_CACHE
     if kv_cache is not None and slot_mapping is not None:
-        b, h, n, _ = kv_cache.stride()
-        cache = (kv_cache.data_ptr(), b, h, n, slot_mapping.data_ptr(), slot_mapping.shape[0])
-        block_size, cache_code = kv_cache.shape[2], DTYPE_CODES[kv_cache.dtype]
+        address, quantised = cache_arguments(kv_cache, fmt, scales, lead.shape[2])
+        cache = (*address, slot_mapping.data_ptr(), slot_mapping.shape[0])
+        block_size = kv_cache.shape[2]
+        cache_code = DTYPE_CODES[kv_cache.dtype] if fmt is None else 0
     _C.rope_store(
         *rope,
         *_address_of_heads(query),
@@ -650,6 +693,7 @@ def _rope_store(
         DTYPE_CODES[lead.dtype],
         cache_code,
         0 if cos_sin_cache is None else cos_sin_cache.shape[0],
+        *quantised,
     )
 
 
@@ -662,14 +706,19 @@ def _address_of_heads(x: torch.Tensor | None) -> tuple[int, int, int]:
 
 
 def _store_kernel_takes(
-    key: torch.Tensor, value: torch.Tensor, kv_cache: torch.Tensor, slot_mapping: torch.Tensor
+    key: torch.Tensor,
+    value: torch.Tensor,
+    kv_cache: torch.Tensor,
+    slot_mapping: torch.Tensor,
+    fmt: Any = None,
 ) -> bool:
     return (
         _C is not None
         and key.is_cpu
         and key.dtype in DTYPE_CODES
         and value.dtype is key.dtype
-        and kv_cache.dtype in DTYPE_CODES
+        and (fmt is None or key.shape[2] <= _MAX_ROTARY)
+        and _cache_kernel_takes(kv_cache, fmt)
         and kv_cache.stride(3) == 1
         and key.stride(2) == 1
         and value.stride(2) == 1
@@ -679,20 +728,26 @@ def _store_kernel_takes(
 
 
 def store_kv_cache(
-    key: torch.Tensor, value: torch.Tensor, kv_cache: torch.Tensor, slot_mapping: torch.Tensor
+    key: torch.Tensor,
+    value: torch.Tensor,
+    kv_cache: torch.Tensor,
+    slot_mapping: torch.Tensor,
+    fmt: Any = None,
+    scales: Any = None,
 ) -> None:
     """Write each token's key and value to its slot.
 
     Args:
         key, value: (T, K, D), rows may be strided.
-        kv_cache: (B, K, N, 2 * D), any strides with a dense last dim.
+        kv_cache: (B, K, N, 2 * D), any strides with a dense last dim; with ``fmt`` single bytes.
         slot_mapping: (S,) int64, S <= T; slot = block * N + offset, -1 is skipped. Tokens at and
             after S are padding.
+        fmt, scales: the ``KVFormat`` of a quantised cache and the ``SideScales`` of its layer.
     """
-    if _store_kernel_takes(key, value, kv_cache, slot_mapping):
-        _rope_store(None, None, key, value, None, False, kv_cache, slot_mapping)
+    if _store_kernel_takes(key, value, kv_cache, slot_mapping, fmt):
+        _rope_store(None, None, key, value, None, False, kv_cache, slot_mapping, fmt, scales)
     else:
-        _torch_ops.store_kv_cache(key, value, kv_cache, slot_mapping)
+        _torch_ops.store_kv_cache(key, value, kv_cache, slot_mapping, fmt, scales)
 
 
 def store_latent(latents: torch.Tensor, kv_cache: torch.Tensor, slot_mapping: torch.Tensor) -> None:
@@ -720,20 +775,21 @@ def rope_and_store(
     is_neox: bool,
     kv_cache: torch.Tensor,
     slot_mapping: torch.Tensor,
+    fmt: Any = None,
+    scales: Any = None,
 ) -> None:
     """Rotate ``query`` (T, Q, D) in place, rotate ``key`` (T, K, D), store key and value.
 
     ``key`` may or may not be rotated in place. Other arguments as in ``rotary_embedding`` and
     ``store_kv_cache``.
     """
-    if _store_kernel_takes(key, value, kv_cache, slot_mapping) and _rope_kernel_takes(
+    cache = (kv_cache, slot_mapping, fmt, scales)
+    if _store_kernel_takes(key, value, kv_cache, slot_mapping, fmt) and _rope_kernel_takes(
         positions, query, key, cos_sin_cache
     ):
-        _rope_store(positions, query, key, value, cos_sin_cache, is_neox, kv_cache, slot_mapping)
+        _rope_store(positions, query, key, value, cos_sin_cache, is_neox, *cache)
     else:
-        _torch_ops.rope_and_store(
-            positions, query, key, value, cos_sin_cache, is_neox, kv_cache, slot_mapping
-        )
+        _torch_ops.rope_and_store(positions, query, key, value, cos_sin_cache, is_neox, *cache)
 
 
 def paged_attention(
@@ -751,6 +807,8 @@ def paged_attention(
     alibi_slopes: torch.Tensor | None = None,
     sinks: torch.Tensor | None = None,
     value_offset: int | None = None,
+    fmt: Any = None,
+    scales: Any = None,
 ) -> None:
     """Attention of new tokens over a paged cache that holds their keys and values already.
 
@@ -771,6 +829,7 @@ def paged_attention(
         sinks: (Q,) scores that take part in a head's softmax and have no value.
         value_offset: where the Dv elements of the value begin in a content; None: after the key. 0
             for a latent, which is both.
+        fmt, scales: as in ``store_kv_cache``.
     """
     _, num_heads, head_size = query.shape
     value_size = out.shape[-1]
@@ -780,7 +839,7 @@ def paged_attention(
         _C is None
         or not query.is_cpu
         or query.dtype not in DTYPE_CODES
-        or kv_cache.dtype not in DTYPE_CODES
+        or not _cache_kernel_takes(kv_cache, fmt)
         or head_size % 8
         or head_size > MAX_HEAD_SIZE
         or value_size > MAX_HEAD_SIZE
@@ -801,22 +860,26 @@ def paged_attention(
             alibi_slopes=alibi_slopes,
             sinks=sinks,
             value_offset=value_offset,
+            fmt=fmt,
+            scales=scales,
         )
         return
-    assert value_offset + value_size <= kv_cache.shape[3] and head_size <= kv_cache.shape[3]
+    kv_heads = kv_cache.shape[1]
+    if fmt is None:
+        assert value_offset + value_size <= kv_cache.shape[3] and head_size <= kv_cache.shape[3]
+    else:
+        assert value_offset == head_size == value_size
+        kv_heads //= fmt.head_slots(1)
     assert out.dtype is query.dtype and out.stride(2) == 1
     assert query_start_loc.dtype is torch.int32 and seq_lens.dtype is torch.int32
     assert block_table.dtype is torch.int32 and block_table.stride(1) == 1
     if sinks is not None and sinks.dtype is not torch.float32:
         sinks = sinks.to(torch.float32)
-    cache_block, cache_head, cache_token, _ = kv_cache.stride()
+    address, quantised = cache_arguments(kv_cache, fmt, scales, head_size)
     _C.attention(
         *_address_of_heads(query),
         *_address_of_heads(out),
-        kv_cache.data_ptr(),
-        cache_block,
-        cache_head,
-        cache_token,
+        *address,
         query_start_loc.data_ptr(),
         seq_lens.data_ptr(),
         block_table.data_ptr(),
@@ -825,7 +888,7 @@ def paged_attention(
         0 if sinks is None else sinks.data_ptr(),
         seq_lens.shape[0],
         num_heads,
-        kv_cache.shape[1],
+        kv_heads,
         head_size,
         kv_cache.shape[2],
         value_offset,
@@ -835,5 +898,6 @@ def paged_attention(
         sliding_window,
         causal,
         DTYPE_CODES[query.dtype],
-        DTYPE_CODES[kv_cache.dtype],
+        DTYPE_CODES[kv_cache.dtype] if fmt is None else 0,
+        *quantised,
     )

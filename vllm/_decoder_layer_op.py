@@ -17,7 +17,7 @@ from vllm import _custom_ops as ops
 __all__ = ["DecoderLayerKernel", "run_decoder_layers"]
 
 # The fields of struct DecoderLayer in csrc/cpu/types.h, eight bytes each.
-_FORMAT = struct.Struct("=6qd20q2d7q")
+_FORMAT = struct.Struct("=6qd20q2d8q2d4q")
 
 
 def _address(x: torch.Tensor | None) -> int:
@@ -30,14 +30,20 @@ class DecoderLayerKernel:
     Keeps the tensors that it reads alive. Weights must not be replaced afterwards.
     """
 
-    __slots__ = ("_fixed", "_kept", "cache", "dtype", "hidden_size", "packed")
+    __slots__ = ("_fixed", "_kept", "cache", "dtype", "head_size", "hidden_size", "packed")
 
     def __init__(
-        self, fixed: tuple[float, ...], kept: tuple[Any, ...], hidden_size: int, dtype: torch.dtype
+        self,
+        fixed: tuple[float, ...],
+        kept: tuple[Any, ...],
+        hidden_size: int,
+        head_size: int,
+        dtype: torch.dtype,
     ) -> None:
         self._fixed = fixed
         self._kept = kept
         self.hidden_size = hidden_size
+        self.head_size = head_size
         self.dtype = dtype
         self.cache: torch.Tensor | None = None
         """The cache that ``packed`` speaks of."""
@@ -116,21 +122,22 @@ class DecoderLayerKernel:
             sliding_window,
         )
         kept = (packed, plain, cos_sin_cache, alibi_slopes, sinks)
-        return cls(fixed, kept, hidden_size, dtype)
+        return cls(fixed, kept, hidden_size, head_size, dtype)
 
-    def bind(self, kv_cache: torch.Tensor) -> None:
-        """Take the layer's cache, (B, K, N, 2 * D) with a dense last dim."""
-        block, head, token, content = kv_cache.stride()
-        assert content == 1, "the content of a token's head is dense"
+    def bind(self, kv_cache: torch.Tensor, fmt: Any = None, scales: Any = None) -> None:
+        """Take the layer's cache, (B, K, N, 2 * D) with a dense last dim.
+
+        With ``fmt``, the ``KVFormat`` of a cache of single bytes, ``scales`` are the layer's
+        ``SideScales``.
+        """
+        address, quantised = ops.cache_arguments(kv_cache, fmt, scales, self.head_size)
         self.cache = kv_cache
         self.packed = _FORMAT.pack(
             *self._fixed,
-            kv_cache.data_ptr(),
-            block,
-            head,
-            token,
+            *address,
             kv_cache.shape[2],
-            ops.DTYPE_CODES[kv_cache.dtype],
+            0 if fmt is not None else ops.DTYPE_CODES[kv_cache.dtype],
+            *quantised,
         )
 
 

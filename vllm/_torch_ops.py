@@ -130,8 +130,8 @@ def store_kv_cache(
     slots = slot_mapping[keep]
     blocks, offsets = slots // block_size, slots % block_size
     if fmt is not None:
-        content = fmt.quantise_kv(key[:num][keep], value[:num][keep], scales)
-        kv_cache.view(torch.uint8)[blocks, :, offsets] = content
+        raw = kv_cache.view(torch.uint8)
+        fmt.store(raw, blocks, offsets, key[:num][keep], value[:num][keep], scales)
         return
     kv_cache[blocks, :, offsets, :head_size] = key[:num][keep].to(kv_cache.dtype)
     kv_cache[blocks, :, offsets, head_size:] = value[:num][keep].to(kv_cache.dtype)
@@ -154,6 +154,8 @@ def rope_and_store(
     is_neox: bool,
     kv_cache: torch.Tensor,
     slot_mapping: torch.Tensor,
+    fmt: Any = None,
+    scales: Any = None,
 ) -> None:
     """Rotate ``query`` (T, Q, D) in place, rotate ``key`` (T, K, D), store key and value.
 
@@ -161,7 +163,7 @@ def rope_and_store(
     ``store_kv_cache``.
     """
     rotary_embedding(positions, query, key, query.shape[-1], cos_sin_cache, is_neox)
-    store_kv_cache(key, value, kv_cache, slot_mapping)
+    store_kv_cache(key, value, kv_cache, slot_mapping, fmt, scales)
 
 
 def paged_attention(
@@ -204,7 +206,8 @@ def paged_attention(
     """
     block_size, head_size = kv_cache.shape[2], query.shape[-1]
     value_at = head_size if value_offset is None else value_offset
-    group = query.shape[1] // kv_cache.shape[1]
+    kv_heads = kv_cache.shape[1] if fmt is None else kv_cache.shape[1] // fmt.head_slots(1)
+    group = query.shape[1] // kv_heads
     wide = torch.float64 if query.dtype == torch.float64 else torch.float32
     starts = query_start_loc.tolist()
     for index, seq_len in enumerate(seq_lens.tolist()):
@@ -213,8 +216,10 @@ def paged_attention(
             continue
         num_blocks = -(-seq_len // block_size)
         pages = kv_cache[block_table[index, :num_blocks].long()]
-        states = pages.transpose(1, 2).flatten(0, 1)[:seq_len]
-        states = states.to(wide) if fmt is None else fmt.dequantise_kv(states, scales).to(wide)
+        if fmt is None:
+            states = pages.transpose(1, 2).flatten(0, 1)[:seq_len].to(wide)
+        else:
+            states = fmt.read(pages.view(torch.uint8), scales)[:seq_len].to(wide)
         key, value = (
             part.repeat_interleave(group, dim=1)
             for part in (

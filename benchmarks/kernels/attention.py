@@ -56,14 +56,20 @@ def cache_view(order: str, blocks: int, page: int, layers: int) -> torch.Tensor:
 
 
 def quantised_cache(blocks: int, page: int, fmt: KVFormat) -> torch.Tensor:
-    """``(B, H, N, 2 * side_bytes)`` uint8, LBHNC."""
-    content = 2 * fmt.side_bytes(D)
-    cache = torch.empty(blocks, KV_HEADS, page, content, device="cuda", dtype=torch.uint8)
-    for start in range(0, blocks, 2048):
-        part = cache[start : start + 2048]
-        sides = torch.randn(2, *part.shape[:3], D, device="cuda")
-        part.copy_(fmt.quantise_kv(*sides))
+    """``(B, slots, N, content)`` uint8, LBHNC, of normal numbers."""
+    shape = (blocks, fmt.head_slots(KV_HEADS), page, fmt.content_bytes(D))
+    cache = torch.empty(shape, device="cuda", dtype=torch.uint8)
+    offsets = torch.arange(page, device="cuda")
+    for start in range(0, blocks, 1024):
+        part = torch.arange(start, min(start + 1024, blocks), device="cuda")
+        sides = torch.randn(2, len(part) * page, KV_HEADS, D, device="cuda")
+        fmt.store(cache, part.repeat_interleave(page), offsets.repeat(len(part)), *sides)
     return cache
+
+
+def content_bytes(fmt: KVFormat | None) -> int:
+    """K and V of one KV head and token."""
+    return 4 * D if fmt is None else fmt.head_slots(1) * fmt.content_bytes(D)
 
 
 def batch(lengths: list[int], page: int, order: str, prefill: bool) -> dict:
@@ -122,11 +128,11 @@ def decode_row(name: str, lengths: list[int], page: int, order: str) -> dict:
     inputs = batch(lengths, page, order, prefill=False)
     # One plan serves all layers of a step.
     inputs["plan"] = plan_decodes(
-        inputs["seq_lens"], inputs["query_start_loc"], KV_HEADS, inputs["max_seq_len"]
-    )
+        inputs["seq_lens"], inputs["query_start_loc"], KV_HEADS, inputs["max_seq_len"],
+    )  # fmt: skip
     ms = replay_ms(lambda: paged_attention(**inputs))
     fmt = inputs["fmt"]
-    size = sum(lengths) * KV_HEADS * 2 * (fmt.side_bytes(D) if fmt else 2 * D)
+    size = sum(lengths) * KV_HEADS * content_bytes(fmt)
     row = {"case": f"decode {name}", "page": page, "order": order, "us": round(ms * 1e3, 1)}
     row |= {"gb_s": round(size / ms / 1e6, 1), "plain_read_gb_s": round(plain_read_gb_s(size), 1)}
     return row

@@ -4,13 +4,14 @@
 // task takes up to kTaskRows of them over a range of keys: a tile of keys and one of values are
 // brought into the order that the microkernel reads (from wherever their pages lie), then shared by
 // all rows; softmax is online. Where there are few rows, as in decode, keys are split over tasks,
-// and the last task of a row group merges the parts.
+// and the last task of a row group merges the parts. A quantised cache's tile becomes floats first.
 //
 // bf16 with AVX512-BF16 multiplies bf16 pairs with float sums, probabilities rounded to bf16; all
 // else is float throughout.
 #include <atomic>
 
 #include "attention_tile.h"
+#include "kv_formats.h"
 #include "pool.h"
 
 namespace vllm_cpu {
@@ -130,6 +131,7 @@ class Call {
     const auto item = [&](int64_t i) {
       const Piece& piece = pieces_[i / a_.num_kv_heads];
       const int64_t head = i % a_.num_kv_heads;
+      if (a_.quantised.format != kPlainCache) return work<Plain<float>, uint8_t>(piece, head);
 #if defined(VLLM_DOT_BF16)
       if (a_.query_dtype == kBFloat16 && a_.cache_dtype == kBFloat16) {
         return work<Dots, bf16>(piece, head);
@@ -150,7 +152,9 @@ class Call {
   template <typename Form, typename C>
   void work(const Piece& p, int64_t kv_head) const {
     using A = typename Form::A;
-    const Buffers<A> s = buffers<A>(round_up(a_.head_size, kTileCols), padded_);
+    constexpr bool kBytes = sizeof(C) == 1;
+    const int64_t widened = kBytes ? kTile * (a_.head_size + a_.value_size) : 0;
+    const Buffers<A> s = buffers<A>(round_up(a_.head_size, kTileCols), padded_, widened);
     Row rows[kTaskRows];
     const int count = rows_of_piece(p, kv_head, rows);
     for (int r = 0; r < count; ++r) {
@@ -180,7 +184,13 @@ class Call {
       for (int t = next; t < kTile; ++t) (*coming)[t] = (*tokens)[0];
       RowView views[kTaskRows];
       for (int r = 0; r < count; ++r) views[r] = view(rows[r], key, here);
-      attend_tile<Form>(s, *tokens, *coming, here, count, views);
+      if constexpr (kBytes) {
+        TokenPointers<float> floats;
+        widen(table, kv_head, key, here, *tokens, s.widened, floats);
+        attend_tile<Form>(s, floats, floats, here, count, views);
+      } else {
+        attend_tile<Form>(s, *tokens, *coming, here, count, views);
+      }
       TokenPointers<C>* const done = tokens;
       tokens = coming;
       coming = done;
@@ -192,6 +202,29 @@ class Call {
       }
     } else {
       hand_in(p, kv_head, s.sums, s.most, s.total);
+    }
+  }
+
+  // Keys and values of `count` tokens from `first` on as floats, one content after another.
+  void widen(const int32_t* table, int64_t head, int64_t first, int count,
+             const TokenPointers<uint8_t>& tokens, float* to, TokenPointers<float>& floats) const {
+    const QuantisedCache& q = a_.quantised;
+    const int64_t width = a_.head_size + a_.value_size;
+    for (int t = 0; t < kTile; ++t) {
+      floats[t] = to + (t < count ? t : 0) * width;
+      if (t >= count) continue;
+      const uint8_t* scales = nullptr;
+      if (q.format == kNvfp4) {
+        const int64_t token = first + t;
+        scales = static_cast<const uint8_t*>(a_.cache) +
+                 table[token / a_.block_size] * a_.cache_block_stride + q.scale_offset +
+                 head * q.scale_head_stride + token % a_.block_size * q.scale_token_stride;
+      }
+      float* const content = to + t * width;
+      widen_side(q.format, tokens[t], scales, a_.head_size, q.k_scale, content);
+      if (scales) scales += q.value_offset;
+      widen_side(q.format, tokens[t] + q.value_offset, scales, a_.value_size, q.v_scale,
+                 content + a_.value_offset);
     }
   }
 

@@ -47,10 +47,11 @@ struct Buffers {
   float* sums;    // [kTaskRows][padded Dv]
   float* most;    // [kTaskRows]
   float* total;   // [kTaskRows]
+  float* widened;  // a tile's contents, where the cache is of bytes
 };
 
 template <typename A>
-Buffers<A> buffers(int64_t padded_keys, int64_t padded) {
+Buffers<A> buffers(int64_t padded_keys, int64_t padded, int64_t widened) {
   using L = Buffers<A>;
   const size_t a = sizeof(A), f = sizeof(float);
   const size_t sizes[] = {kTaskRows * L::kQueryDistance * a,
@@ -60,15 +61,17 @@ Buffers<A> buffers(int64_t padded_keys, int64_t padded) {
                           kTileRows * kTile * f,
                           kTaskRows * static_cast<size_t>(padded) * f,
                           kTaskRows * f + 64,
-                          kTaskRows * f + 64};
-  size_t offsets[9] = {0};
-  for (int i = 0; i < 8; ++i) offsets[i + 1] = offsets[i] + ((sizes[i] + 63) & ~size_t{63});
-  char* base = static_cast<char*>(thread_scratch(offsets[8]));
+                          kTaskRows * f + 64,
+                          static_cast<size_t>(widened) * f};
+  size_t offsets[10] = {0};
+  for (int i = 0; i < 9; ++i) offsets[i + 1] = offsets[i] + ((sizes[i] + 63) & ~size_t{63});
+  char* base = static_cast<char*>(thread_scratch(offsets[9]));
   const auto at = [&](int i) { return base + offsets[i]; };
   return L{reinterpret_cast<A*>(at(0)),     reinterpret_cast<A*>(at(1)),
            reinterpret_cast<A*>(at(2)),     reinterpret_cast<A*>(at(3)),
            reinterpret_cast<float*>(at(4)), reinterpret_cast<float*>(at(5)),
-           reinterpret_cast<float*>(at(6)), reinterpret_cast<float*>(at(7))};
+           reinterpret_cast<float*>(at(6)), reinterpret_cast<float*>(at(7)),
+           reinterpret_cast<float*>(at(8))};
 }
 
 // Where each token of a tile lies in the cache, for one KV head.

@@ -115,6 +115,7 @@ class Layer {
     r.dtype = dtype_;
     r.cache_dtype = static_cast<int>(a_.cache_dtype);
     r.max_position = a_.max_position;
+    r.quantised = quantised();
     k_.rope_store(r);
 
     AttentionArgs at{};
@@ -144,7 +145,20 @@ class Layer {
     at.causal = s_.causal;
     at.query_dtype = dtype_;
     at.cache_dtype = static_cast<int>(a_.cache_dtype);
+    at.quantised = r.quantised;
     k_.attention(at);
+  }
+
+  QuantisedCache quantised() const {
+    QuantisedCache q;
+    q.format = static_cast<int>(a_.format);
+    q.k_scale = static_cast<float>(a_.k_scale);
+    q.v_scale = static_cast<float>(a_.v_scale);
+    q.value_offset = a_.quantised_value_offset;
+    q.scale_offset = a_.scale_offset;
+    q.scale_head_stride = a_.scale_head_stride;
+    q.scale_token_stride = a_.scale_token_stride;
+    return q;
   }
 
   const DecoderLayer& a_;

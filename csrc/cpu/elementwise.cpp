@@ -1,5 +1,6 @@
 // Row-wise operators around the products: RMSNorm, gates of MLPs, argmax, RoPE with the store of keys
 // and values. Small inputs are done by the calling thread: waking another costs more.
+#include "kv_formats.h"
 #include "pool.h"
 #include "vec.h"
 
@@ -244,19 +245,37 @@ void rope_store_tokens(const RopeStoreArgs& a) {
           static_cast<const T*>(a.value) + t * a.value_token_stride + h * a.value_head_stride;
       C* to = static_cast<C*>(a.cache) + slot / a.block_size * a.cache_block_stride +
               h * a.cache_head_stride + slot % a.block_size * a.cache_token_stride;
-      if (a.positions) {
-        rotate_head(key, to, table, table + half, a.rotary_dim, a.is_neox);
-        copy_head(key + a.rotary_dim, to + a.rotary_dim, a.head_size - a.rotary_dim);
+      const auto rotated_to = [&](auto* out) {
+        if (a.positions) {
+          rotate_head(key, out, table, table + half, a.rotary_dim, a.is_neox);
+          copy_head(key + a.rotary_dim, out + a.rotary_dim, a.head_size - a.rotary_dim);
+        } else {
+          copy_head(key, out, a.head_size);
+        }
+      };
+      if constexpr (sizeof(C) == 1) {
+        float wide[kMaxRotary];
+        const QuantisedCache& q = a.quantised;
+        uint8_t* const scales = static_cast<uint8_t*>(a.cache) +
+                                slot / a.block_size * a.cache_block_stride + q.scale_offset +
+                                h * q.scale_head_stride +
+                                slot % a.block_size * q.scale_token_stride;
+        rotated_to(wide);
+        quantise_side(q.format, wide, a.head_size, q.k_scale, to, scales);
+        copy_head(value, wide, a.head_size);
+        quantise_side(q.format, wide, a.head_size, q.v_scale, to + q.value_offset,
+                      scales + q.value_offset);
       } else {
-        copy_head(key, to, a.head_size);
+        rotated_to(to);
+        copy_head(value, to + a.head_size, a.head_size);
       }
-      copy_head(value, to + a.head_size, a.head_size);
     }
   });
 }
 
 template <typename T>
 void rope_store_to(const RopeStoreArgs& a) {
+  if (a.quantised.format != kPlainCache) return rope_store_tokens<T, uint8_t>(a);
   switch (a.cache_dtype) {
     case kFloat32:
       return rope_store_tokens<T, float>(a);

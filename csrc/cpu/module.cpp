@@ -94,6 +94,18 @@ bool positions_fit(const Reader& r, const int64_t* positions, int64_t count, int
   return true;
 }
 
+QuantisedCache quantised_cache(Reader& r) {
+  QuantisedCache q;
+  q.format = static_cast<int>(r.number());
+  q.k_scale = r.real();
+  q.v_scale = r.real();
+  q.value_offset = r.number();
+  q.scale_offset = r.number();
+  q.scale_head_stride = r.number();
+  q.scale_token_stride = r.number();
+  return q;
+}
+
 #define ENTRY(name) PyObject* name(PyObject*, PyObject* const* argv, Py_ssize_t argc)
 
 ENTRY(gemm) {
@@ -179,7 +191,7 @@ ENTRY(embedding) {
 }
 
 ENTRY(attention) {
-  Reader r(argv, argc, 29);
+  Reader r(argv, argc, 36);
   AttentionArgs a;
   a.query = r.pointer<void>();
   a.query_token_stride = r.number();
@@ -210,11 +222,12 @@ ENTRY(attention) {
   a.causal = static_cast<int>(r.number());
   a.query_dtype = static_cast<int>(r.number());
   a.cache_dtype = static_cast<int>(r.number());
+  a.quantised = quantised_cache(r);
   return run(r, kernels().attention, a);
 }
 
 ENTRY(rope_store) {
-  Reader r(argv, argc, 29);
+  Reader r(argv, argc, 36);
   RopeStoreArgs a;
   a.positions = r.pointer<int64_t>();
   a.cos_sin = r.pointer<void>();
@@ -245,6 +258,7 @@ ENTRY(rope_store) {
   a.dtype = static_cast<int>(r.number());
   a.cache_dtype = static_cast<int>(r.number());
   a.max_position = r.number();
+  a.quantised = quantised_cache(r);
   if (!positions_fit(r, a.positions, a.num_tokens, a.max_position)) return nullptr;
   return run(r, kernels().rope_store, a);
 }

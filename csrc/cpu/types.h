@@ -70,6 +70,26 @@ struct EmbeddingArgs {
   int dtype;
 };
 
+// What the bytes of a cache say; values are the codes of vllm/v1/attention/ops/kv_formats.py.
+enum CacheFormat : int {
+  kPlainCache = 0,
+  kE4M3 = 1,
+  kE5M2 = 2,
+  kInt8PerHead = 3,
+  kE4M3PerHead = 4,
+  kInt4PerHead = 5,
+  kNvfp4 = 6,
+};
+
+// A cache of single bytes, other than kPlainCache; its strides and offsets count bytes. Scales of
+// kNvfp4 lie scale_offset behind the block's start, at strides of their own.
+struct QuantisedCache {
+  int format = kPlainCache;
+  float k_scale = 1, v_scale = 1;  // of the layer; 1 for formats with a scale per head
+  int64_t value_offset = 0;        // from a key to its value, and from its scales to theirs
+  int64_t scale_offset = 0, scale_head_stride = 0, scale_token_stride = 0;
+};
+
 // Attention of R requests over the paged cache (B, K, N, C). Strides in elements. Of the content of
 // a (head, token), the first head_size elements are its key; its value is value_size elements from
 // value_offset on: behind the key as a rule, within it where both are one latent.
@@ -92,6 +112,7 @@ struct AttentionArgs {
   int64_t window;
   int causal;
   int query_dtype, cache_dtype;
+  QuantisedCache quantised;  // value_offset above counts floats of a widened content then
 };
 
 // RoPE on query (in place) and key, and the store of key and value. `positions` null: no RoPE;
@@ -116,6 +137,7 @@ struct RopeStoreArgs {
   int64_t num_tokens, head_size, block_size;
   int dtype, cache_dtype;
   int64_t max_position;
+  QuantisedCache quantised;
 };
 
 // RMSNorm of rows (outer, inner): strides in elements, the last dim is dense. With `residual`
@@ -234,6 +256,9 @@ struct DecoderLayer {
   int64_t window;
   void* cache;
   int64_t cache_block_stride, cache_head_stride, cache_token_stride, block_size, cache_dtype;
+  int64_t format;
+  double k_scale, v_scale;
+  int64_t quantised_value_offset, scale_offset, scale_head_stride, scale_token_stride;
 };
 
 // What the layers of a step share. `hidden` (T, hidden_size) is the last branch's output if

@@ -98,7 +98,7 @@ def test_a_later_document_replaces_an_earlier_one():
         (["--max-model-len", "0"], "must be at least 1, or auto"),
         (["--max-model-len", "-2"], "must be at least 1, or auto"),
         (["--dtype", "int4"], "--dtype must be one of auto, half"),
-        (["--kv-cache-dtype", "nvfp4"], "--kv-cache-dtype nvfp4: vLLM has this"),
+        (["--kv-cache-dtype", "fp8_inc"], "--kv-cache-dtype fp8_inc: vLLM has this"),
         (
             ["--distributed-executor-backend", "external_launcher"],
             "backend external_launcher: vLLM has this",

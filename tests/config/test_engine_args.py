@@ -179,7 +179,7 @@ def test_a_bad_value_is_one_line_that_names_the_option(model, kwargs, part):
 @pytest.mark.parametrize(
     ("kwargs", "part"),
     [
-        ({"kv_cache_dtype": "nvfp4"}, "--kv-cache-dtype nvfp4"),
+        ({"kv_cache_dtype": "fp8_inc"}, "--kv-cache-dtype fp8_inc"),
         ({"quantization": "awq"}, "--quantization awq"),
         ({"runner": "pooling"}, "--runner pooling"),
         ({"structured_outputs_config": {"backend": "outlines"}}, "config.backend outlines"),

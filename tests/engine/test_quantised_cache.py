@@ -24,6 +24,7 @@ TOKEN_BYTES = {
     "int8_per_token_head": 4 * (HEAD_SIZE + 4),
     "fp8_per_token_head": 4 * (HEAD_SIZE + 4),
     "int4_per_token_head": 4 * (HEAD_SIZE // 2 + 4),
+    "nvfp4": 4 * (HEAD_SIZE // 2 + HEAD_SIZE // 16),
 }
 
 
@@ -87,10 +88,11 @@ def prompts() -> list[list[int]]:
 
 
 @pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("backend", ["CPU_ATTN", "TORCH_REF"])
 def test_log_probabilities_are_those_of_a_simulation(
-    start, simulated_model, prompts, name, monkeypatch
+    start, simulated_model, prompts, name, backend, monkeypatch
 ) -> None:
-    llm = start(kv_cache_dtype=name)
+    llm = start(kv_cache_dtype=name, attention_backend=backend)
     ours = log_probs_by_engine(llm, prompts)
     theirs = log_probs_by_simulation(simulated_model, prompts, kv_format(name), monkeypatch)
     # A number at a boundary between two steps may fall on either side.
@@ -100,7 +102,7 @@ def test_log_probabilities_are_those_of_a_simulation(
 
 @pytest.mark.parametrize("name", ["int8_per_token_head", "fp8_e4m3"])
 def test_a_wrong_scale_would_show(start, simulated_model, prompts, name, monkeypatch) -> None:
-    llm = start(kv_cache_dtype=name)
+    llm = start(kv_cache_dtype=name, attention_backend="TORCH_REF")
     read = KVFormat.dequantise
     monkeypatch.setattr(
         KVFormat, "dequantise", lambda fmt, side, scale=1.0: read(fmt, side, scale) * 1.1
@@ -146,5 +148,14 @@ def test_a_request_that_is_cut_in_chunks_reads_what_it_stored(start, prompts) ->
 
 
 def test_a_backend_without_the_format_says_so(start) -> None:
-    with pytest.raises(ConfigError, match="CPU_ATTN: kv cache dtype fp8 not supported"):
-        start(kv_cache_dtype="fp8", attention_backend="CPU_ATTN")
+    with pytest.raises(ConfigError, match="CPU_ATTN: kv cache dtype turboquant_4bit_nc not"):
+        start(kv_cache_dtype="turboquant_4bit_nc", attention_backend="CPU_ATTN")
+
+
+@pytest.mark.parametrize("name", ["turboquant_k8v4", "turboquant_3bit_nc"])
+def test_slots_on_a_cpu_are_the_references(
+    start, simulated_model, prompts, name, monkeypatch
+) -> None:
+    ours = log_probs_by_engine(start(kv_cache_dtype=name), prompts)
+    theirs = log_probs_by_simulation(simulated_model, prompts, kv_format(name), monkeypatch)
+    assert (ours - theirs).abs().median() < 1e-4

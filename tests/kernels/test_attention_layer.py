@@ -207,5 +207,5 @@ def test_what_no_backend_can_do_is_refused_when_the_layer_is_built() -> None:
             Attention(2, 32, 1.0, quant_config=object())
         with pytest.raises(ConfigError, match="5 query heads cannot share 2 KV heads"):
             Attention(5, 32, 1.0, num_kv_heads=2)
-    with pytest.raises(ConfigError, match="kv cache dtype nvfp4 not supported"):
-        make_layer(make_config(cache_dtype="nvfp4"))
+    with pytest.raises(ConfigError, match="kv cache dtype fp8_ds_mla not supported"):
+        make_layer(make_config(cache_dtype="fp8_ds_mla"))

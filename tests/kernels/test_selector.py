@@ -36,10 +36,10 @@ def test_the_reference_serves_what_the_kernels_do_not(
 
 def test_where_none_can_every_reason_is_given() -> None:
     with pytest.raises(ConfigError) as caught:
-        get_attn_backend(63, torch.int8, "nvfp4", 8)
+        get_attn_backend(63, torch.int8, "fp8_ds_mla", 8)
     message = str(caught.value)
     assert "CPU_ATTN: head size 63 not supported, dtype torch.int8 not supported" in message
-    assert "TORCH_REF: dtype torch.int8 not supported, kv cache dtype nvfp4" in message
+    assert "TORCH_REF: dtype torch.int8 not supported, kv cache dtype fp8_ds_mla" in message
 
 
 def test_a_named_backend_is_the_only_candidate() -> None:

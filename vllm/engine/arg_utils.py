@@ -318,16 +318,13 @@ class EngineArgs:
             "int8_per_token_head",
             "fp8_per_token_head",
             "int4_per_token_head",
-        ),
-        later=(
-            "fp8_inc",
-            "fp8_ds_mla",
             "nvfp4",
             "turboquant_k8v4",
             "turboquant_4bit_nc",
             "turboquant_k3v4_nc",
             "turboquant_3bit_nc",
         ),
+        later=("fp8_inc", "fp8_ds_mla"),
     )
     kv_cache_dtype_skip_layers: list[str] | None = arg(
         None,

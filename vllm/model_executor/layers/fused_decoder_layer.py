@@ -144,7 +144,8 @@ def _run(
         ):
             return None
         if layer.attn.kv_cache is not layer.kernel.cache:
-            layer.kernel.bind(layer.attn.kv_cache)
+            impl = layer.attn.impl
+            layer.kernel.bind(layer.attn.kv_cache, impl.format, impl.side_scales(layer.attn))
     has_branch = residual is not None
     if residual is None:
         residual, hidden_states = hidden_states, torch.empty_like(hidden_states)

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
 __all__ = [
+    "TURBOQUANT_BITS",
     "attention_spec",
     "cross_attention_spec",
     "kv_cache_storage",
@@ -58,12 +59,15 @@ _STORAGE: Mapping[str, tuple[str, KVQuantMode]] = MappingProxyType(
         "turboquant_3bit_nc": ("uint8", KVQuantMode.TURBOQUANT),
     }
 )
-_TURBOQUANT_BITS = {
-    "turboquant_k8v4": (8, 4),
-    "turboquant_4bit_nc": (4, 4),
-    "turboquant_k3v4_nc": (3, 4),
-    "turboquant_3bit_nc": (3, 3),
-}
+TURBOQUANT_BITS: Mapping[str, tuple[int, int]] = MappingProxyType(
+    {
+        "turboquant_k8v4": (8, 4),
+        "turboquant_4bit_nc": (4, 4),
+        "turboquant_k3v4_nc": (3, 4),
+        "turboquant_3bit_nc": (3, 3),
+    }
+)
+"""Bits of a key's code and of a value's, by preset."""
 _PLAIN = ("bfloat16", "float16", "float32")
 _LATENT_ONLY = ("fp8_ds_mla", "nvfp4_ds_mla")
 
@@ -93,8 +97,18 @@ def turboquant_slot_bytes(cache_dtype: str, head_size: int) -> int:
 
     Key: ``D`` at 8 bits, else ``ceil(D * bits / 8)`` and an fp16 norm. Value: the same of its bits,
     an fp16 scale and an fp16 zero. Their sum is rounded up to even.
+
+    Raises:
+        ConfigError: heads of this size cannot be rotated.
     """
-    key_bits, value_bits = _TURBOQUANT_BITS[cache_dtype]
+    key_bits, value_bits = TURBOQUANT_BITS[cache_dtype]
+    if head_size & (head_size - 1) or head_size < 8:
+        raise ConfigError(
+            f"--kv-cache-dtype {cache_dtype} rotates heads whose size is a power of two, not "
+            f"{head_size}: use nvfp4 or int4_per_token_head",
+            parameter="kv_cache_dtype",
+            value=cache_dtype,
+        )
     key = head_size if key_bits == 8 else cdiv(head_size * key_bits, 8) + 2
     return round_up(key + cdiv(head_size * value_bits, 8) + 4, 2)
 

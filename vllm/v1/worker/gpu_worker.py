@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import math
 import time
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -14,6 +16,7 @@ from vllm.platforms import current_platform
 from vllm.utils.system import format_bytes
 from vllm.v1.worker.gpu.device import CUDADeviceLayer
 from vllm.v1.worker.gpu.model_runner import GPUModelRunner
+from vllm.v1.worker.gpu.sleep import SleepMemory
 from vllm.v1.worker.kv_hooks import connector_maker
 from vllm.v1.worker.worker_base import WorkerBase
 
@@ -36,6 +39,9 @@ _HEADROOM_BYTES = 384 << 20
 
 
 class Worker(WorkerBase):
+    _has_model = True
+    """Until it is dropped to sleep, and again afterwards."""
+
     def init_device(self) -> None:
         from vllm.distributed.parallel_state import (
             init_distributed_environment,
@@ -54,11 +60,16 @@ class Worker(WorkerBase):
         )
         initialize_model_parallel(parallel.tensor_parallel_size, parallel.pipeline_parallel_size)
         current_platform.seed_everything(self.model_config.seed)
+        # Memory that can be given back is the driver's, not torch's.
+        self._sleep_memory = (
+            SleepMemory(self.device) if self.model_config.enable_sleep_mode else None
+        )
         self.model_runner = GPUModelRunner(
             self.vllm_config,
             CUDADeviceLayer(self.device),
             connector_maker(self.vllm_config),
             overlapped=self.scheduler_config.async_scheduling,
+            sleep_memory=self._sleep_memory,
         )
 
     def load_model(self) -> None:
@@ -171,6 +182,36 @@ class Worker(WorkerBase):
         self, grammar_output: GrammarOutput | None
     ) -> ModelRunnerOutput | PendingModelRunnerOutput:
         return self.model_runner.sample_tokens(grammar_output)
+
+    def sleep(self, level: int) -> None:
+        memory = self._sleep_memory
+        assert memory is not None, "the engine asks for --enable-sleep-mode first"
+        self.model_runner.release_kv_cache(lambda _: memory.release_pool())
+        if level == 1:
+            memory.offload_weights()
+        else:
+            memory.drop_weights()
+            self.model_runner.release_model()
+            self._has_model = False
+            # Parameters and modules refer to each other; start-up froze them.
+            gc.unfreeze()
+            gc.collect()
+        torch.cuda.empty_cache()
+
+    def wake_up(self, tags: Sequence[str]) -> None:
+        memory = self._sleep_memory
+        assert memory is not None, "the engine asks for --enable-sleep-mode first"
+        if "weights" in tags:
+            memory.restore_weights()
+            if not self._has_model:
+                self.model_runner.restore_model()
+                self._has_model = True
+                gc.collect()
+                gc.freeze()
+        if "kv_cache" in tags and memory.restore_pool():
+            self.model_runner.restore_kv_cache()
+        if self._has_model and memory.is_awake:
+            self.model_runner.recapture_graphs()
 
     def get_kv_connector_handshake_metadata(
         self,

@@ -18,6 +18,7 @@ from vllm.v1.attention.backends.torch_ref import (
     PagedAttentionMetadata,
     PagedAttentionMetadataBuilder,
 )
+from vllm.v1.attention.ops.kv_formats import FORMATS
 from vllm.v1.kv_cache_interface import KVCacheSpec
 
 __all__ = ["CPUAttentionBackend", "CPUAttentionImpl"]
@@ -49,6 +50,8 @@ class CPUAttentionImpl(PagedAttentionImpl):
             logits_soft_cap=self.logits_soft_cap,
             alibi_slopes=self.alibi_slopes,
             sinks=self.sinks,
+            fmt=self.format,
+            scales=self.side_scales(layer),
         )
         return output
 
@@ -60,7 +63,8 @@ class CPUAttentionImpl(PagedAttentionImpl):
         kv_cache: torch.Tensor,
         slot_mapping: torch.Tensor,
     ) -> None:
-        ops.store_kv_cache(key, value, kv_cache, slot_mapping)
+        scales = self.side_scales(layer)
+        ops.store_kv_cache(key, value, kv_cache, slot_mapping, self.format, scales)
 
     def fused_rope_kvcache_supported(self) -> bool:
         return True
@@ -78,7 +82,16 @@ class CPUAttentionImpl(PagedAttentionImpl):
         slot_mapping: torch.Tensor,
     ) -> None:
         ops.rope_and_store(
-            positions, query, key, value, cos_sin_cache, is_neox, kv_cache, slot_mapping
+            positions,
+            query,
+            key,
+            value,
+            cos_sin_cache,
+            is_neox,
+            kv_cache,
+            slot_mapping,
+            self.format,
+            self.side_scales(layer),
         )
 
 
@@ -88,7 +101,13 @@ class CPUAttentionBackend(AttentionBackend):
         torch.float16,
         torch.float32,
     ]
-    supported_kv_cache_dtypes: ClassVar[list[str]] = ["auto", "bfloat16", "float16", "float32"]
+    supported_kv_cache_dtypes: ClassVar[list[str]] = [
+        "auto",
+        "bfloat16",
+        "float16",
+        "float32",
+        *FORMATS,
+    ]
     forward_includes_kv_cache_update = False
 
     @staticmethod

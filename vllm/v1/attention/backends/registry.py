@@ -32,6 +32,7 @@ class AttentionBackendEnum(enum.Enum):
     TORCH_REF = "vllm.v1.attention.backends.torch_ref.TorchRefBackend"
     TORCH_REF_MLA = "vllm.v1.attention.backends.mla.torch_ref_mla.TorchRefMLABackend"
     TRITON_MLA = "vllm.v1.attention.backends.mla.triton_mla.TritonMLABackend"
+    TURBOQUANT = "vllm.v1.attention.backends.turboquant_attn.TurboQuantBackend"
     TRITON_ATTN = "vllm.v1.attention.backends.triton_attn.TritonAttentionBackend"
     TRITON_ATTN_DIFFKV = (
         "vllm.v1.attention.backends.triton_attn_diffkv.TritonAttentionDiffKVBackend"

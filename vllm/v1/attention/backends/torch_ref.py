@@ -25,6 +25,7 @@ from vllm.v1.attention.backend import (
     MultipleOf,
 )
 from vllm.v1.attention.ops.kv_formats import FORMATS, SideScales, kv_format
+from vllm.v1.attention.ops.turboquant import TURBOQUANT_FORMATS
 from vllm.v1.kv_cache_interface import KVCacheSpec
 
 __all__ = [
@@ -184,6 +185,7 @@ class TorchRefBackend(AttentionBackend):
         "float16",
         "float32",
         *FORMATS,
+        *TURBOQUANT_FORMATS,
     ]
     forward_includes_kv_cache_update = False
 

@@ -8,13 +8,18 @@ fp8_e5m2          D x e5m2                   data[d] * scale of the layer's side
 int8_per_token_head  D x int8, fp32 scale    data[d] * scale
 fp8_per_token_head   D x e4m3, fp32 scale    data[d] * scale
 int4_per_token_head  D/2 bytes, fp32 scale   (nibble - 8) * scale; byte j has d = 2j low, 2j+1 high
+nvfp4             D/2 bytes, D/16 x e4m3     e2m1[nibble] * block scale * scale of the layer's side
 ================  =========================  ===================================================
 
 The content of (head, token) is the side of K, then that of V. A scale of its own is the side's
 largest magnitude over the largest number of the format (127, 448, 7), so every side reaches it.
 
+nvfp4 is the exception: K heads and V heads are apart on the head axis, ``(B, 2H, N, D/2 + D/16)``,
+and a side of a block is all its data, then all its scales, one for 16 dimensions
+(``nvfp4_split_data_scale``). A block scale is the largest magnitude over 6, by the layer's scale.
+
 Owns these formulae and the plain form of storing and reading; the kernels' are in
-``triton_formats``. Knows nothing of pages.
+``triton_formats`` and csrc/cpu/kv_formats.h. TurboQuant's slots are in ``turboquant``.
 """
 
 from __future__ import annotations
@@ -25,11 +30,18 @@ from types import MappingProxyType
 
 import torch
 
-__all__ = ["FORMATS", "KVFormat", "SideScales", "kv_format"]
+from vllm.utils.torch_utils import nvfp4_split_data_scale
+from vllm.v1.kv_cache.content import NVFP4_GROUP
+from vllm.v1.kv_cache.declare import TURBOQUANT_BITS
+
+__all__ = ["E2M1", "FORMATS", "KVFormat", "NVFP4Format", "SideScales", "kv_format"]
 
 _SCALE_BYTES = 4
 # A side of zeros keeps a scale that divides.
 _LEAST_MAGNITUDE = 1e-12
+E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+"""Magnitudes of e2m1 by the low three bits of a nibble; the fourth is the sign."""
+_LARGEST_E4M3 = 448.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,7 +70,20 @@ class KVFormat:
 
     @property
     def is_int4(self) -> bool:
-        return self.dtype == torch.uint8
+        return self.code == 5
+
+    @property
+    def has_layer_scales(self) -> bool:
+        """The layer has a factor for each side, which ``SideScales`` holds."""
+        return not self.per_token_head
+
+    def content_bytes(self, head_size: int) -> int:
+        """Bytes of one (head slot, token)."""
+        return 2 * self.side_bytes(head_size)
+
+    def head_slots(self, num_kv_heads: int) -> int:
+        """Extent of the head axis."""
+        return num_kv_heads
 
     def data_bytes(self, head_size: int) -> int:
         """Bytes of a side's data."""
@@ -112,6 +137,88 @@ class KVFormat:
         key, value = content.view(torch.uint8).chunk(2, dim=-1)
         return torch.cat((self.dequantise(key, scales.k), self.dequantise(value, scales.v)), -1)
 
+    def store(
+        self,
+        kv_cache: torch.Tensor,
+        blocks: torch.Tensor,
+        offsets: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        scales: SideScales | None = None,
+    ) -> None:
+        """Write tokens ``(T, K, D)`` to ``offsets`` (T,) of ``blocks`` (T,) of a cache's bytes."""
+        kv_cache[blocks, :, offsets] = self.quantise_kv(key, value, scales)
+
+    def read(self, pages: torch.Tensor, scales: SideScales | None = None) -> torch.Tensor:
+        """K then V ``(P * N, K, 2 * D)`` of all tokens of ``pages``, bytes ``(P, heads, N, C)``."""
+        return self.dequantise_kv(pages.transpose(1, 2).flatten(0, 1), scales)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NVFP4Format(KVFormat):
+    """e2m1 numbers with a scale for every 16; K heads and V heads apart on the head axis."""
+
+    def content_bytes(self, head_size: int) -> int:
+        return head_size // 2 + head_size // NVFP4_GROUP
+
+    def head_slots(self, num_kv_heads: int) -> int:
+        return 2 * num_kv_heads
+
+    def data_bytes(self, head_size: int) -> int:
+        return head_size // 2
+
+    def side_bytes(self, head_size: int) -> int:
+        return self.content_bytes(head_size)
+
+    def quantise(self, x: torch.Tensor, scale: float = 1.0) -> torch.Tensor:
+        """One side: numbers ``(..., D)`` to bytes, ``D / 2`` of data, then scales."""
+        groups = x.float().unflatten(-1, (-1, NVFP4_GROUP))
+        magnitude = groups.abs().amax(dim=-1, keepdim=True)
+        own = (magnitude / self.largest / scale).clamp(max=_LARGEST_E4M3).to(torch.float8_e4m3fn)
+        step = own.float() * scale
+        y = torch.where(step > 0, groups / step, 0.0)
+        a = y.abs()
+        # To the nearest, ties to the even of two neighbours.
+        code = (a > 0.25).to(torch.uint8) + (a >= 0.75) + (a > 1.25) + (a >= 1.75)
+        code = code + (a > 2.5) + (a >= 3.5) + (a > 5.0)
+        nibbles = (code | (y.signbit().to(torch.uint8) << 3)).flatten(-2)
+        data = nibbles[..., ::2] | (nibbles[..., 1::2] << 4)
+        return torch.cat((data, own.squeeze(-1).view(torch.uint8)), dim=-1)
+
+    def dequantise(self, side: torch.Tensor, scale: float = 1.0) -> torch.Tensor:
+        data, own = side.split((side.shape[-1] * 8 // 9, side.shape[-1] // 9), dim=-1)
+        nibbles = torch.stack((data & 15, data >> 4), dim=-1).flatten(-2).long()
+        signed = torch.tensor((*E2M1, *(-x for x in E2M1)), device=side.device)
+        numbers = signed[nibbles].unflatten(-1, (-1, NVFP4_GROUP))
+        return (numbers * own.view(torch.float8_e4m3fn).float().unsqueeze(-1) * scale).flatten(-2)
+
+    def store(
+        self,
+        kv_cache: torch.Tensor,
+        blocks: torch.Tensor,
+        offsets: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        scales: SideScales | None = None,
+    ) -> None:
+        scales = scales or SideScales()
+        heads = key.shape[1]
+        sides = (key, scales.k, kv_cache[:, :heads]), (value, scales.v, kv_cache[:, heads:])
+        for x, scale, side in sides:
+            data, block_scales = nvfp4_split_data_scale(side)
+            content = self.quantise(x, scale)
+            data[blocks, :, offsets] = content[..., : data.shape[-1]]
+            block_scales[blocks, :, offsets] = content[..., data.shape[-1] :]
+
+    def read(self, pages: torch.Tensor, scales: SideScales | None = None) -> torch.Tensor:
+        scales = scales or SideScales()
+        heads = pages.shape[1] // 2
+        found = []
+        for side, scale in ((pages[:, :heads], scales.k), (pages[:, heads:], scales.v)):
+            parts = torch.cat(nvfp4_split_data_scale(side), dim=-1)
+            found.append(self.dequantise(parts.transpose(1, 2).flatten(0, 1), scale))
+        return torch.cat(found, dim=-1)
+
 
 _E4M3 = KVFormat(code=1, dtype=torch.float8_e4m3fn, largest=448.0, per_token_head=False)
 
@@ -131,6 +238,7 @@ FORMATS: Mapping[str, KVFormat] = MappingProxyType(
         "int4_per_token_head": KVFormat(
             code=5, dtype=torch.uint8, largest=7.0, per_token_head=True
         ),
+        "nvfp4": NVFP4Format(code=6, dtype=torch.uint8, largest=6.0, per_token_head=False),
     }
 )
 """By the name that ``--kv-cache-dtype`` gives them."""
@@ -138,4 +246,8 @@ FORMATS: Mapping[str, KVFormat] = MappingProxyType(
 
 def kv_format(cache_dtype: str) -> KVFormat | None:
     """The quantised content called ``cache_dtype``; None where the cache holds plain numbers."""
+    if cache_dtype in TURBOQUANT_BITS:
+        from vllm.v1.attention.ops.turboquant import TURBOQUANT_FORMATS
+
+        return TURBOQUANT_FORMATS[cache_dtype]
     return FORMATS.get(cache_dtype)

@@ -22,15 +22,20 @@ import triton.language as tl
 
 from vllm.utils.dependent_launch import await_previous, options, release
 from vllm.v1.attention.ops.kv_formats import KVFormat, SideScales
-from vllm.v1.attention.ops.triton_formats import FormatArguments, layer_scales, widened
+from vllm.v1.attention.ops.triton_formats import FormatArguments, layer_scales, scaled, widened
+from vllm.v1.attention.ops.triton_slots import slot_keys, slot_values
 
 __all__ = [
+    "MAX_SPLITS",
     "DecodePlan",
     "decode_attention",
+    "finish_item",
     "make_plan_buffers",
     "max_items",
     "num_multiprocessors",
     "plan_decodes",
+    "score",
+    "shaped",
 ]
 
 # int32 fields of an item: request, first token, end, split, number of splits, query row.
@@ -38,7 +43,7 @@ _FIELDS = 8
 # Shortest stretch worth a program of its own, in tokens.
 _MIN_CHUNK = 256
 # One program merges the splits of a request and head: no more than this many.
-_MAX_SPLITS = 64
+MAX_SPLITS = 64
 # Programs per multiprocessor that the plan aims at; two to four are resident at a time.
 _WAVES = 8
 # Items begin at multiples of this: a multiple of every tile.
@@ -55,6 +60,15 @@ def score(
     s = tl.dot(q, k, input_precision=PRECISION)
     if HAS_SCALES:
         s = s * k_scales[None, :]
+    return shaped(s, positions_q, tokens, slopes, scale, soft_cap, HAS_SOFT_CAP, HAS_ALIBI)
+
+
+@triton.jit
+def shaped(
+    s, positions_q, tokens, slopes, scale, soft_cap,
+    HAS_SOFT_CAP: tl.constexpr, HAS_ALIBI: tl.constexpr,
+):  # fmt: skip
+    """Products of queries and keys as scores in base 2."""
     if HAS_SOFT_CAP:
         # tanh(x) = 2 / (1 + exp(-2x)) - 1
         x = s * (scale / soft_cap)
@@ -104,24 +118,79 @@ def _plan_kernel(
 
 
 @triton.jit
+def finish_item(
+    acc, total, top, out_ptr, part_ptr, lse_ptr, arrived_ptr, index, request, split, num_splits,
+    row, head, heads, row_valid, dims, stride_o_t, stride_o_h, stride_part_i, stride_part_h,
+    stride_lse_i, D: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    MAX_SPLITS: tl.constexpr, AT_ONCE: tl.constexpr,
+):  # fmt: skip
+    """Write an item's output ``(ROWS, COLUMNS)``, column c being dimension ``dims[c]``.
+
+    An item that is all of its request writes the output; the others leave it (fp32) and its
+    log2-sum-exp, and the last to arrive merges them, in the order of the tokens.
+    """
+    at_out = out_ptr + row * stride_o_t + heads[:, None] * stride_o_h + dims[None, :]
+    out_valid = row_valid[:, None] & (dims < D)[None, :]
+    if num_splits == 1:
+        tl.store(at_out, acc, mask=out_valid)
+        return
+    at_part = part_ptr + heads[:, None] * stride_part_h + dims[None, :]
+    at_lse = lse_ptr + heads
+    mine = index.to(tl.int64)
+    tl.store(at_part + mine * stride_part_i, acc, mask=out_valid)
+    tl.store(at_lse + mine * stride_lse_i, top + tl.log2(total), mask=row_valid)
+    # All threads have written before the one that counts says so.
+    tl.debug_barrier()
+    arrived = arrived_ptr + request * tl.num_programs(0) + head
+    if tl.atomic_add(arrived, 1, sem="acq_rel") != num_splits - 1:
+        return
+    # For the next launch.
+    tl.store(arrived, 0)
+    first = mine - split
+    # Past the first-level cache, which knows nothing of other multiprocessors' writes.
+    splits = tl.arange(0, MAX_SPLITS)
+    all_lse = tl.load(
+        at_lse[None, :] + (first + splits)[:, None] * stride_lse_i,
+        mask=(splits < num_splits)[:, None] & row_valid[None, :], other=-1.0e30,
+        cache_modifier=".cg",
+    )  # fmt: skip
+    top = tl.max(all_lse, 0)
+    total = tl.sum(tl.exp2(all_lse - top[None, :]), 0)
+    acc = tl.zeros([ROWS, COLUMNS], tl.float32)
+    for begin in tl.range(0, num_splits, AT_ONCE):
+        # Reads that don't wait for each other.
+        for ahead in tl.static_range(AT_ONCE):
+            other = begin + ahead
+            there = other < num_splits
+            lse = tl.load(
+                at_lse + (first + other) * stride_lse_i, mask=row_valid & there, other=-1.0e30,
+                cache_modifier=".cg",
+            )  # fmt: skip
+            part = tl.load(
+                at_part + (first + other) * stride_part_i, mask=out_valid & there, other=0.0,
+                cache_modifier=".cg",
+            )  # fmt: skip
+            acc += part * tl.exp2(lse - top)[:, None]
+    tl.store(at_out, acc / total[:, None], mask=out_valid)
+
+
+@triton.jit
 def _decode_kernel(
-    q_ptr, kv_ptr, kv_scale_ptr, out_ptr, part_ptr, lse_ptr, block_table_ptr, items_ptr, count_ptr,
-    arrived_ptr, slopes_ptr, sinks_ptr, scale, v_scale, soft_cap,
+    q_ptr, kv_ptr, kv_scale_ptr, levels_ptr, out_ptr, part_ptr, lse_ptr, block_table_ptr, items_ptr,
+    count_ptr, arrived_ptr, slopes_ptr, sinks_ptr, scale, v_scale, soft_cap,
     stride_q_t, stride_q_h, stride_o_t, stride_o_h,
-    stride_kv_b, stride_kv_h, stride_kv_n, stride_bt,
+    stride_kv_b, stride_kv_h, stride_kv_n, stride_s_b, stride_s_h, stride_s_n, stride_bt,
     stride_part_i, stride_part_h, stride_lse_i,
     WINDOW: tl.constexpr, HAS_SOFT_CAP: tl.constexpr, HAS_ALIBI: tl.constexpr,
     HAS_SINKS: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, FIELDS: tl.constexpr,
     D: tl.constexpr, D_PAD: tl.constexpr, PAGE: tl.constexpr, TILE: tl.constexpr,
     PRECISION: tl.constexpr, MAX_SPLITS: tl.constexpr, FORMAT: tl.constexpr, V_AT: tl.constexpr,
-    SCALE_AT: tl.constexpr, UNIT: tl.constexpr, PDL: tl.constexpr,
+    V_SCALE_AT: tl.constexpr, UNIT: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One item, for all query heads of one KV head.
 
     The query heads that share a KV head are the rows of one tile, so that a page is read once for
-    all of them. An item that is all of its request writes the output; the others leave a
-    normalised partial output (fp32) and its log2-sum-exp, and the last to arrive merges them, in
-    the order of the tokens.
+    all of them.
     """
     release(PDL)
     await_previous(PDL)
@@ -160,13 +229,18 @@ def _decode_kernel(
             top *= 1.4426950408889634
             total += 1.0
     acc = tl.zeros([ROWS, D_PAD], tl.float32)
-    HAS_SCALES: tl.constexpr = FORMAT >= 3
-    BYTES_PAD: tl.constexpr = D_PAD // 2 if FORMAT == 5 else D_PAD
-    NUM_BYTES: tl.constexpr = D // 2 if FORMAT == 5 else D
+    # Of a token's key and value; with a zero, too, in TurboQuant's slots.
+    IS_SLOT: tl.constexpr = FORMAT >= 7
+    HAS_SCALES: tl.constexpr = ((FORMAT >= 3) & (FORMAT <= 5)) | (FORMAT >= 8)
+    BYTES_PAD: tl.constexpr = D_PAD // 2 if FORMAT >= 5 else D_PAD
+    NUM_BYTES: tl.constexpr = D // 2 if FORMAT >= 5 else D
+    GROUPS: tl.constexpr = D_PAD // 16
+    group = tl.arange(0, GROUPS)
     byte = tl.arange(0, BYTES_PAD)
     byte_valid = byte < NUM_BYTES
     k_scales = tl.zeros([TILE], tl.float32)
     base = head.to(tl.int64) * stride_kv_h * UNIT
+    scale_base = head.to(tl.int64) * stride_s_h
     table = block_table_ptr + request.to(tl.int64) * stride_bt
     for begin in tl.range(start, end, TILE):
         begin = tl.multiple_of(begin, TILE)
@@ -177,10 +251,11 @@ def _decode_kernel(
         if PAGE % TILE == 0:
             # A tile lies in one page.
             block = tl.load(table + begin // PAGE).to(tl.int64)
-            at = base + block * stride_kv_b * UNIT + (tokens % PAGE) * stride_kv_n * UNIT
         else:
-            blocks = tl.load(table + tokens // PAGE, mask=valid, other=0).to(tl.int64)
-            at = base + blocks * stride_kv_b * UNIT + (tokens % PAGE) * stride_kv_n * UNIT
+            block = tl.load(table + tokens // PAGE, mask=valid, other=0).to(tl.int64)
+        at = base + block * stride_kv_b * UNIT + (tokens % PAGE) * stride_kv_n * UNIT
+        if FORMAT >= 3:
+            at_scale = kv_scale_ptr + scale_base + block * stride_s_b + tokens % PAGE * stride_s_n
         if FORMAT == 0:
             k = tl.load(
                 kv_ptr + at[None, :] + dims[:, None], mask=valid[None, :] & dim_valid[:, None],
@@ -190,16 +265,25 @@ def _decode_kernel(
                 kv_ptr + at[:, None] + (V_AT + dims)[None, :],
                 mask=valid[:, None] & dim_valid[None, :], other=0.0,
             )  # fmt: skip
+        elif IS_SLOT:
+            there = valid[:, None] & dim_valid[None, :]
+            k = tl.trans(slot_keys(kv_ptr + at, dims, there, levels_ptr, q.dtype, FORMAT))
+            v = slot_values(kv_ptr + at + V_AT, dims, there, q.dtype, FORMAT)
         else:
             there = valid[:, None] & byte_valid[None, :]
             at_byte = kv_ptr + at[:, None] + byte[None, :]
             raw_k = tl.load(at_byte, mask=there, other=0)
             raw_v = tl.load(at_byte + V_AT, mask=there, other=0)
-            k = tl.trans(widened(raw_k, q.dtype, FORMAT))
+            k = widened(raw_k, q.dtype, FORMAT)
             v = widened(raw_v, q.dtype, FORMAT)
+            if FORMAT == 6:
+                there = valid[:, None] & (group < D // 16)[None, :]
+                at_group = at_scale[:, None] + group[None, :]
+                k = scaled(k, tl.load(at_group, mask=there, other=0), GROUPS)
+                v = scaled(v, tl.load(at_group + V_SCALE_AT, mask=there, other=0), GROUPS)
+            k = tl.trans(k)
         if HAS_SCALES:
-            at_scale = kv_scale_ptr + at // 4 + SCALE_AT
-            k_scales = tl.load(at_scale, mask=valid, other=0.0)
+            k_scales = tl.load(at_scale, mask=valid, other=0.0).to(tl.float32)
         s = score(
             q, k, k_scales, positions_q, tokens, slopes, scale, soft_cap, HAS_SCALES, HAS_SOFT_CAP,
             HAS_ALIBI, PRECISION,
@@ -209,54 +293,21 @@ def _decode_kernel(
         p = tl.exp2(s - new_top[:, None])
         shrink = tl.exp2(top - new_top)
         total = total * shrink + tl.sum(p, 1)
-        if HAS_SCALES:
-            p = p * tl.load(at_scale + V_AT // 4, mask=valid, other=0.0)[None, :]
-        acc = acc * shrink[:, None] + tl.dot(p.to(v.dtype), v, input_precision=PRECISION)
+        acc = acc * shrink[:, None]
+        if IS_SLOT:
+            zeros = tl.load(at_scale + V_SCALE_AT + 1, mask=valid, other=0.0).to(tl.float32)
+            acc += tl.sum(p * zeros[None, :], 1)[:, None]
+        if HAS_SCALES | IS_SLOT:
+            v_scales = tl.load(at_scale + V_SCALE_AT, mask=valid, other=0.0).to(tl.float32)
+            p = p * v_scales[None, :]
+        acc += tl.dot(p.to(v.dtype), v, input_precision=PRECISION)
         top = new_top
     acc *= (v_scale / total)[:, None]
-    at_out = out_ptr + row * stride_o_t + heads[:, None] * stride_o_h + dims[None, :]
-    out_valid = row_valid[:, None] & dim_valid[None, :]
-    if num_splits == 1:
-        tl.store(at_out, acc, mask=out_valid)
-        return
-    at_part = part_ptr + heads[:, None] * stride_part_h + dims[None, :]
-    at_lse = lse_ptr + heads
-    mine = index.to(tl.int64)
-    tl.store(at_part + mine * stride_part_i, acc, mask=out_valid)
-    tl.store(at_lse + mine * stride_lse_i, top + tl.log2(total), mask=row_valid)
-    # All threads have written before the one that counts says so.
-    tl.debug_barrier()
-    arrived = arrived_ptr + request * tl.num_programs(0) + head
-    if tl.atomic_add(arrived, 1, sem="acq_rel") != num_splits - 1:
-        return
-    # For the next launch.
-    tl.store(arrived, 0)
-    first = mine - split
-    # Past the first-level cache, which knows nothing of other multiprocessors' writes.
-    splits = tl.arange(0, MAX_SPLITS)
-    all_lse = tl.load(
-        at_lse[None, :] + (first + splits)[:, None] * stride_lse_i,
-        mask=(splits < num_splits)[:, None] & row_valid[None, :], other=-1.0e30,
-        cache_modifier=".cg",
+    finish_item(
+        acc, total, top, out_ptr, part_ptr, lse_ptr, arrived_ptr, index, request, split, num_splits,
+        row, head, heads, row_valid, dims, stride_o_t, stride_o_h, stride_part_i, stride_part_h,
+        stride_lse_i, D, ROWS, D_PAD, MAX_SPLITS, 4,
     )  # fmt: skip
-    top = tl.max(all_lse, 0)
-    total = tl.sum(tl.exp2(all_lse - top[None, :]), 0)
-    acc = tl.zeros([ROWS, D_PAD], tl.float32)
-    for begin in tl.range(0, num_splits, 4):
-        # Four reads that don't wait for each other.
-        for ahead in tl.static_range(4):
-            other = begin + ahead
-            there = other < num_splits
-            lse = tl.load(
-                at_lse + (first + other) * stride_lse_i, mask=row_valid & there, other=-1.0e30,
-                cache_modifier=".cg",
-            )  # fmt: skip
-            part = tl.load(
-                at_part + (first + other) * stride_part_i, mask=out_valid & there, other=0.0,
-                cache_modifier=".cg",
-            )  # fmt: skip
-            acc += part * tl.exp2(lse - top)[:, None]
-    tl.store(at_out, acc / total[:, None], mask=out_valid)
 
 
 @functools.cache
@@ -276,39 +327,48 @@ class DecodePlan:
         arrived: int32 ``(R, KV heads)``, zero between launches.
         num_items: rows of ``items`` that a launch has to cover; the same for the same number
             of requests.
+        waves: programs per multiprocessor that the plan aims at.
     """
 
     items: torch.Tensor
     count: torch.Tensor
     arrived: torch.Tensor
     num_items: int
+    waves: int = _WAVES
 
 
-def max_items(requests: int, kv_heads: int, max_seq_len: int, programs: int) -> int:
+def max_items(
+    requests: int, kv_heads: int, max_seq_len: int, programs: int, waves: int = _WAVES
+) -> int:
     """Items of a plan at most.
 
     Each request has its last stretch, and all others are at least a chunk long.
     """
     return min(
-        requests + _target(kv_heads, programs), requests * -(-(max_seq_len + _ALIGN) // _MIN_CHUNK)
+        requests + _target(kv_heads, programs, waves),
+        requests * -(-(max_seq_len + _ALIGN) // _MIN_CHUNK),
     )
 
 
-def _target(kv_heads: int, programs: int) -> int:
-    return -(-_WAVES * programs // kv_heads)
+def _target(kv_heads: int, programs: int, waves: int) -> int:
+    return -(-waves * programs // kv_heads)
 
 
 def make_plan_buffers(
-    requests: int, kv_heads: int, max_seq_len: int, device: torch.device
+    requests: int, kv_heads: int, max_seq_len: int, device: torch.device, waves: int = _WAVES
 ) -> DecodePlan:
-    """Buffers for plans of up to ``requests`` requests of up to ``max_seq_len`` tokens."""
-    items = max_items(requests, kv_heads, max_seq_len, num_multiprocessors(device))
+    """Buffers for plans of up to ``requests`` requests of up to ``max_seq_len`` tokens.
+
+    ``waves`` are programs per multiprocessor that a plan aims at.
+    """
+    items = max_items(requests, kv_heads, max_seq_len, num_multiprocessors(device), waves)
     options: dict[str, Any] = {"dtype": torch.int32, "device": device}
     return DecodePlan(
         items=torch.zeros((items, _FIELDS), **options),
         count=torch.zeros(1, **options),
         arrived=torch.zeros((requests, kv_heads), **options),
         num_items=items,
+        waves=waves,
     )
 
 
@@ -319,6 +379,7 @@ def plan_decodes(
     max_seq_len: int,
     window: int = 0,
     buffers: DecodePlan | None = None,
+    waves: int = _WAVES,
 ) -> DecodePlan:
     """The items of the requests that have exactly one query token; the others get none.
 
@@ -327,23 +388,25 @@ def plan_decodes(
             ``(R + 1,)``.
         max_seq_len: no request is ever longer; with ``buffers``, what they were made for.
         window: tokens that a query sees; 0 for all.
-        buffers: written to; new ones where None.
+        buffers: written to; new ones, for ``waves`` programs per multiprocessor, where None.
     """
     requests = seq_lens.shape[0]
     programs = num_multiprocessors(seq_lens.device)
     if buffers is None:
-        buffers = make_plan_buffers(requests, kv_heads, max_seq_len, seq_lens.device)
+        buffers = make_plan_buffers(requests, kv_heads, max_seq_len, seq_lens.device, waves)
+    waves = buffers.waves
     _plan_kernel[(1,)](
         seq_lens, query_start_loc, buffers.items, buffers.count, requests,
-        _target(kv_heads, programs), _MIN_CHUNK, window,
-        REQUESTS=triton.next_power_of_2(buffers.arrived.shape[0]), MAX_SPLITS=_MAX_SPLITS,
+        _target(kv_heads, programs, waves), _MIN_CHUNK, window,
+        REQUESTS=triton.next_power_of_2(buffers.arrived.shape[0]), MAX_SPLITS=MAX_SPLITS,
         ALIGN=_ALIGN, FIELDS=_FIELDS, num_warps=4,
     )  # fmt: skip
     return DecodePlan(
         items=buffers.items,
         count=buffers.count,
         arrived=buffers.arrived,
-        num_items=max_items(requests, kv_heads, max_seq_len, programs),
+        num_items=max_items(requests, kv_heads, max_seq_len, programs, waves),
+        waves=waves,
     )
 
 
@@ -377,20 +440,19 @@ def decode_attention(
     """
     shared = layer_scales(fmt, scales)
     num_heads, head_size = q.shape[1], q.shape[2]
-    num_kv_heads, page = kv_cache.shape[1], kv_cache.shape[2]
-    group = num_heads // num_kv_heads
+    cache, page = FormatArguments(kv_cache, fmt, head_size), kv_cache.shape[2]
+    group = num_heads // cache.kv_heads
     part = q.new_empty((plan.num_items, num_heads, head_size), dtype=torch.float32)
     lse = q.new_empty((plan.num_items, num_heads), dtype=torch.float32)
-    cache = FormatArguments(kv_cache, fmt, head_size)
-    _decode_kernel[(num_kv_heads, plan.num_items)](
-        q, cache.data, cache.scales, out, part, lse, block_table, plan.items, plan.count,
-        plan.arrived, alibi_slopes, sinks, scale * shared.k, shared.v, soft_cap,
+    _decode_kernel[(cache.kv_heads, plan.num_items)](
+        q, cache.data, cache.scales, cache.levels, out, part, lse, block_table, plan.items,
+        plan.count, plan.arrived, alibi_slopes, sinks, scale * shared.k, shared.v, soft_cap,
         q.stride(0), q.stride(1), out.stride(0), out.stride(1), *cache.strides,
-        block_table.stride(0), part.stride(0), part.stride(1), lse.stride(0),
+        *cache.scale_strides, block_table.stride(0), part.stride(0), part.stride(1), lse.stride(0),
         WINDOW=window, HAS_SOFT_CAP=soft_cap > 0, HAS_ALIBI=alibi_slopes is not None,
         HAS_SINKS=sinks is not None, GROUP=group, ROWS=max(16, triton.next_power_of_2(group)),
         FIELDS=_FIELDS, D=head_size, D_PAD=triton.next_power_of_2(head_size), PAGE=page,
         TILE=tile, PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
-        MAX_SPLITS=_MAX_SPLITS, num_warps=num_warps, num_stages=num_stages, **cache.constants,
+        MAX_SPLITS=MAX_SPLITS, num_warps=num_warps, num_stages=num_stages, **cache.constants,
         **options(q.device),
     )  # fmt: skip

@@ -48,18 +48,21 @@ def _normed_and_rotated(
 
 @triton.jit
 def _store_side(
-    kv_ptr, kv_scale_ptr, at, x, shared, heads_valid,
-    LARGEST: tl.constexpr, FORMAT: tl.constexpr, SCALE_AT: tl.constexpr, D: tl.constexpr,
-    D_PAD: tl.constexpr,
+    kv_ptr, at, at_scale, x, shared, heads_valid,
+    LARGEST: tl.constexpr, FORMAT: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr,
 ):  # fmt: skip
-    """Quantise a side of some heads, fp32 ``(heads, D)``, and store it; ``at`` are first bytes."""
-    NUM_BYTES: tl.constexpr = D // 2 if FORMAT == 5 else D
+    """Quantise a side of some heads, fp32 ``(heads, D)``, and store it and its scales."""
+    NUM_BYTES: tl.constexpr = D // 2 if FORMAT >= 5 else D
     raw, own = quantised(x, shared, LARGEST, FORMAT)
-    byte = tl.arange(0, D_PAD // 2 if FORMAT == 5 else D_PAD)
+    byte = tl.arange(0, D_PAD // 2 if FORMAT >= 5 else D_PAD)
     there = heads_valid[:, None] & (byte < NUM_BYTES)[None, :]
     tl.store(kv_ptr + at[:, None] + byte[None, :], raw, mask=there)
-    if FORMAT >= 3:
-        tl.store(kv_scale_ptr + at // 4 + SCALE_AT, own, mask=heads_valid)
+    if FORMAT == 6:
+        group = tl.arange(0, D_PAD // 16)
+        there = heads_valid[:, None] & (group < D // 16)[None, :]
+        tl.store(at_scale[:, None] + group[None, :], own, mask=there)
+    elif FORMAT >= 3:
+        tl.store(at_scale, own, mask=heads_valid)
 
 
 @triton.jit
@@ -67,10 +70,11 @@ def _rotate_and_store_kernel(
     q_ptr, k_ptr, v_ptr, kv_ptr, kv_scale_ptr, k_scale, v_scale, positions_ptr, cos_sin_ptr,
     slots_ptr, q_weight_ptr, k_weight_ptr, eps,
     stride_q_t, stride_q_h, stride_k_t, stride_k_h, stride_v_t, stride_v_h,
-    stride_kv_b, stride_kv_h, stride_kv_n, stride_cos_sin, page,
+    stride_kv_b, stride_kv_h, stride_kv_n, stride_s_b, stride_s_h, stride_s_n, stride_cos_sin,
+    page,
     Q_HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr,
     D_PAD: tl.constexpr, ROTARY: tl.constexpr, NEOX: tl.constexpr, HAS_NORM: tl.constexpr,
-    LARGEST: tl.constexpr, FORMAT: tl.constexpr, V_AT: tl.constexpr, SCALE_AT: tl.constexpr,
+    LARGEST: tl.constexpr, FORMAT: tl.constexpr, V_AT: tl.constexpr, V_SCALE_AT: tl.constexpr,
     UNIT: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Some heads of one token: query heads are rewritten in place, KV heads stored.
@@ -134,13 +138,21 @@ def _rotate_and_store_kernel(
                 tl.store(at_slot, k, mask=valid)
                 tl.store(at_slot + V_AT, v, mask=valid)
             else:
+                at_scale = begin
+                at_v_scale = begin
+                if FORMAT >= 3:
+                    at_scale = (
+                        kv_scale_ptr + (slot // page) * stride_s_b + (slot % page) * stride_s_n
+                        + heads.to(tl.int64) * stride_s_h
+                    )  # fmt: skip
+                    at_v_scale = at_scale + V_SCALE_AT
                 _store_side(
-                    kv_ptr, kv_scale_ptr, begin, k, k_scale, heads < KV_HEADS, LARGEST, FORMAT,
-                    SCALE_AT, D, D_PAD,
+                    kv_ptr, begin, at_scale, k, k_scale, heads < KV_HEADS, LARGEST, FORMAT, D,
+                    D_PAD,
                 )  # fmt: skip
                 _store_side(
-                    kv_ptr, kv_scale_ptr, begin + V_AT, v.to(tl.float32), v_scale, heads < KV_HEADS,
-                    LARGEST, FORMAT, SCALE_AT, D, D_PAD,
+                    kv_ptr, begin + V_AT, at_v_scale, v.to(tl.float32), v_scale,
+                    heads < KV_HEADS, LARGEST, FORMAT, D, D_PAD,
                 )  # fmt: skip
 
 
@@ -163,8 +175,7 @@ def rotate_and_store(
     Args:
         query: ``(T, Q, D)``, rewritten in place; None where nothing is rotated or normed.
         key, value: ``(T, K, D)``, any strides over T and K; ``key`` itself stays as it is.
-        kv_cache: ``(B, K, N, 2 * D)`` view; with ``fmt`` single bytes,
-            ``(B, K, N, 2 * side_bytes)``.
+        kv_cache: ``(B, K, N, 2 * D)`` view; with ``fmt`` single bytes, ``(B, slots, N, content)``.
         slot_mapping: int64 ``(T,)``. positions: int64 ``(T,)``.
         cos_sin_cache: ``(max positions, rotary)``, cosines then sines.
         norm_weights: ``(D,)`` each, of an RMSNorm over each head of query and key that comes
@@ -184,7 +195,7 @@ def rotate_and_store(
     _rotate_and_store_kernel[(tokens, triton.cdiv(q_heads, heads) + triton.cdiv(kv_heads, heads))](
         query, key, value, cache.data, cache.scales, shared.k, shared.v, positions, cos_sin_cache,
         slot_mapping, q_weight, k_weight, eps, *((0, 0) if query is None else query.stride()[:2]),
-        *key.stride()[:2], *value.stride()[:2], *cache.strides,
+        *key.stride()[:2], *value.stride()[:2], *cache.strides, *cache.scale_strides,
         0 if cos_sin_cache is None else cos_sin_cache.stride(0), kv_cache.shape[2],
         Q_HEADS=q_heads, KV_HEADS=kv_heads, HEADS=heads, D=head_size,
         D_PAD=triton.next_power_of_2(head_size), ROTARY=rotary, NEOX=is_neox,

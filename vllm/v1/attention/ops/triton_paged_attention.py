@@ -13,6 +13,7 @@ token are ``triton_decode``'s.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
@@ -21,29 +22,38 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from vllm.utils.dependent_launch import is_hopper
 from vllm.v1.attention.ops.kv_formats import KVFormat, SideScales
+from vllm.v1.attention.ops.triton_byte_decode import (
+    byte_decode_attention,
+    fits_byte_decode,
+)
 from vllm.v1.attention.ops.triton_decode import (
     DecodePlan,
     decode_attention,
     plan_decodes,
     score,
 )
-from vllm.v1.attention.ops.triton_formats import FormatArguments, layer_scales, widened
+from vllm.v1.attention.ops.triton_formats import FormatArguments, layer_scales, scaled, widened
+from vllm.v1.attention.ops.triton_slots import slot_keys, slot_values
 
 
 @triton.jit
 def _attend(
-    acc, total, top, q, kv_ptr, kv_scale_ptr, kv_desc, base, table, head, positions_q, dims, slopes,
-    scale, soft_cap, start, end, lowest, highest, stride_kv_b, stride_kv_n,
+    acc, total, top, q, kv_ptr, kv_scale_ptr, levels_ptr, kv_desc, base, scale_base, table,
+    head, positions_q, dims, slopes, scale, soft_cap, start, end, lowest, highest,
+    stride_kv_b, stride_kv_n, stride_s_b, stride_s_n,
     MASKED: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr,
     HAS_SOFT_CAP: tl.constexpr, HAS_ALIBI: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr,
     PAGE: tl.constexpr, TILE: tl.constexpr, USE_TMA: tl.constexpr, PRECISION: tl.constexpr,
-    STAGES: tl.constexpr, FORMAT: tl.constexpr, V_AT: tl.constexpr, SCALE_AT: tl.constexpr,
+    STAGES: tl.constexpr, FORMAT: tl.constexpr, V_AT: tl.constexpr, V_SCALE_AT: tl.constexpr,
     UNIT: tl.constexpr,
 ):  # fmt: skip
     """Online softmax over the tiles of ``[start, end)``; only a MASKED call looks at bounds."""
-    HAS_SCALES: tl.constexpr = FORMAT >= 3
-    BYTES_PAD: tl.constexpr = D_PAD // 2 if FORMAT == 5 else D_PAD
-    NUM_BYTES: tl.constexpr = D // 2 if FORMAT == 5 else D
+    IS_SLOT: tl.constexpr = FORMAT >= 7
+    HAS_SCALES: tl.constexpr = ((FORMAT >= 3) & (FORMAT <= 5)) | (FORMAT >= 8)
+    BYTES_PAD: tl.constexpr = D_PAD // 2 if FORMAT >= 5 else D_PAD
+    NUM_BYTES: tl.constexpr = D // 2 if FORMAT >= 5 else D
+    GROUPS: tl.constexpr = D_PAD // 16
+    group = tl.arange(0, GROUPS)
     byte = tl.arange(0, BYTES_PAD)
     k_scales = tl.zeros([TILE], tl.float32)
     for begin in tl.range(start, end, TILE, num_stages=STAGES):
@@ -60,12 +70,26 @@ def _attend(
                 block = tl.load(table + tokens // PAGE)
             at = base + block.to(tl.int64) * stride_kv_b * UNIT
             at += (tokens % PAGE) * stride_kv_n * UNIT
-            if FORMAT > 0:
+            if IS_SLOT:
+                there = (tokens >= 0)[:, None] & (dims < D)[None, :]
+                k = tl.trans(slot_keys(kv_ptr + at, dims, there, levels_ptr, q.dtype, FORMAT))
+                at_scale = kv_scale_ptr + scale_base + block.to(tl.int64) * stride_s_b
+                at_scale += (tokens % PAGE) * stride_s_n
+                if HAS_SCALES:
+                    k_scales = tl.load(at_scale).to(tl.float32)
+            elif FORMAT > 0:
                 at_byte = kv_ptr + at[:, None] + byte[None, :]
                 raw = tl.load(at_byte, mask=(byte < NUM_BYTES)[None, :], other=0)
-                k = tl.trans(widened(raw, q.dtype, FORMAT))
+                k = widened(raw, q.dtype, FORMAT)
+                if FORMAT >= 3:
+                    at_scale = kv_scale_ptr + scale_base + block.to(tl.int64) * stride_s_b
+                    at_scale += (tokens % PAGE) * stride_s_n
+                if FORMAT == 6:
+                    at_group = at_scale[:, None] + group[None, :]
+                    there = (group < D // 16)[None, :]
+                    k = scaled(k, tl.load(at_group, mask=there, other=0), GROUPS)
+                k = tl.trans(k)
                 if HAS_SCALES:
-                    at_scale = kv_scale_ptr + at // 4 + SCALE_AT
                     k_scales = tl.load(at_scale)
             elif D == D_PAD:
                 k = tl.load(kv_ptr + at[None, :] + dims[:, None])
@@ -90,11 +114,23 @@ def _attend(
         total = total * shrink + tl.sum(p, 1)
         if USE_TMA:
             v = kv_desc.load([block, head, begin % PAGE, D]).reshape(TILE, D)
+        elif IS_SLOT:
+            v = slot_values(kv_ptr + at + V_AT, dims, there, q.dtype, FORMAT)
+            v_scales = tl.load(at_scale + V_SCALE_AT).to(tl.float32)
+            zeros = tl.load(at_scale + V_SCALE_AT + 1).to(tl.float32)
+            if MASKED:
+                inside = (tokens >= lowest) & (tokens < highest)
+                v_scales = tl.where(inside, v_scales, 0.0)
+                zeros = tl.where(inside, zeros, 0.0)
+            zero = tl.sum(p * zeros[None, :], 1)
+            p = p * v_scales[None, :]
         elif FORMAT > 0:
             raw = tl.load(at_byte + V_AT, mask=(byte < NUM_BYTES)[None, :], other=0)
             v = widened(raw, q.dtype, FORMAT)
+            if FORMAT == 6:
+                v = scaled(v, tl.load(at_group + V_SCALE_AT, mask=there, other=0), GROUPS)
             if HAS_SCALES:
-                v_scales = tl.load(at_scale + V_AT // 4)
+                v_scales = tl.load(at_scale + V_SCALE_AT)
                 if MASKED:
                     v_scales = tl.where((tokens >= lowest) & (tokens < highest), v_scales, 0.0)
                 p = p * v_scales[None, :]
@@ -108,6 +144,8 @@ def _attend(
             # Slots never written, or freed behind the window, may hold NaN; 0 * NaN is NaN.
             v = tl.where(((tokens >= lowest) & (tokens < highest))[:, None], v, 0.0)
         acc = acc * shrink[:, None]
+        if IS_SLOT:
+            acc += zero[:, None]
         acc = tl.dot(p.to(v.dtype), v, acc, input_precision=PRECISION)
         top = new_top
     return acc, total, top
@@ -115,16 +153,16 @@ def _attend(
 
 @triton.jit(do_not_specialize=["num_requests"])
 def _prefill_kernel(
-    q_ptr, kv_ptr, kv_scale_ptr, kv_desc, out_ptr, block_table_ptr, seq_lens_ptr, query_start_ptr,
-    slopes_ptr, sinks_ptr, num_requests, scale, v_scale, soft_cap,
+    q_ptr, kv_ptr, kv_scale_ptr, levels_ptr, kv_desc, out_ptr, block_table_ptr, seq_lens_ptr,
+    query_start_ptr, slopes_ptr, sinks_ptr, num_requests, scale, v_scale, soft_cap,
     stride_q_t, stride_q_h, stride_o_t, stride_o_h,
-    stride_kv_b, stride_kv_h, stride_kv_n, stride_bt,
+    stride_kv_b, stride_kv_h, stride_kv_n, stride_s_b, stride_s_h, stride_s_n, stride_bt,
     WINDOW: tl.constexpr, HAS_SOFT_CAP: tl.constexpr, HAS_ALIBI: tl.constexpr,
     HAS_SINKS: tl.constexpr, CAUSAL: tl.constexpr,
     GROUP: tl.constexpr, TOKENS: tl.constexpr, ROWS: tl.constexpr,
     D: tl.constexpr, D_PAD: tl.constexpr, PAGE: tl.constexpr, TILE: tl.constexpr,
     USE_TMA: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr, FORMAT: tl.constexpr,
-    V_AT: tl.constexpr, SCALE_AT: tl.constexpr, UNIT: tl.constexpr,
+    V_AT: tl.constexpr, V_SCALE_AT: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
     """One tile of ``TOKENS`` query tokens x ``GROUP`` heads against all its visible KV.
 
@@ -176,6 +214,7 @@ def _prefill_kernel(
         total += 1.0
     acc = tl.zeros([ROWS, D_PAD], tl.float32)
     base = head.to(tl.int64) * stride_kv_h * UNIT
+    scale_base = head.to(tl.int64) * stride_s_h
     table = block_table_ptr + request.to(tl.int64) * stride_bt  # type: ignore[attr-defined]
     # Tokens [lowest, highest) are seen by some row; tiles in [full_start, full_end) by all.
     lowest = 0
@@ -190,23 +229,26 @@ def _prefill_kernel(
         full_start = tl.cdiv(tl.maximum(context + begin_q + TOKENS - WINDOW, 0), TILE) * TILE
         full_end = tl.maximum(full_end, full_start)
         acc, total, top = _attend(
-            acc, total, top, q, kv_ptr, kv_scale_ptr, kv_desc, base, table, head, positions_q, dims,
-            slopes, scale, soft_cap, lowest // TILE * TILE, tl.minimum(full_start, highest),
-            lowest, highest,
-            stride_kv_b, stride_kv_n, True, CAUSAL, WINDOW, HAS_SOFT_CAP, HAS_ALIBI, D, D_PAD,
-            PAGE, TILE, USE_TMA, PRECISION, STAGES, FORMAT, V_AT, SCALE_AT, UNIT,
+            acc, total, top, q, kv_ptr, kv_scale_ptr, levels_ptr, kv_desc, base, scale_base,
+            table, head, positions_q, dims, slopes, scale, soft_cap, lowest // TILE * TILE,
+            tl.minimum(full_start, highest), lowest, highest,
+            stride_kv_b, stride_kv_n, stride_s_b, stride_s_n, True, CAUSAL, WINDOW, HAS_SOFT_CAP,
+            HAS_ALIBI, D, D_PAD, PAGE, TILE, USE_TMA, PRECISION, STAGES, FORMAT, V_AT, V_SCALE_AT,
+            UNIT,
         )  # fmt: skip
     acc, total, top = _attend(
-        acc, total, top, q, kv_ptr, kv_scale_ptr, kv_desc, base, table, head, positions_q, dims,
-        slopes, scale, soft_cap, full_start, full_end, lowest, highest,
-        stride_kv_b, stride_kv_n, False, CAUSAL, WINDOW, HAS_SOFT_CAP, HAS_ALIBI, D, D_PAD,
-        PAGE, TILE, USE_TMA, PRECISION, STAGES, FORMAT, V_AT, SCALE_AT, UNIT,
+        acc, total, top, q, kv_ptr, kv_scale_ptr, levels_ptr, kv_desc, base, scale_base, table,
+        head, positions_q, dims, slopes, scale, soft_cap, full_start, full_end, lowest, highest,
+        stride_kv_b, stride_kv_n, stride_s_b, stride_s_n, False, CAUSAL, WINDOW, HAS_SOFT_CAP,
+        HAS_ALIBI, D, D_PAD, PAGE, TILE, USE_TMA, PRECISION, STAGES, FORMAT, V_AT, V_SCALE_AT,
+        UNIT,
     )  # fmt: skip
     acc, total, top = _attend(
-        acc, total, top, q, kv_ptr, kv_scale_ptr, kv_desc, base, table, head, positions_q, dims,
-        slopes, scale, soft_cap, full_end, highest, lowest, highest,
-        stride_kv_b, stride_kv_n, True, CAUSAL, WINDOW, HAS_SOFT_CAP, HAS_ALIBI, D, D_PAD,
-        PAGE, TILE, USE_TMA, PRECISION, STAGES, FORMAT, V_AT, SCALE_AT, UNIT,
+        acc, total, top, q, kv_ptr, kv_scale_ptr, levels_ptr, kv_desc, base, scale_base, table,
+        head, positions_q, dims, slopes, scale, soft_cap, full_end, highest, lowest, highest,
+        stride_kv_b, stride_kv_n, stride_s_b, stride_s_n, True, CAUSAL, WINDOW, HAS_SOFT_CAP,
+        HAS_ALIBI, D, D_PAD, PAGE, TILE, USE_TMA, PRECISION, STAGES, FORMAT, V_AT, V_SCALE_AT,
+        UNIT,
     )  # fmt: skip
     acc *= (v_scale / total)[:, None]
     tl.store(
@@ -227,6 +269,11 @@ class KernelConfig:
     prefill_warps: int
     prefill_stages: int
     tma: bool
+    byte_decode: bool = True
+    """Decodes over bytes go to the kernel made for them where it knows the shape."""
+    byte_tile: int | None = None
+    byte_registers: int = 168
+    byte_prefetch: bool = True
 
 
 def default_config(
@@ -290,7 +337,7 @@ def paged_attention(
     Args:
         q: ``(T, Q, D)``, any strides over T and Q, dense D.
         kv_cache: ``(B, H, N, 2 * D)`` view in the dtype of ``q``, dense last dimension; with
-            ``fmt`` single bytes, ``(B, H, N, 2 * side_bytes)``.
+            ``fmt`` single bytes, ``(B, slots, N, content)``.
         out: ``(T, Q, D)``; every row of a scheduled token is written.
         query_start_loc: int32 ``(R + 1,)``; seq_lens: int32 ``(R,)``; block_table: int32
             ``(R, max_blocks)`` of blocks of ``N`` tokens.
@@ -302,19 +349,31 @@ def paged_attention(
         scales: of the layer, for a format with one per tensor.
     """
     num_heads, head_size = q.shape[1], q.shape[2]
-    num_kv_heads, page = kv_cache.shape[1], kv_cache.shape[2]
+    num_kv_heads = kv_cache.shape[1] // (1 if fmt is None else fmt.head_slots(1))
+    page = kv_cache.shape[2]
     group = num_heads // num_kv_heads
     requests = seq_lens.shape[0]
     config = config or default_config(page, head_size, q.dtype, is_hopper(q.device), fmt)
     assert q.stride(2) == 1 and out.stride(2) == 1
     if has_decodes:
+        by_bytes = config.byte_decode and fits_byte_decode(fmt, head_size, page, group)
         if plan is None:
             plan = plan_decodes(seq_lens, query_start_loc, num_kv_heads, max_seq_len, window)
-        decode_attention(
-            q, kv_cache, out, plan, block_table, scale=scale, window=window, soft_cap=soft_cap,
-            alibi_slopes=alibi_slopes, sinks=sinks, tile=config.decode_tile,
-            num_warps=config.decode_warps, num_stages=config.decode_stages, fmt=fmt, scales=scales,
-        )  # fmt: skip
+        common: dict[str, Any] = {
+            "scale": scale, "window": window, "soft_cap": soft_cap, "alibi_slopes": alibi_slopes,
+            "sinks": sinks, "scales": scales,
+        }  # fmt: skip
+        if by_bytes:
+            assert fmt is not None
+            byte_decode_attention(
+                q, kv_cache, out, plan, block_table, fmt=fmt, tile=config.byte_tile,
+                registers=config.byte_registers, prefetch=config.byte_prefetch, **common,
+            )  # fmt: skip
+        else:
+            decode_attention(
+                q, kv_cache, out, plan, block_table, tile=config.decode_tile,
+                num_warps=config.decode_warps, num_stages=config.decode_stages, fmt=fmt, **common,
+            )  # fmt: skip
     if max_query_len > 1:
         rows = max(config.prefill_rows, triton.next_power_of_2(group))
         tokens = rows // group
@@ -325,10 +384,10 @@ def paged_attention(
             kv_desc = TensorDescriptor.from_tensor(kv_cache, [1, 1, tile, head_size])
         cache, shared = FormatArguments(kv_cache, fmt, head_size), layer_scales(fmt, scales)
         _prefill_kernel[(num_kv_heads, q.shape[0] // tokens + requests)](
-            q, cache.data, cache.scales, kv_desc, out, block_table, seq_lens, query_start_loc,
-            alibi_slopes, sinks, requests, scale * shared.k, shared.v, soft_cap,
+            q, cache.data, cache.scales, cache.levels, kv_desc, out, block_table, seq_lens,
+            query_start_loc, alibi_slopes, sinks, requests, scale * shared.k, shared.v, soft_cap,
             q.stride(0), q.stride(1), out.stride(0), out.stride(1), *cache.strides,
-            block_table.stride(0), WINDOW=window, HAS_SOFT_CAP=soft_cap > 0,
+            *cache.scale_strides, block_table.stride(0), WINDOW=window, HAS_SOFT_CAP=soft_cap > 0,
             HAS_ALIBI=alibi_slopes is not None, HAS_SINKS=sinks is not None, CAUSAL=causal,
             GROUP=group, TOKENS=tokens, ROWS=rows, D=head_size,
             D_PAD=triton.next_power_of_2(head_size), PAGE=page, TILE=tile, USE_TMA=config.tma,
