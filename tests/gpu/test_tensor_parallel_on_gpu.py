@@ -1,4 +1,7 @@
-"""Two GPUs compute what one does: tokens in float32, and log-probabilities."""
+"""Two GPUs compute what one does: tokens in float32, and log-probabilities.
+
+One test at a time: sums of several programs on the same GPUs wait for each other's turns.
+"""
 
 from __future__ import annotations
 

@@ -93,8 +93,10 @@ class Step:
         out = torch.full_like(self.query, float("nan"))
         impl.forward(layer, self.query, None, None, self.cache, metadata, out)
         exact = torch.zeros(self.query.shape, dtype=torch.float64)
-        if options.get("sinks") is not None:
-            options["sinks"] = options["sinks"].cpu()
+        options = {
+            name: value.cpu() if isinstance(value, torch.Tensor) else value
+            for name, value in options.items()
+        }
         _torch_ops.paged_attention(
             self.query.cpu().double(), self.cache.cpu().nan_to_num().double(), exact,
             torch.arange(len(self.lengths) + 1), torch.tensor(self.lengths), self.table,
@@ -149,7 +151,7 @@ def test_where_it_does_not_pay_or_is_not_known_each_request_reads_for_itself() -
     assert step.metadata(256, window=64).cascade is None
     assert Step(LENGTHS[:2], 256).metadata(256).cascade is None
     # Biases by distance want positions from the start.
-    slopes = torch.rand(step.heads)
+    slopes = torch.rand(step.heads, device=DEVICE)
     assert step.error(step.metadata(256), alibi_slopes=slopes) < TOLERANCE[torch.float32]
 
 

@@ -61,6 +61,7 @@ class Setup:
     policy: str = "fail"
     extra: str = "{}"
     """``kv_connector_extra_config`` as JSON."""
+    buffer_device: str | None = None
     options: tuple[str, ...] = ()
     environment: tuple[tuple[str, str], ...] = ()
     name: str = ""
@@ -72,6 +73,7 @@ class Setup:
             "kv_role": self.role,
             "kv_load_failure_policy": self.policy,
             "kv_connector_extra_config": json.loads(self.extra),
+            "kv_buffer_device": self.buffer_device,
         }
         if self.module_path is not None:
             config["kv_connector_module_path"] = self.module_path

@@ -14,6 +14,7 @@ from vllm.errors import CapacityError
 from vllm.logger import init_logger
 from vllm.platforms import current_platform
 from vllm.utils.system import format_bytes
+from vllm.v1.worker.gpu.cuda_graphs import capture_sizes
 from vllm.v1.worker.gpu.device import CUDADeviceLayer
 from vllm.v1.worker.gpu.model_runner import GPUModelRunner
 from vllm.v1.worker.gpu.sleep import SleepMemory
@@ -36,6 +37,11 @@ logger = init_logger(__name__)
 # What the driver, cuBLAS and compiled kernels take after the memory has been measured, and what
 # the allocator loses between its blocks.
 _HEADROOM_BYTES = 384 << 20
+# Float32 kernels have more numbers than registers: the driver sets memory aside for the rest, for
+# as many threads as the device can run (1.3 GiB on an H100).
+_FLOAT32_HEADROOM_BYTES = 1536 << 20
+# What is measured differs by some MiB from start to start: advice holds for all of them.
+_ADVICE_STEP_BYTES = 128 << 20
 
 
 class Worker(WorkerBase):
@@ -99,10 +105,11 @@ class Worker(WorkerBase):
         if asked is not None:
             room = total - needed
             if asked > room:
+                most = max(room // _ADVICE_STEP_BYTES - 1, 0) * _ADVICE_STEP_BYTES
                 raise CapacityError(
                     f"--kv-cache-memory-bytes asks for {format_bytes(asked)} of KV cache, but "
                     f"{format_bytes(max(room, 0))} are left beside the model: set it to at most "
-                    f"{max(room, 0)}"
+                    f"{most}"
                 )
             return asked
         share = self.cache_config.gpu_memory_utilization
@@ -146,15 +153,22 @@ class Worker(WorkerBase):
             format_bytes(graphs),
             format_bytes(elsewhere),
         )
-        return peak + elsewhere + graphs + _HEADROOM_BYTES
+        wide = self.model_config.dtype is torch.float32
+        return (
+            peak + elsewhere + graphs + _HEADROOM_BYTES + (_FLOAT32_HEADROOM_BYTES if wide else 0)
+        )
 
     def _graph_bytes(self) -> int:
-        """What the captured steps keep: logits above all, and some rows of activations."""
-        rows = self.model_runner.largest_graph
+        """What the captured steps keep: the outputs of each (1.1 GiB of logits for 128,256 tokens
+        in bf16), and the memory that they share, which the largest one needs.
+        """
+        sizes = capture_sizes(self.model_runner.largest_graph)
         config = self.model_config
-        text_config = config.hf_text_config
+        text_config, vocab = config.hf_text_config, config.get_vocab_size()
         width = 4 * getattr(text_config, "intermediate_size", text_config.hidden_size)
-        return rows * (config.get_vocab_size() + width) * config.dtype.itemsize * 3 // 2
+        kept = sum(sizes) * (vocab + text_config.hidden_size)
+        shared = sizes[0] * (vocab + width) * 3 // 2
+        return (kept + shared) * config.dtype.itemsize
 
     def initialize_from_config(self, kv_cache_config: KVCacheConfig) -> None:
         self.model_runner.initialize_kv_cache(kv_cache_config)
@@ -186,10 +200,11 @@ class Worker(WorkerBase):
     def sleep(self, level: int) -> None:
         memory = self._sleep_memory
         assert memory is not None, "the engine asks for --enable-sleep-mode first"
-        self.model_runner.release_kv_cache(lambda _: memory.release_pool())
         if level == 1:
+            # First: the host may not have the memory, and then nothing has changed.
             memory.offload_weights()
-        else:
+        self.model_runner.release_kv_cache(lambda _: memory.release_pool())
+        if level == 2:
             memory.drop_weights()
             self.model_runner.release_model()
             self._has_model = False

@@ -61,6 +61,8 @@ class NixlPort(TransferPort):
         self._peers: set[str] = set()
         self._kind = "DRAM"
         self._device = 0
+        self._places: dict[str, tuple[str, int]] = {}
+        """Kind and device of peers' caches, where they differ from ours."""
 
     @contextlib.contextmanager
     def _calling(self, what: str) -> Any:
@@ -98,7 +100,8 @@ class NixlPort(TransferPort):
                 self._agent.remove_remote_agent(peer)
 
     def prepare(self, peer: str | None, rows: np.ndarray, *, on_host: bool = False) -> Any:
-        kind, device = ("DRAM", 0) if on_host else (self._kind, self._device)
+        own = self._kind, self._device
+        kind, device = ("DRAM", 0) if on_host else self._places.get(peer or "", own)
         table = np.empty((len(rows), 5), dtype=np.uint64)
         table[:, :2] = rows[:, :2]
         table[:, 2] = device

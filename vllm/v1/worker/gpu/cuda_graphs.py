@@ -18,7 +18,7 @@ __all__ = ["CapturedStep", "DecodeGraphs", "capture_sizes"]
 
 @dataclass(slots=True)
 class CapturedStep:
-    """What a captured step leaves, until any graph runs again.
+    """What a captured step leaves, until any graph runs again. Each graph has its own.
 
     ``hidden`` ``(size, hidden)``, ``logits`` ``(size, V)``.
     """

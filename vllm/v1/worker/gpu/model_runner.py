@@ -129,8 +129,10 @@ class GPUModelRunner(ModelRunner):
         """Run the largest step there can be, without a cache, for the memory that it takes."""
         device = self.device.device
         ids = torch.zeros(num_tokens, dtype=torch.int64, device=device)
+        # Tables of rotations end at the longest request; a step holds the tokens of several.
+        longest = self.vllm_config.model_config.max_model_len
         with set_forward_context(ForwardContext(None, self.layers)):
-            hidden = self.model(ids, torch.arange(num_tokens, device=device))
+            hidden = self.model(ids, torch.arange(num_tokens, device=device) % longest)
         logits = self._compute_logits(hidden[:num_rows])
         # What the general sampler holds at once: the logits in float32, sorted, and their sums.
         wide = logits.float()

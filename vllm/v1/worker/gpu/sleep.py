@@ -141,7 +141,11 @@ class SleepMemory:
         return True
 
     def offload_weights(self) -> None:
-        """Keep the weights on the host and give their memory on the device back."""
+        """Keep the weights on the host and give their memory on the device back.
+
+        Raises:
+            CapacityError: the host cannot pin so much; the weights are where they were.
+        """
         assert self._weights is not None
         self._host = HostCopy(self._weights.tensor)
         self._weights.unmap()
