@@ -25,6 +25,7 @@ from triton.testing import do_bench
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from vllm.v1.attention.ops.kv_formats import FORMATS, KVFormat, kv_format
+from vllm.v1.attention.ops.triton_byte_decode import decode_waves, fits_byte_decode
 from vllm.v1.attention.ops.triton_decode import plan_decodes
 from vllm.v1.attention.ops.triton_paged_attention import paged_attention
 from vllm.v1.attention.ops.turboquant import TURBOQUANT_FORMATS
@@ -130,6 +131,7 @@ def decode_row(name: str, lengths: list[int], page: int, order: str) -> dict:
     # One plan serves all layers of a step.
     inputs["plan"] = plan_decodes(
         inputs["seq_lens"], inputs["query_start_loc"], KV_HEADS, inputs["max_seq_len"],
+        waves=decode_waves(fits_byte_decode(inputs["fmt"], D, page, Q_HEADS // KV_HEADS), D),
     )  # fmt: skip
     ms = replay_ms(lambda: paged_attention(**inputs))
     fmt = inputs["fmt"]
