@@ -41,7 +41,7 @@ __all__ = ["byte_decode_attention", "decode_waves", "fits_byte_decode"]
 
 # benchmarks/gpu/byte_decode_tiles.py on an H100: eight warps with all the registers there are beat
 # twelve with 168, and programs that are all resident at once beat more of them in turns (int8
-# 64 x 8192: 405 us with 4 per multiprocessor aimed at, 458 with 8; two splits a request, not three).
+# 64 x 8192: 405 us with 4 per multiprocessor aimed at, 458 with 8: two splits a request).
 _REGISTERS = 255
 _BYTE_WAVES = 4
 _HEAD_SIZES = (64, 128, 256)
