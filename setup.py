@@ -18,7 +18,7 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
 CPU = Path("csrc/cpu")
-SHARED = ("decoder_layer", "dispatch", "module", "pool", "scratch", "sha256")
+SHARED = ("decoder_layer", "dispatch", "module", "moves", "pool", "scratch", "sha256")
 PER_ISA = ("attention", "elementwise", "gemm", "linear_attention", "state")
 AVX2 = ["-mavx2", "-mfma", "-mf16c", "-mbmi2"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq"]

@@ -136,8 +136,9 @@ def test_every_path_a_pipeline_depends_on_exists(pipeline: Path) -> None:
         assert not missing, f"{pipeline.name}: no such path: {missing}"
 
 
-# Between processes of one engine, through inherited pipes or memory that has no name.
+# Between processes of one engine or benchmark, through inherited pipes or nameless memory.
 PICKLES = {
+    "vllm.benchmarks.load",
     "vllm.entrypoints.openai.api_server_group",
     "vllm.v1.engine.core_proc",
     "vllm.v1.engine.launch",

@@ -624,7 +624,8 @@ def cache_arguments(
     assert data.shape[3] * 2 == head_size
     _, own_head, own_token, _ = own.stride()
     apart = own.storage_offset() - data.storage_offset()
-    address = (data.data_ptr(), *data.stride()[:3])
+    data_block, data_head, data_token, _ = data.stride()
+    address = (data.data_ptr(), data_block, data_head, data_token)
     return address, (fmt.code, *factors, heads * head, apart, own_head, own_token)
 
 

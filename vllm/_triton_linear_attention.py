@@ -17,6 +17,8 @@ target of -1 is a request that is not there. Every address is a stride times an 
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import triton
 import triton.language as tl
@@ -24,14 +26,32 @@ import triton.language as tl
 from vllm._torch_state_ops import StateSegments
 from vllm._triton_state_ops import softplus
 
-__all__ = ["linear_attention"]
+__all__ = ["ChunkConfig", "chunk_config", "linear_attention"]
 
 _NORM_EPS = tl.constexpr(1e-6)
 _STEP_VALUES = 32
 _CHUNK_VALUES = 32
-_CHUNK = 64
-_VECTOR_CHUNK = 16
 _VECTOR_BLOCK = 32
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ChunkConfig:
+    """Tokens of a chunk, and the launch of the kernel that goes from chunk to chunk."""
+
+    tokens: int
+    warps: int
+    stages: int
+
+
+def chunk_config(dtype: torch.dtype, vector: bool) -> ChunkConfig:
+    """What fits registers and shared memory of a Hopper GPU at head sizes of 128.
+
+    Exact products of float32 take three passes and as many operands; decays of each number of a
+    key are kept for all pairs of a chunk's tokens.
+    """
+    if vector or dtype == torch.float32:
+        return ChunkConfig(tokens=16, warps=4, stages=1 if dtype == torch.float32 else 2)
+    return ChunkConfig(tokens=32, warps=4, stages=2)
 
 
 @triton.jit
@@ -227,7 +247,7 @@ def _chunks_kernel(
     stride_beta, stride_o_t, stride_o_h, stride_s_b, stride_s_h, stride_s_v,
     DK: tl.constexpr, DK_PAD: tl.constexpr, DV: tl.constexpr, GROUP: tl.constexpr,
     HAS_GATE: tl.constexpr, VECTOR: tl.constexpr, DELTA: tl.constexpr, NORMALIZE: tl.constexpr,
-    VALUES: tl.constexpr, CHUNK: tl.constexpr, PRECISION: tl.constexpr,
+    VALUES: tl.constexpr, CHUNK: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Some rows of one head's memory through all tokens of one request."""
     request = tl.program_id(2).to(tl.int64)
@@ -253,7 +273,7 @@ def _chunks_kernel(
         start = tl.load(token_starts_ptr + segment)
         end = tl.load(token_starts_ptr + segment + 1)
         chunk = (start // CHUNK + segment).to(tl.int64)
-        for begin in tl.range(start, end, CHUNK):
+        for begin in tl.range(start, end, CHUNK, num_stages=STAGES):
             token = (begin + rows).to(tl.int64)
             there = begin + rows < end
             mask = there[:, None] & k_valid[None, :]
@@ -320,6 +340,7 @@ def linear_attention(
     scale: float,
     normalize: bool,
     out: torch.Tensor,
+    config: ChunkConfig | None = None,
 ) -> None:
     """``gated_delta_rule`` and, without ``beta``, ``lightning_attention``, into ``out``.
 
@@ -350,7 +371,8 @@ def linear_attention(
         )  # fmt: skip
         return
     precision = "tf32x3" if value.dtype == torch.float32 else "tf32"
-    chunk = _VECTOR_CHUNK if vector else _CHUNK
+    config = config or chunk_config(value.dtype, vector)
+    chunk = config.tokens
     inverse = products = None
     if beta is not None:
         num_segments = segments.targets.shape[0]
@@ -367,5 +389,6 @@ def linear_attention(
     _chunks_kernel[(triton.cdiv(value_size, _CHUNK_VALUES), heads, segments.num_requests)](
         *pointers, inverse, products, segments.token_starts, segments.request_starts,
         segments.sources, segments.targets, scale, *strides, **sizes, **kind, DV=value_size,
-        VALUES=_CHUNK_VALUES, CHUNK=chunk, PRECISION=precision, num_warps=4,
+        VALUES=_CHUNK_VALUES, CHUNK=chunk, STAGES=config.stages, PRECISION=precision,
+        num_warps=config.warps,
     )  # fmt: skip

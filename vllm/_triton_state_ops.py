@@ -21,7 +21,7 @@ __all__ = ["causal_conv1d", "gated_rms_norm", "selective_scan", "softplus", "ssd
 
 _CONV_TOKENS, _CONV_CHANNELS = 32, 128
 _SCAN_TOKENS, _SCAN_CHANNELS = 16, 16
-_SSD_TOKENS, _SSD_WIDTH = 64, 32
+_SSD_TOKENS, _SSD_EXACT_TOKENS, _SSD_WIDTH = 32, 16, 32
 _STEP_CHANNELS = 64
 
 
@@ -380,7 +380,8 @@ def _ssd_kernel(
     stride_x_t, stride_x_h, stride_dt, stride_b_t, stride_b_g, stride_c_t, stride_c_g,
     stride_out_t, stride_out_h, stride_s_b,
     P: tl.constexpr, N: tl.constexpr, N_PAD: tl.constexpr, GROUP: tl.constexpr,
-    WIDTH: tl.constexpr, TOKENS: tl.constexpr, PRECISION: tl.constexpr,
+    WIDTH: tl.constexpr, TOKENS: tl.constexpr, STAGES: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Some rows of one head of one request, in runs of tokens (Dao and Gu 2024, section 6).
 
@@ -407,7 +408,7 @@ def _ssd_kernel(
     last = tl.load(request_starts_ptr + request + 1)
     for segment in tl.range(first, last):
         end = tl.load(token_starts_ptr + segment + 1)
-        for begin in tl.range(tl.load(token_starts_ptr + segment), end, TOKENS):
+        for begin in tl.range(tl.load(token_starts_ptr + segment), end, TOKENS, num_stages=STAGES):
             token = (begin + rows).to(tl.int64)
             there = begin + rows < end
             x = tl.load(
@@ -477,9 +478,11 @@ def ssd_scan(
             *pointers, segments.sources, segments.targets, *dt_limit, *strides, **sizes, num_warps=4
         )
         return out
+    # Exact products of float32 take three passes and as many operands.
+    tokens_at_once = _SSD_TOKENS if x.dtype != torch.float32 else _SSD_EXACT_TOKENS
     _ssd_kernel[(parts, heads, segments.num_requests)](
         *pointers, segments.token_starts, segments.request_starts, segments.sources,
-        segments.targets, *dt_limit, *strides, **sizes, TOKENS=_SSD_TOKENS,
+        segments.targets, *dt_limit, *strides, **sizes, TOKENS=tokens_at_once, STAGES=1,
         PRECISION=_precision(x), num_warps=4,
     )  # fmt: skip
     return out

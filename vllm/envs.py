@@ -116,6 +116,8 @@ variables: dict[str, Callable[[], Any]] = {
     # Seconds that blocks wait to be fetched, and that one transfer may take.
     "VLLM_MOONCAKE_ABORT_REQUEST_TIMEOUT": _float("VLLM_MOONCAKE_ABORT_REQUEST_TIMEOUT", 480.0),
     "VLLM_MOONCAKE_CONNECTOR_TIMEOUT": _float("VLLM_MOONCAKE_CONNECTOR_TIMEOUT", 30.0),
+    # Small sums of tensor-parallel GPUs through memory that all of them see, not through NCCL.
+    "VLLM_ALLREDUCE_USE_SYMM_MEM": _bool("VLLM_ALLREDUCE_USE_SYMM_MEM", True),
     # Comma-separated plug-in names to load; unset loads all, empty none.
     "VLLM_PLUGINS": _str("VLLM_PLUGINS", None),
     "VLLM_HOST_IP": _str("VLLM_HOST_IP", "127.0.0.1"),

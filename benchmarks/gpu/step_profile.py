@@ -8,6 +8,7 @@ The engine runs in this process, with dummy weights, so that torch's profiler se
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import random
@@ -53,12 +54,49 @@ def breakdown(profile: Any, steps: int) -> dict[str, Any]:
     }
 
 
+class Gaps:
+    """How long the device has nothing to do between steps, by events of its own; no profiler."""
+
+    def __init__(self, llm: LLM) -> None:
+        self._runner = llm.llm_engine.client._core.executor.worker.model_runner
+        self._edges: list[list[torch.cuda.Event]] = []
+
+    def __enter__(self) -> Gaps:
+        runner = self._runner
+        self._execute, self._sample = runner.execute_model, runner.sample_tokens
+        runner.execute_model, runner.sample_tokens = self._begin, self._end
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        del self._runner.execute_model, self._runner.sample_tokens
+
+    def _mark(self) -> torch.cuda.Event:
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def _begin(self, *args: Any) -> Any:
+        self._edges.append([self._mark()])
+        return self._execute(*args)
+
+    def _end(self, *args: Any) -> Any:
+        result = self._sample(*args)
+        self._edges[-1].append(self._mark())
+        return result
+
+    def percent(self) -> float:
+        """Of the time from the first step to the last one."""
+        edges = [edge for edge in self._edges if len(edge) == 2]
+        idle = sum(a[1].elapsed_time(b[0]) for a, b in itertools.pairwise(edges))
+        return round(100 * idle / edges[0][0].elapsed_time(edges[-1][1]), 2)
+
+
 def run_steps(llm: LLM, prompts: int, length: int, skip: int, steps: int) -> dict[str, Any]:
     rng = random.Random(0)
     vocab = llm.llm_engine.model_config.get_vocab_size()
     engine = llm.llm_engine
     params = SamplingParams(
-        temperature=0.6, ignore_eos=True, max_tokens=skip + steps + 12, detokenize=False
+        temperature=0.6, ignore_eos=True, max_tokens=skip + 2 * steps + 12, detokenize=False
     )
     for i in range(prompts):
         ids = [rng.randrange(10, vocab - 1000) for _ in range(length)]
@@ -71,6 +109,10 @@ def run_steps(llm: LLM, prompts: int, length: int, skip: int, steps: int) -> dic
         engine.step()
     torch.cuda.synchronize()
     plain = (time.perf_counter() - begin) / steps
+    with Gaps(llm) as gaps:
+        for _ in range(steps):
+            engine.step()
+        torch.cuda.synchronize()
     activities = [torch.profiler.ProfilerActivity.CUDA]
     with torch.profiler.profile(activities=activities) as profile:
         for _ in range(5):
@@ -78,6 +120,7 @@ def run_steps(llm: LLM, prompts: int, length: int, skip: int, steps: int) -> dic
         torch.cuda.synchronize()
     result = breakdown(profile, 5)
     result["wall_us_unprofiled"] = round(plain * 1e6, 1)
+    result["idle_percent_between_steps"] = gaps.percent()
     while engine.has_unfinished_requests():
         engine.step()
     return result

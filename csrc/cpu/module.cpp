@@ -11,6 +11,7 @@
 
 #include "decoder_layer.h"
 #include "dispatch.h"
+#include "moves.h"
 #include "pool.h"
 #include "sha256.h"
 
@@ -365,6 +366,20 @@ ENTRY(argmax) {
   return run(r, kernels().argmax, a);
 }
 
+ENTRY(move_pieces) {
+  Reader r(argv, argc, 8);
+  MoveArgs a;
+  a.source = r.pointer<char>();
+  a.target = r.pointer<char>();
+  a.source_starts = r.pointer<int64_t>();
+  a.target_starts = r.pointer<int64_t>();
+  a.units = r.number();
+  a.pieces = r.pointer<Piece>();
+  a.num_pieces = r.number();
+  a.streams = r.number() != 0;
+  return run(r, vllm_cpu::move_pieces, a);
+}
+
 ENTRY(linear_attention) {
   Reader r(argv, argc, 35);
   LinearAttentionArgs a;
@@ -640,6 +655,7 @@ PyMethodDef methods[] = {
     FAST(silu_mul),
     FAST(gated_mul),
     FAST(argmax),
+    FAST(move_pieces),
     FAST(linear_attention),
     FAST(causal_conv1d),
     FAST(selective_scan),

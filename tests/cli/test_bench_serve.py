@@ -70,6 +70,19 @@ def test_concurrency_is_kept(bench, peer):
     assert peer.most_in_flight == 4
 
 
+def test_several_client_processes_share_the_load(bench, peer, tmp_path):
+    peer.delay = 0.3
+    answer = bench(
+        "--num-prompts", "11", "--max-concurrency", "7", "--client-processes", "3",
+        "--save-result", "--result-dir", str(tmp_path), "--result-filename", "r.json",
+    )  # fmt: skip
+    assert answer.status == 0, answer.err
+    result = json.loads((tmp_path / "r.json").read_text())
+    assert (result["completed"], result["total_output_tokens"]) == (11, 44)
+    assert peer.most_in_flight == result["max_concurrent_requests"] == 7
+    assert len({request["prompt"] for request in peer.requests}) == 11
+
+
 def test_hundreds_of_streams_at_once(bench, peer, tmp_path):
     peer.delay = 1.5
     answer = bench(

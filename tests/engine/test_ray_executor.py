@@ -48,6 +48,11 @@ def node_of(worker: Any) -> str:
     return ray.get_runtime_context().get_node_id()
 
 
+def nap(worker: Any, seconds: float) -> int:
+    time.sleep(seconds)
+    return worker.rank
+
+
 def test_two_nodes_give_the_tokens_of_one_process_until_an_actor_is_killed(
     tiny_model: Path, llm: LLM, cluster: Any
 ):
@@ -67,6 +72,9 @@ def test_two_nodes_give_the_tokens_of_one_process_until_an_actor_is_killed(
                 {t: e.logprob for t, e in other.items()}, abs=1e-4
             )
     assert two.collective_rpc("check_health") == [None, None]
+    with pytest.raises(TimeoutError, match=r"nap: no answer within 0\.05 s from 2 of 2 workers"):
+        executor.collective_rpc(nap, (2.0,), timeout=0.05)
+    assert executor.collective_rpc(nap, (0.0,), timeout=60) == [0, 1]
 
     heard: list[Exception] = []
     executor.register_failure_callback(heard.append)

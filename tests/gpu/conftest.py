@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import random
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +16,12 @@ SHAPE = {
     "num_attention_heads": 8, "num_key_value_heads": 2, "max_position_embeddings": 2048,
 }  # fmt: skip
 """Heads of 16."""
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--soak-seconds", type=float, default=300.0, help="how long the GPU's soak test runs"
+    )
 
 
 @pytest.fixture(scope="session")
@@ -50,24 +57,35 @@ def greedy(hf_model, prompts) -> list[list[int]]:
         torch.set_num_threads(before)
 
 
+class _Start:
+    """Starts engines, and ends them with the test."""
+
+    def __init__(self, model: str) -> None:
+        self._defaults = {
+            "model": model, "skip_tokenizer_init": True, "max_model_len": 512,
+            "dtype": "float32", "kv_cache_memory_bytes": 64 << 20, "max_num_seqs": 32,
+        }  # fmt: skip
+        self._started: list[Any] = []
+
+    def __call__(self, **options: Any) -> Any:
+        from vllm import LLM
+
+        self._started.append(LLM(**self._defaults | options))
+        return self._started[-1]
+
+    def forget(self) -> None:
+        """End all that was started and free what it held."""
+        for llm in self._started:
+            llm.shutdown()
+        self._started.clear()
+        gc.collect()
+        torch.cuda.empty_cache()
+
+
 @pytest.fixture
 def start(model, monkeypatch):
     """``start(**options)``: an ``LLM`` on the tiny model in float32, in this process."""
-    from vllm import LLM
-
     monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-    started = []
-
-    def make(**options) -> LLM:
-        defaults = {"dtype": "float32", "kv_cache_memory_bytes": 64 << 20, "max_num_seqs": 32}
-        started.append(
-            LLM(model=model, skip_tokenizer_init=True, max_model_len=512, **defaults | options)
-        )
-        return started[-1]
-
-    yield make
-    for llm in started:
-        llm.shutdown()
-    started.clear()
-    gc.collect()
-    torch.cuda.empty_cache()
+    starting = _Start(model)
+    yield starting
+    starting.forget()

@@ -111,7 +111,11 @@ class Step:
 
     def builder(self) -> Any:
         config: Any = SimpleNamespace(
-            model_config=SimpleNamespace(max_model_len=512),
+            model_config=SimpleNamespace(
+                max_model_len=512, get_num_attention_heads=lambda _: self.heads
+            ),
+            parallel_config=None,
+            cache_config=SimpleNamespace(dtype_of_layer=lambda *_: self.cache_dtype),
             scheduler_config=SimpleNamespace(max_num_seqs=8),
         )
         spec = FullAttentionSpec(

@@ -52,6 +52,8 @@ class Setup:
     role: str | None = None
     """None: a plain server, without connector."""
     connector: str = "NixlConnector"
+    module_path: str | None = None
+    """Of a connector that is not ours."""
     tp: int = 1
     block_size: int = 16
     layout: str | None = None
@@ -59,6 +61,7 @@ class Setup:
     policy: str = "fail"
     extra: str = "{}"
     """``kv_connector_extra_config`` as JSON."""
+    buffer_device: str | None = None
     options: tuple[str, ...] = ()
     environment: tuple[tuple[str, str], ...] = ()
     name: str = ""
@@ -70,7 +73,10 @@ class Setup:
             "kv_role": self.role,
             "kv_load_failure_policy": self.policy,
             "kv_connector_extra_config": json.loads(self.extra),
+            "kv_buffer_device": self.buffer_device,
         }
+        if self.module_path is not None:
+            config["kv_connector_module_path"] = self.module_path
         return config | ({"engine_id": self.name} if self.name else {})
 
 

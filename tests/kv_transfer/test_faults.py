@@ -17,7 +17,7 @@ from tests.core.helpers import make_request, make_vllm_config
 from tests.kv_cache.helpers import full, placed
 from vllm.config import KVTransferConfig
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorRole
-from vllm.distributed.kv_transfer.kv_connector.v1.nixl.assembly import make_worker
+from vllm.distributed.kv_transfer.kv_connector.v1.nixl.assembly import make_ring, make_worker
 from vllm.distributed.kv_transfer.kv_connector.v1.nixl.connector import NixlConnector
 from vllm.distributed.kv_transfer.kv_connector.v1.nixl.peers import LocalSide
 from vllm.distributed.kv_transfer.transport.memory import Faults, MemoryFabric, MemoryPort
@@ -32,7 +32,16 @@ from vllm.v1.outputs import KVConnectorOutput, ModelRunnerOutput
 
 BLOCK = 16
 NUM_BLOCKS = 40
-EXTRA = {"kv_lease_duration": 3.0, "transfer_timeout": 1.0, "handshake_timeout": 0.5}
+EXTRA = {
+    "kv_lease_duration": 3.0,
+    "push_registration_timeout": 3.0,
+    "transfer_timeout": 1.0,
+    "handshake_timeout": 0.5,
+    # One or two units a chunk.
+    "staging_slot_bytes": 4096,
+    "staging_slots": 3,
+}
+WAYS = ("pull", "pull staged", "push", "push staged", "pull through the host buffer")
 
 
 class Clock:
@@ -48,7 +57,7 @@ class Clock:
 class Engine:
     """Scheduler, connector halves, a cache in memory, and a model that reads it."""
 
-    def __init__(self, fabric, clock, name, role, policy, layout, block_size=BLOCK):
+    def __init__(self, fabric, clock, name, role, policy, layout, block_size=BLOCK, way="pull"):
         self.fabric, self.name, self.block_size = fabric, name, block_size
         vllm_config = make_vllm_config()
         transfer = KVTransferConfig(
@@ -56,7 +65,10 @@ class Engine:
             engine_id=name,
             kv_role=role,
             kv_load_failure_policy=policy,
-            kv_connector_extra_config=EXTRA,
+            kv_connector_extra_config={
+                **EXTRA,
+                "transfer_path": "staging" if "staged" in way else "descriptors",
+            },
         )
         object.__setattr__(vllm_config, "kv_transfer_config", transfer)
         object.__setattr__(vllm_config, "instance_id", f"{name} since {clock.now}")
@@ -67,9 +79,15 @@ class Engine:
         self.scheduler = Scheduler(
             vllm_config, self.config, None, block_size, True, connector=self.connector
         )
+        on_host = "host" in way
+        settings = self.connector._settings
+        ring = make_ring(self.cache.backing, settings) if way != "pull" else None
         base = self.cache.backing.data_ptr()
         self.port = MemoryPort(fabric, f"{name}-agent-{random.Random(clock.now).random()}")
-        self.port.register([(base, self.cache.backing.numel())], "cpu")
+        if not on_host:
+            self.port.register([(base, self.cache.backing.numel())], "cpu")
+        if ring is not None:
+            self.port.register([ring.region], "cpu")
         local = LocalSide(
             engine_id=name,
             session=vllm_config.instance_id,
@@ -77,9 +95,19 @@ class Engine:
             descriptor=describe(self.config, base),
             total_heads={"l.0": 2, "l.1": 2},
             factors={"model": "m"},
+            ring=None if ring is None else ring.shape,
+            registers_blocks=not on_host,
         )
+        self.ring = ring
         self.worker, self.payload = make_worker(
-            local, self.connector._settings, self.port, self.ask, threaded=False
+            local,
+            settings,
+            self.port,
+            self.ask,
+            backing=self.cache.backing,
+            ring=ring,
+            pushes="push" in way,
+            threaded=False,
         )
         self.worker._clock = clock
         self.tables, self.tokens = {}, {}
@@ -192,8 +220,9 @@ def expected_tokens(prompt, count, memo={}):  # noqa: B006 - one for all tests
 class Campaign:
     """One seed: a pair of engines, some requests, and faults while they run."""
 
-    def __init__(self, seed, corrupt=0.0):
+    def __init__(self, seed, corrupt=0.0, way=None):
         self.rng = random.Random(seed)
+        self.way = way or WAYS[seed % len(WAYS)]
         rng = self.rng
         rates = {
             name: rng.choice((0.0, 0.15, 0.4))
@@ -210,7 +239,9 @@ class Campaign:
         self.num_right = self.num_failed = 0
 
     def engine(self, name, role, layout, block_size=BLOCK):
-        return Engine(self.fabric, self.clock, name, role, self.policy, layout, block_size)
+        return Engine(
+            self.fabric, self.clock, name, role, self.policy, layout, block_size, self.way
+        )
 
     def turn(self):
         self.clock.now += 0.02
@@ -276,6 +307,8 @@ class Campaign:
         for engine in (self.p, self.d):
             assert engine.free_blocks() == NUM_BLOCKS - 1
             assert not engine.worker._loads and not engine.worker._leases
+            assert not engine.worker._giver.is_busy and not engine.worker._taker.is_busy
+            assert engine.ring is None or engine.ring.num_free == engine.ring.shape.num_slots
             engine.scheduler.check_integrity()
 
 
@@ -307,16 +340,17 @@ def test_two_thousand_faults():
 def test_a_corruption_on_the_way_would_be_noticed():
     """The campaign can fail: with bytes changed in the transfer it does."""
     wrong = 0
-    for seed in range(4):
+    for seed in range(5):
         campaign = Campaign(seed, corrupt=1.0)
         campaign.run()
         wrong += len(campaign.wrong)
     assert wrong
 
 
-def test_blocks_of_a_hanging_load_are_kept_back_until_it_ends():
+@pytest.mark.parametrize("way", WAYS)
+def test_blocks_of_a_hanging_load_are_kept_back_until_it_ends(way):
     """The request fails in time; what is written later hits nobody's blocks."""
-    campaign = Campaign(3)
+    campaign = Campaign(3, way=way)
     for name in ("delay", "hang", "fail", "lose", "duplicate", "reorder", "garbage"):
         setattr(campaign.faults, name, 0.0)
     campaign.faults.hang = 1.0
@@ -336,8 +370,9 @@ def test_blocks_of_a_hanging_load_are_kept_back_until_it_ends():
     campaign.settle()
 
 
-def test_a_given_up_load_is_computed_into_other_blocks():
-    campaign = Campaign(3)
+@pytest.mark.parametrize("way", WAYS)
+def test_a_given_up_load_is_computed_into_other_blocks(way):
+    campaign = Campaign(3, way=way)
     for name in ("delay", "hang", "fail", "lose", "duplicate", "reorder", "garbage"):
         setattr(campaign.faults, name, 0.0)
     campaign.faults.hang = 1.0

@@ -2,8 +2,10 @@
 
 import importlib.util
 import time
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from tests.entrypoints.server import free_port
 from tests.kv_transfer.conftest import greedy, prompt_of
@@ -21,12 +23,15 @@ ASK = {"do_remote_decode": True, "do_remote_prefill": False}
 
 def config(role="kv_both", **extra):
     policy = extra.pop("policy", "fail")
-    return {
-        "kv_connector": "NixlConnector",
+    found = {
+        "kv_connector": extra.pop("connector", "NixlConnector"),
         "kv_role": role,
         "kv_load_failure_policy": policy,
         "kv_connector_extra_config": extra,
     }
+    if "buffer" in extra:
+        found["kv_buffer_device"] = extra.pop("buffer")
+    return found
 
 
 @pytest.fixture
@@ -43,7 +48,11 @@ def prefill(llm, prompts, ask=None):
     params = SamplingParams(
         temperature=0, max_tokens=1, extra_args={"kv_transfer_params": ask or ASK}
     )
-    return [out.kv_transfer_params for out in llm.generate(prompts, params, use_tqdm=False)]
+    answers = [out.kv_transfer_params for out in llm.generate(prompts, params, use_tqdm=False)]
+    # An engine of its own process goes on stepping; that is how its worker hears of leases.
+    if core_of(llm).has_work():
+        core_of(llm).step()
+    return answers
 
 
 def decode(llm, prompts, answers, count=8):
@@ -112,6 +121,94 @@ def test_layouts_and_block_sizes_may_differ(make_llm, make_nixl, monkeypatch, ou
     assert tokens == plain
     wait_until_free(p)
     wait_until_free(d)
+
+
+STAGED = {"transfer_path": "staging", "staging_slot_bytes": 1 << 14}
+PUSHED = {"connector": "NixlPushConnector"}
+WAYS = {
+    "staged": STAGED,
+    "pushed": {**PUSHED, "transfer_path": "descriptors"},
+    "pushed and staged": {**PUSHED, **STAGED},
+    "host buffer": {"buffer": "cpu"},
+    "host buffer, pushed": {"buffer": "cpu", **PUSHED},
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_every_way_brings_the_same_tokens(make_llm, make_nixl, monkeypatch, way):
+    """Layouts and block sizes differ, so that a block is many runs; chunks are small."""
+    plain = greedy(make_llm(), PROMPTS)
+    monkeypatch.setenv("VLLM_KV_CACHE_LAYOUT", "LBNHC")
+    p = make_nixl("kv_producer", dict(WAYS[way]), block_size=32)
+    monkeypatch.setenv("VLLM_KV_CACHE_LAYOUT", "BHLNC")
+    d = make_nixl("kv_consumer", dict(WAYS[way]))
+    for _ in range(2):
+        tokens, outputs = decode(d, PROMPTS, prefill(p, PROMPTS))
+        assert tokens == plain
+        assert [out.num_cached_tokens for out in outputs] == [70, 33, 128, 5]
+        wait_until_free(p)
+        wait_until_free(d)
+    worker = worker_of(d)
+    took = "descriptors" if way == "pushed" else "staging"
+    assert worker.ways == {took}
+    # A host buffer is all that peers can reach.
+    assert worker.registers_blocks is not way.startswith("host")
+
+
+def worker_of(llm):
+    """What D's transfer thread has done."""
+    worker = core_of(llm).executor.worker.model_runner._connector._connector._worker
+    return SimpleNamespace(
+        ways=set(worker.ways_taken), registers_blocks=worker._local.registers_blocks
+    )
+
+
+@pytest.mark.parametrize(
+    ("theirs", "ours"), [("auto", "fp8"), ("fp8", "auto"), ("auto", "fp8_e5m2")]
+)
+def test_numbers_are_converted_by_the_receiver(make_nixl, theirs, ours):
+    """What D then holds is what it would have stored of P's numbers, to the bit."""
+    extra = {"staging_slot_bytes": 1 << 14}
+    given = {"attention_config": {"backend": "TORCH_REF"}}
+    p = make_nixl("kv_producer", extra, kv_cache_dtype=theirs, **given)
+    d = make_nixl("kv_consumer", extra, kv_cache_dtype=ours, block_size=32, **given)
+    answers = prefill(p, PROMPTS)
+    rows = [answer["remote_block_ids"][0] for answer in answers]
+    there = [layer_tokens(p, rows[0], 16, 70, index) for index in (0, 1)]
+    tokens, outputs = decode(d, PROMPTS, answers, count=1)
+    assert [out.num_cached_tokens for out in outputs] == [70, 33, 128, 5]
+    assert all(tokens)
+    dtypes = {"fp8": torch.float8_e4m3fn, "fp8_e5m2": torch.float8_e5m2}
+    cached = core_of(d).scheduler.kv_cache_manager
+    block_ids = [block.block_id for block in cached.block_pool.blocks if block.block_hash]
+    for index, numbers in enumerate(there):
+        if theirs == "auto":
+            expected = numbers.to(dtypes[ours]).view(torch.uint8)
+        else:
+            expected = numbers.view(dtypes[theirs]).float()
+        held = core_of(d).executor.worker.model_runner.kv_caches[index]
+        found = held[block_ids].transpose(1, 2).flatten(0, 1)
+        # Two full blocks of 32 tokens of the first prompt are among what D keeps.
+        wanted = expected[:64].reshape(2, -1)
+        blocks = found.reshape(len(block_ids), -1)
+        for block in wanted:
+            assert any(torch.equal(block, own) for own in blocks)
+
+
+def layer_tokens(llm, row, block_size, count, index):
+    """``(tokens, heads, content)`` of a layer."""
+    token = torch.arange(count)
+    cache = core_of(llm).executor.worker.model_runner.kv_caches[index]
+    return cache[torch.tensor(row)[token // block_size], :, token % block_size].clone()
+
+
+def test_formats_without_a_conversion_are_refused_with_both(make_nixl, caplog):
+    given = {"attention_config": {"backend": "TORCH_REF"}}
+    p = make_nixl("kv_producer", kv_cache_dtype="fp8_e5m2", **given)
+    d = make_nixl("kv_consumer", kv_cache_dtype="fp8", **given)
+    with pytest.raises(KVTransferError, match="kv_load_failure_policy"):
+        decode(d, PROMPTS[:1], prefill(p, PROMPTS[:1]))
+    assert "--kv-cache-dtype is fp8_e4m3 here and fp8_e5m2 there" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -304,3 +401,9 @@ def test_settings_are_checked(make_nixl):
         make_nixl(extra={"kv_lease_duration": 0})
     with pytest.raises(ConfigError, match="no backends"):
         make_nixl(extra={"backends": ["NOSUCH"]})
+    with pytest.raises(ConfigError, match="transfer_path must be one of auto"):
+        make_nixl(extra={"transfer_path": "pigeons"})
+    with pytest.raises(ConfigError, match="staging_slot_bytes must be a power of two"):
+        make_nixl(extra={"staging_slot_bytes": 10000})
+    with pytest.raises(ConfigError, match="the buffer is the staging ring"):
+        make_nixl(extra={"staging_slots": 0, "buffer": "cpu"})

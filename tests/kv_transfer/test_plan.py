@@ -13,6 +13,7 @@ from tests.kv_cache.helpers import full, make_config, placed, sliding
 from tests.kv_cache.test_rearrange import attention, gdn
 from vllm.distributed.kv_transfer.kv_connector.v1.topology import TransferTopology
 from vllm.distributed.kv_transfer.plan import plan_transfer
+from vllm.distributed.kv_transfer.staging import RingPair, StagingRing, TableMovers, chunks_of
 from vllm.distributed.kv_transfer.transport.memory import MemoryFabric, MemoryPort
 from vllm.distributed.kv_transfer.transport.port import PortError
 from vllm.entrypoints.cli.kv_plan import predict_transfer
@@ -80,8 +81,11 @@ class Rank:
         rows[:, 0] += self.cache.backing.data_ptr()
         return rows
 
-    def take_from(self, source, plan, rows, tokens, first=0):
+    def take_from(self, source, plan, rows, tokens, first=0, staged=False):
         name = self.port.connect(source.port.metadata())
+        if staged:
+            self.take_staged(name, source, plan, plan.units(*rows, tokens, first))
+            return
         local = self.port.prepare(None, self.absolute(plan.rows("target")))
         remote = self.port.prepare(name, source.absolute(plan.rows("source")))
         units = plan.units(*rows, tokens, first)
@@ -93,12 +97,47 @@ class Rank:
         assert self.port.num_descriptors - before == plan.num_descriptors(units)
         assert sum(n for *_, n in copy.runs) == plan.num_bytes(units)
 
+    def take_staged(self, name, source, plan, units):
+        """Gather there, one run a chunk, scatter here; slots differ in size on the two sides."""
+        size = 1 << max(table.bytes_per_unit for table in plan.tables).bit_length()
+        rings = (
+            StagingRing(source.cache.backing, 2, 2 * size),
+            StagingRing(self.cache.backing, 3, size),
+        )
+        source.port.register([rings[0].region], "cpu")
+        self.port.register([rings[1].region], "cpu")
+        pair = RingPair(source=rings[0].shape, target=rings[1].shape)
+        lists = (
+            self.port.prepare(None, pair.rows("target")),
+            self.port.prepare(name, pair.rows("source")),
+        )
+        movers = [TableMovers(table, torch.device("cpu")) for table in plan.tables]
+        before = self.port.num_descriptors
+        chunks = chunks_of(plan, [len(own) for own in units], pair.slot_bytes)
+        for chunk in chunks:
+            slots = rings[0].take(), rings[1].take()
+            own, part = units[chunk.table], slice(chunk.first, chunk.first + chunk.count)
+            blocks, parts = own.source_blocks[part], own.source_parts[part]
+            assert rings[0].gather(movers[chunk.table], chunk, blocks, parts, slots[0]).poll()
+            copy = self.port.read(
+                lists[0],
+                pair.granules("target", slots[1], chunk.num_bytes),
+                lists[1],
+                pair.granules("source", slots[0], chunk.num_bytes),
+            )
+            assert self.port.poll(copy)
+            assert rings[1].scatter(movers[chunk.table], chunk, own, slots[1]).poll()
+            for ring, slot in zip(rings, slots, strict=True):
+                ring.give(slot)
+        assert self.port.num_descriptors - before == len(chunks)
+        assert sum(chunk.num_bytes for chunk in chunks) == plan.num_bytes(units)
+
 
 def rows_of(tokens, block_size, first):
     return [first + 2 * i for i in range(-(-tokens // block_size))][::-1]
 
 
-def transfer(kind, layouts, block_sizes, tp_sizes, tokens, first=0):
+def transfer(kind, layouts, block_sizes, tp_sizes, tokens, first=0, staged=False):
     """Every rank of the target takes its share; then every byte is compared."""
     if kind == "latent":
         specs = [
@@ -132,7 +171,7 @@ def transfer(kind, layouts, block_sizes, tp_sizes, tokens, first=0):
                 dict.fromkeys(LAYERS, heads),
             )
             if plan.tables:
-                target.take_from(source, plan, ([rows[0]], [rows[1]]), tokens, first)
+                target.take_from(source, plan, ([rows[0]], [rows[1]]), tokens, first, staged)
         unit = min(block_sizes)
         start = first // unit * unit
         for layer in LAYERS:
@@ -145,7 +184,7 @@ def transfer(kind, layouts, block_sizes, tp_sizes, tokens, first=0):
             )
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=120, deadline=None)
 @given(
     kind=st.sampled_from(["plain", "int8", "head groups", "latent"]),
     layouts=st.tuples(st.sampled_from(KVCacheLayout), st.sampled_from(KVCacheLayout)),
@@ -153,11 +192,13 @@ def transfer(kind, layouts, block_sizes, tp_sizes, tokens, first=0):
     tp_sizes=st.tuples(st.sampled_from([1, 2, 4, 8]), st.sampled_from([1, 2, 4, 8])),
     tokens=st.integers(1, 21),
     first=st.integers(0, 2),
+    staged=st.booleans(),
 )
 def test_any_pair_of_caches_exchanges_the_right_bytes(
-    kind, layouts, block_sizes, tp_sizes, tokens, first
+    kind, layouts, block_sizes, tp_sizes, tokens, first, staged
 ):
-    transfer(kind, layouts, block_sizes, tp_sizes, tokens, min(first * 8, tokens - 1) // 8 * 8)
+    start = min(first * 8, tokens - 1) // 8 * 8
+    transfer(kind, layouts, block_sizes, tp_sizes, tokens, start, staged)
 
 
 MATRIX = [
@@ -168,10 +209,11 @@ MATRIX = [
 ]
 
 
+@pytest.mark.parametrize("staged", [False, True], ids=["by descriptors", "staged"])
 @pytest.mark.parametrize("kind", ["plain", "int8", "latent"])
-def test_every_combination_of_the_matrix_is_right_to_the_byte(kind):
+def test_every_combination_of_the_matrix_is_right_to_the_byte(kind, staged):
     for layouts, sizes, tps in MATRIX:
-        transfer(kind, tuple(map(KVCacheLayout, layouts)), sizes, tps, 70)
+        transfer(kind, tuple(map(KVCacheLayout, layouts)), sizes, tps, 70, staged=staged)
     assert len(MATRIX) == 144
 
 

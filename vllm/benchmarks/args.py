@@ -131,6 +131,14 @@ class ServeArgs(DatasetArgs):
         "less is burstier, more is steadier.",
         minimum=1e-6,
     )
+    client_processes: int = arg(
+        1,
+        "Load",
+        Kind.INT,
+        "Processes that send and read requests, which share --max-concurrency; one cannot keep up "
+        "with some hundred fast streams.",
+        minimum=1,
+    )
     num_warmups: int = arg(
         0, "Load", Kind.INT, "Times the first request is sent before the clock starts.", minimum=0
     )

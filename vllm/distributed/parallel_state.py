@@ -7,9 +7,13 @@ models, layers or schedulers.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
+
+if TYPE_CHECKING:
+    from vllm.distributed.device_communicators.symmetric_memory import SymmetricAllReduce
 
 __all__ = [
     "GroupCoordinator",
@@ -30,13 +34,15 @@ __all__ = [
 class GroupCoordinator:
     """The ranks that act together, seen from one of them.
 
-    ``group`` is None for a group of one, whose collectives do nothing.
+    ``group`` is None for a group of one, whose collectives do nothing. ``symmetric`` does those
+    sums that it takes.
     """
 
     ranks: tuple[int, ...] = (0,)
     """Global ranks, in the order of the group."""
     rank_in_group: int = 0
     group: dist.ProcessGroup | None = None
+    symmetric: SymmetricAllReduce | None = None
 
     @property
     def world_size(self) -> int:
@@ -57,6 +63,8 @@ class GroupCoordinator:
 
     def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
         """Sum over the group, in place; the tensor itself comes back."""
+        if self.symmetric is not None and self.symmetric.takes(tensor):
+            return self.symmetric.all_reduce(tensor)
         if self.group is not None:
             dist.all_reduce(tensor, group=self.group)
         return tensor
@@ -152,9 +160,21 @@ def _join(groups: list[tuple[int, ...]]) -> GroupCoordinator:
             group = dist.new_group(list(ranks)) if len(ranks) > 1 else None
         if _world.rank in ranks:
             mine = GroupCoordinator(
-                ranks=ranks, rank_in_group=ranks.index(_world.rank), group=group
+                ranks=ranks,
+                rank_in_group=ranks.index(_world.rank),
+                group=group,
+                symmetric=_symmetric_all_reduce(group),
             )
     return mine
+
+
+def _symmetric_all_reduce(group: dist.ProcessGroup | None) -> SymmetricAllReduce | None:
+    if group is None or dist.get_backend(group) != "nccl":
+        return None
+    # It imports compilers of torch, which only several GPUs need.
+    from vllm.distributed.device_communicators.symmetric_memory import make_symmetric_all_reduce
+
+    return make_symmetric_all_reduce(group, torch.device("cuda", torch.cuda.current_device()))
 
 
 def model_parallel_is_initialized() -> bool:

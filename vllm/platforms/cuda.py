@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from typing import TYPE_CHECKING, Any
 
 from vllm.errors import UnsupportedError
@@ -27,6 +29,7 @@ class CudaPlatform(Platform):
     default_block_size = 64
     default_max_num_batched_tokens = 8192
     runs_beside_host = True
+    has_sleep_mode = sys.platform == "linux"
     attention_backend_priority = (
         "TRITON_ATTN",
         "TURBOQUANT",
@@ -34,6 +37,13 @@ class CudaPlatform(Platform):
         "TORCH_REF",
         "TORCH_REF_MLA",
     )
+
+    @classmethod
+    def prepare_environment(cls) -> None:
+        # A program that ends in the middle of a multicast can leave the switch between GPUs unable
+        # to serve anybody, until the host is restarted.
+        os.environ.setdefault("NCCL_NVLS_ENABLE", "0")
+        os.environ.setdefault("TORCH_SYMM_MEM_DISABLE_MULTICAST", "1")
 
     @classmethod
     def set_device(cls, local_rank: int) -> torch.device:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["HugePageArena"]
+__all__ = ["HugePageArena", "advise_huge_pages"]
 
 HUGE_PAGE = 2 << 20
 _CHUNK = 64 << 20
@@ -54,3 +54,20 @@ def _map(num_bytes: int) -> torch.Tensor:
     whole = torch.frombuffer(mapping, dtype=torch.uint8)
     start = -whole.data_ptr() % HUGE_PAGE
     return whole[start : start + num_bytes]
+
+
+def advise_huge_pages(address: int, num_bytes: int) -> bool:
+    """Ask for huge pages in memory that another allocator gave out and nobody has written yet.
+
+    Copies by the kernel between processes (process_vm_readv) pin pages one by one: twice as fast
+    in huge ones where it was measured. False where the system has none.
+    """
+    import ctypes
+
+    first = -(-address // HUGE_PAGE) * HUGE_PAGE
+    length = (address + num_bytes) // HUGE_PAGE * HUGE_PAGE - first
+    if length <= 0 or not hasattr(mmap, "MADV_HUGEPAGE"):
+        return False
+    madvise = ctypes.CDLL(None, use_errno=True).madvise
+    advice = ctypes.c_int(mmap.MADV_HUGEPAGE)
+    return madvise(ctypes.c_void_p(first), ctypes.c_size_t(length), advice) == 0

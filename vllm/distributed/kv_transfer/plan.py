@@ -14,16 +14,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
+from vllm.distributed.kv_transfer.conversion import Conversion, find_conversion, stretch
 from vllm.errors import KVTransferError
 from vllm.v1.kv_cache.descriptors import CacheDescriptor, LayerDescriptor, content_differences
 from vllm.v1.kv_cache.rearrange import LayerCopy, Shard, UnitGrid, plan_layer_copy
 
 __all__ = [
-    "CostModel",
     "Lane",
     "TransferPlan",
     "TransferTable",
@@ -34,23 +34,15 @@ __all__ = [
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class CostModel:
-    """What a transfer costs. The figures of two H200 over NVLink, measured with NIXL 1.5.1."""
-
-    seconds_per_descriptor: float = 4.2e-6
-    bytes_per_second: float = 385e9
-
-    def seconds(self, num_descriptors: int, num_bytes: int) -> float:
-        return num_descriptors * self.seconds_per_descriptor + num_bytes / self.bytes_per_second
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Lane:
     """A run of bytes of every unit."""
 
     source: int
     target: int
     length: int
+    """Bytes there."""
+    target_length: int
+    """Bytes here; another number only where a conversion lies between."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,16 +71,49 @@ class TransferTable:
     lanes: tuple[Lane, ...]
     copies: tuple[LayerCopy, ...]
     """The same by layer, for whoever rearranges instead of copying runs."""
+    conversion: Conversion | None = None
+    """What the receiver computes of the numbers; such a table does not go by descriptors."""
+    converted: tuple[tuple[str, int, int], ...] = ()
+    """Of a conversion: (layer, elements of K, elements of K and V) of its runs, in their order."""
 
     @property
     def bytes_per_unit(self) -> int:
+        """Of the source."""
         return sum(lane.length for lane in self.lanes)
+
+    @property
+    def target_bytes_per_unit(self) -> int:
+        return sum(lane.target_length for lane in self.lanes)
+
+    def gather_pieces(self) -> np.ndarray:
+        """``pieces.PieceMover``'s table from blocks there to packed units."""
+        lengths = [lane.length for lane in self.lanes]
+        places = np.cumsum([0, *lengths[:-1]])
+        return np.array([[lane.source for lane in self.lanes], places, lengths]).T
+
+    def scatter_pieces(self) -> np.ndarray:
+        """The same from packed (and converted) units to blocks here."""
+        lengths = [lane.target_length for lane in self.lanes]
+        places = np.cumsum([0, *lengths[:-1]])
+        return np.array([places, [lane.target for lane in self.lanes], lengths]).T
+
+    def copy_pieces(self) -> np.ndarray:
+        """The same from blocks there to blocks here."""
+        return np.array([[lane.source, lane.target, lane.length] for lane in self.lanes])
+
+    def starts(self, side: str, blocks: np.ndarray, parts: np.ndarray) -> np.ndarray:
+        """Where units start, in bytes of that side's cache."""
+        return _starts(self.source if side == "source" else self.target, blocks, parts)
 
     def rows(self, side: str) -> list[tuple[int, int, int]]:
         """(offset of block 0, length, block stride) of each strided row, in order."""
         grid = self.source if side == "source" else self.target
         return [
-            (getattr(lane, side) + grid.start(0, part), lane.length, grid.block_stride)
+            (
+                getattr(lane, side) + grid.start(0, part),
+                lane.length if side == "source" else lane.target_length,
+                grid.block_stride,
+            )
             for lane in self.lanes
             for part in range(grid.parts_per_block)
         ]
@@ -199,6 +224,11 @@ class TransferPlan:
     source_blocks: int
     target_blocks: int
 
+    @property
+    def converts(self) -> bool:
+        """Some numbers are computed on the way, so bytes cannot go straight to their place."""
+        return any(table.conversion for table in self.tables)
+
     def first_rows(self, side: str) -> list[int]:
         """Number of the first strided row of each table."""
         counts = [len(table.rows(side)) for table in self.tables]
@@ -270,58 +300,163 @@ def plan_transfer(
     source_shard: Shard,
     target_shard: Shard,
     total_heads: dict[str, int | None],
+    formats: tuple[str, str] | None = None,
 ) -> TransferPlan:
     """What rank ``target_shard`` takes from rank ``source_shard``.
 
     Args:
         total_heads: of each layer, KV heads of the whole model; None (or left out) where it is
             not cut by head.
+        formats: number formats of the two caches (``conversion.format_name``), for receivers that
+            can convert.
 
     Raises:
         KVTransferError: bytes mean different things, a layer is missing on one side, or a format
             cannot be cut that way; names what works.
     """
     check_descriptor(source)
-    differences = content_differences(target, source)
-    missing = {layer.name for layer in target.layers} ^ {layer.name for layer in source.layers}
-    if missing:
-        differences.append(f"layers on one side only: {', '.join(sorted(missing)[:4])}")
-    if differences:
-        raise KVTransferError(
-            f"the caches of the two engines do not mean the same: {'; '.join(differences[:8])}"
-        )
     there = {layer.name: layer for layer in source.layers}
-    made: dict[tuple[int, int, int, tuple[int, ...]], list[LayerCopy]] = {}
+    conversions = _conversions(there, target, formats)
+    _check_same(there, source, target, conversions, formats)
+    made: dict[tuple[int, int, int, tuple[int, ...], Conversion | None], list[LayerCopy]] = {}
     for layer in target.layers:
-        copy = plan_layer_copy(
-            there[layer.name], layer, source_shard, target_shard, total_heads.get(layer.name)
+        conversion = conversions.get(layer.name)
+        copy = _copy_of_layer(
+            (there[layer.name], layer),
+            (source, target),
+            (source_shard, target_shard),
+            total_heads.get(layer.name),
+            conversion,
         )
         if copy is not None:
-            check_inside(copy, layer, there[layer.name], source, target)
             key = (
                 layer.group,
                 there[layer.name].group,
                 copy.tokens_per_unit,
                 (*_shape(copy.source), *_shape(copy.target)),
+                conversion,
             )
             made.setdefault(key, []).append(copy)
     tables = [
-        TransferTable(
-            group=group,
-            source_group=source_group,
-            tokens_per_unit=tokens,
-            source=_at_zero(copies[0].source),
-            target=_at_zero(copies[0].target),
-            lanes=_lanes(copies),
-            copies=tuple(copies),
-        )
-        for (group, source_group, tokens, _), copies in made.items()
+        _table(group, source_group, tokens, copies, conversion, {x.name: x for x in target.layers})
+        for (group, source_group, tokens, _, conversion), copies in made.items()
     ]
     return TransferPlan(
         rank=source_shard.rank,
         tables=tuple(tables),
         source_blocks=source.num_blocks,
         target_blocks=target.num_blocks,
+    )
+
+
+def _conversions(
+    there: dict[str, LayerDescriptor],
+    target: CacheDescriptor,
+    formats: tuple[str, str] | None,
+) -> dict[str, Conversion]:
+    if formats is None:
+        return {}
+    found = {
+        layer.name: find_conversion(there[layer.name], layer, formats)
+        for layer in target.layers
+        if layer.name in there
+    }
+    return {name: conversion for name, conversion in found.items() if conversion is not None}
+
+
+def _check_same(
+    there: dict[str, LayerDescriptor],
+    source: CacheDescriptor,
+    target: CacheDescriptor,
+    conversions: dict[str, Conversion],
+    formats: tuple[str, str] | None,
+) -> None:
+    """
+    Raises:
+        KVTransferError: what is not converted means different things.
+    """
+    kept = replace(
+        target, layers=tuple(x for x in target.layers if x.name not in conversions or not formats)
+    )
+    differences = content_differences(kept, source) if kept.layers else []
+    missing = {layer.name for layer in target.layers} ^ there.keys()
+    if missing:
+        differences.append(f"layers on one side only: {', '.join(sorted(missing)[:4])}")
+    stored = [layer.dtype for layer in kept.layers if layer.name in there]
+    if not differences and formats and formats[0] != formats[1] and "uint8" in stored:
+        differences.append(f"--kv-cache-dtype is {formats[1]} here and {formats[0]} there")
+    if differences:
+        raise KVTransferError(
+            f"the caches of the two engines do not mean the same: {'; '.join(differences[:8])}"
+        )
+
+
+def _copy_of_layer(
+    layers: tuple[LayerDescriptor, LayerDescriptor],
+    caches: tuple[CacheDescriptor, CacheDescriptor],
+    shards: tuple[Shard, Shard],
+    total_heads: int | None,
+    conversion: Conversion | None,
+) -> LayerCopy | None:
+    """(source, target) each. With a conversion, in bytes as if elements were equally wide."""
+    if conversion is not None:
+        wide = conversion.target_bytes, conversion.source_bytes
+        layers = tuple(  # type: ignore[assignment]
+            stretch(layer, factor, conversion.name)
+            for layer, factor in zip(layers, wide, strict=True)
+        )
+        caches = tuple(  # type: ignore[assignment]
+            replace(cache, size_bytes=cache.size_bytes * factor)
+            for cache, factor in zip(caches, wide, strict=True)
+        )
+    copy = plan_layer_copy(*layers, *shards, total_heads)
+    if copy is not None:
+        check_inside(copy, layers[1], layers[0], *caches)
+    return copy
+
+
+def _table(
+    group: int,
+    source_group: int,
+    tokens: int,
+    copies: Sequence[LayerCopy],
+    conversion: Conversion | None,
+    layers: dict[str, LayerDescriptor],
+) -> TransferTable:
+    there = here = 1
+    converted: tuple[tuple[str, int, int], ...] = ()
+    if conversion is not None:
+        there, here = conversion.target_bytes, conversion.source_bytes
+        # Runs as they are sorted in lanes, each whole contents of its layer.
+        runs = sorted(
+            (copy.source.offset + source, copy.target.offset + target, length, copy.name)
+            for copy in copies
+            for source, target, length in _box_runs(copy)
+        )
+        item = conversion.target_bytes
+        converted = tuple(
+            (name, layers[name].parts[0][1] // item, layers[name].content_bytes // item)
+            for *_, length, name in runs
+            for _ in range(length // (layers[name].content_bytes * here))
+        )
+    return TransferTable(
+        group=group,
+        source_group=source_group,
+        tokens_per_unit=tokens,
+        source=_narrow(copies[0].source, there),
+        target=_narrow(copies[0].target, here),
+        lanes=tuple(
+            Lane(
+                source=lane.source // there,
+                target=lane.target // here,
+                length=lane.length // there,
+                target_length=lane.length // here,
+            )
+            for lane in _lanes(copies)
+        ),
+        copies=tuple(copies),
+        conversion=conversion,
+        converted=converted,
     )
 
 
@@ -399,12 +534,13 @@ def _shape(grid: UnitGrid) -> tuple[int, ...]:
     )
 
 
-def _at_zero(grid: UnitGrid) -> UnitGrid:
+def _narrow(grid: UnitGrid, factor: int) -> UnitGrid:
+    """From offset 0, and without the stretching of a conversion."""
     return UnitGrid(
         offset=0,
-        block_stride=grid.block_stride,
-        kernel_stride=grid.kernel_stride,
-        part_stride=grid.part_stride,
+        block_stride=grid.block_stride // factor,
+        kernel_stride=grid.kernel_stride // factor,
+        part_stride=grid.part_stride // factor,
         parts_per_kernel=grid.parts_per_kernel,
         parts_per_block=grid.parts_per_block,
     )
@@ -428,7 +564,7 @@ def _lanes(copies: Sequence[LayerCopy]) -> tuple[Lane, ...]:
             last[2] += length
         else:
             joined.append([source, target, length])
-    return tuple(Lane(source=s, target=t, length=n) for s, t, n in joined)
+    return tuple(Lane(source=s, target=t, length=n, target_length=n) for s, t, n in joined)
 
 
 def _box_runs(copy: LayerCopy) -> Iterable[tuple[int, int, int]]:

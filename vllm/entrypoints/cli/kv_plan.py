@@ -244,7 +244,8 @@ def plan(args: argparse.Namespace) -> tuple[KVCacheConfig, VllmConfig]:
 
 def predict_transfer(config: KVCacheConfig, vllm_config: VllmConfig) -> dict[str, Any]:
     """What fetching the longest request from a like engine takes, its blocks scattered."""
-    from vllm.distributed.kv_transfer.plan import CostModel, plan_transfer
+    from vllm.distributed.kv_transfer.costs import TRANSPORTS, route
+    from vllm.distributed.kv_transfer.plan import plan_transfer
     from vllm.v1.kv_cache.descriptors import describe
     from vllm.v1.kv_cache.rearrange import Shard
     from vllm.v1.kv_cache.runs import regions
@@ -261,14 +262,19 @@ def predict_transfer(config: KVCacheConfig, vllm_config: VllmConfig) -> dict[str
         units = -(-tokens // table.tokens_per_unit) if table.tokens_per_unit else 1
         descriptors += units * len(table.lanes)
         num_bytes += units * table.bytes_per_unit
-    seconds = CostModel().seconds(descriptors, num_bytes)
-    return {
+    facts = {
         "transfer_regions": len(regions(config)),
         "transfer_tokens": tokens,
         "transfer_descriptors": descriptors,
         "transfer_bytes": num_bytes,
-        "transfer_ms_over_nvlink": round(seconds * 1e3, 2),
     }
+    for name, costs in TRANSPORTS.items():
+        found = route(costs, descriptors, num_bytes, costs.slot_bytes, mapped=True)
+        facts[f"transfer_over_{name}"] = found.way
+        facts[f"transfer_ms_over_{name}"] = {
+            way: round(seconds * 1e3, 2) for way, seconds in found.seconds.items()
+        }
+    return facts
 
 
 def run(args: argparse.Namespace) -> int:

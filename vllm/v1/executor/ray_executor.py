@@ -39,7 +39,10 @@ logger = init_logger(__name__)
 _PLACEMENT_SECONDS = 120
 _HEALTH_SECONDS = 2.0
 # How workers of other processes may be set up: what users set for this engine.
-_PASSED_ON = ("VLLM_", "GLOO_", "NCCL_", "OMP_", "HF_", "TRITON_", "PYTHONPATH", "PYTHONHASHSEED")
+_PASSED_ON = (
+    "VLLM_", "GLOO_", "NCCL_", "NVSHMEM_", "TORCH_SYMM_MEM_", "OMP_", "HF_", "TRITON_",
+    "PYTHONPATH", "PYTHONHASHSEED",
+)  # fmt: skip
 
 
 def _import_ray() -> Any:
@@ -280,8 +283,9 @@ class RayDistributedExecutor(Executor):
         if timeout is not None:
             _, late = self._ray.wait(refs, num_returns=len(refs), timeout=timeout)
             if late:
+                name = getattr(method, "__name__", method)
                 raise TimeoutError(
-                    f"{method}: no answer within {timeout:g} s from {len(late)} of {len(refs)} "
+                    f"{name}: no answer within {timeout:g} s from {len(late)} of {len(refs)} "
                     "workers"
                 )
         answers = self._get(refs)

@@ -5,7 +5,7 @@ Owns how memory is got; which bytes belong to whom is the plan's (``KVCacheConfi
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -54,10 +54,12 @@ def allocate_kv_cache(
     device: torch.device | str = "cpu",
     layout: KVCacheLayout | str | None = None,
     kernel_block_sizes: Sequence[int] | None = None,
+    allocate: Callable[[int], torch.Tensor] | None = None,
 ) -> AllocatedKVCache:
     """Allocate the backing and build all views.
 
     ``layout`` and ``kernel_block_sizes`` are the plan's; whoever names them is checked.
+    ``allocate(size)`` gives the backing, cleared, where it is not to be torch's own memory.
 
     On the CPU a large pool costs no memory until blocks are written: the pages are the system's
     zero pages. On an accelerator the pool is cleared, so that no old bytes are read as numbers.
@@ -78,7 +80,10 @@ def allocate_kv_cache(
     size = kv_cache_config.backing_size_bytes
     clear = size < _CLEAR_BELOW_BYTES or torch.device(device).type != "cpu"
     try:
-        backing = (torch.zeros if clear else torch.empty)(size, dtype=torch.int8, device=device)
+        if allocate is not None:
+            backing = allocate(size)
+        else:
+            backing = (torch.zeros if clear else torch.empty)(size, dtype=torch.int8, device=device)
     except RuntimeError as error:
         raise CapacityError(
             f"cannot allocate {size} bytes of KV cache on {device}: lower "

@@ -10,11 +10,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 import triton
 import triton.language as tl
 
-__all__ = ["move_box", "zero_box"]
+__all__ = ["PieceTable", "move_box", "zero_box"]
 
 # Words of 8 bytes that one program moves: 16 KiB, 128 bytes a thread.
 _WORDS = 2048
@@ -139,3 +140,72 @@ def zero_box(
         None, target, [(0, start) for start in starts], (0, 0), counts, [0] * len(counts),
         strides, length,
     )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["source", "target", "total"])
+def _piece_kernel(
+    anchor_ptr, starts_ptr, pieces_ptr, source, target, total, ROWS: tl.constexpr,
+    BLOCK: tl.constexpr, ALIGN: tl.constexpr, UNIT: tl.constexpr,
+):  # fmt: skip
+    """``ROWS`` pieces of one unit. ``source`` and ``target`` count ``UNIT`` bytes from the anchor.
+
+    Memory of another device of this host may be meant: addresses are the anchor's plus offsets.
+    """
+    unit = tl.program_id(0).to(tl.int64)
+    row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    inside = row < total
+    piece = pieces_ptr + row.to(tl.int64) * 3
+    there = tl.load(piece, mask=inside, other=0) // UNIT
+    here = tl.load(piece + 1, mask=inside, other=0) // UNIT
+    words = tl.load(piece + 2, mask=inside, other=0) // UNIT
+    there += source + tl.load(starts_ptr + unit * 2) // UNIT
+    here += target + tl.load(starts_ptr + unit * 2 + 1) // UNIT
+    at = tl.arange(0, BLOCK)
+    # A mask that changes at whole steps of ALIGN lets loads and stores be as wide.
+    valid = inside[:, None] & (at[None, :] // ALIGN < words[:, None])
+    value = tl.load(anchor_ptr + there[:, None] * ALIGN + at[None, :], mask=valid)
+    tl.store(anchor_ptr + here[:, None] * ALIGN + at[None, :], value, mask=valid)
+
+
+class PieceTable:
+    """Pieces of units on a device: see ``pieces.PieceMover``, whose GPU side this is.
+
+    Args:
+        pieces: int64 ``(pieces, 3)``: offset there, offset here, bytes.
+    """
+
+    def __init__(self, pieces: np.ndarray, device: torch.device) -> None:
+        longest = _WORDS * 8
+        cut = [
+            (there + done, here + done, min(longest, length - done))
+            for there, here, length in pieces.tolist()
+            for done in range(0, length, longest)
+        ]
+        table = np.array(cut, dtype=np.int64).reshape(-1, 3)
+        self._alignment = int(np.gcd.reduce(table.ravel()))
+        self._longest = int(table[:, 2].max(initial=0))
+        self._count = len(table)
+        self._table = torch.from_numpy(table).to(device)
+        self._anchor = torch.empty(2, dtype=torch.int64, device=device)
+
+    def move(
+        self, source: int, target: int, source_starts: np.ndarray, target_starts: np.ndarray
+    ) -> None:
+        """Queue the copies of all units on the current stream."""
+        if not len(source_starts) or not self._count:
+            return
+        starts = np.stack((source_starts, target_starts), axis=1).astype(np.int64)
+        anchor = self._anchor.data_ptr()
+        numbers = (self._alignment, source, target, anchor, int(np.gcd.reduce(starts.ravel())))
+        alignment = math.gcd(*numbers)
+        size, dtype = next(pair for pair in _WORD_DTYPES if alignment % pair[0] == 0)
+        align = 2 if alignment % 16 == 0 else 1
+        unit = size * align
+        block = triton.next_power_of_2(self._longest // size)
+        rows = max(1, _WORDS // block)
+        table = torch.from_numpy(starts).to(self._anchor.device, non_blocking=True)
+        _piece_kernel[(len(starts), triton.cdiv(self._count, rows))](
+            self._anchor.view(dtype), table, self._table, (source - anchor) // unit,
+            (target - anchor) // unit, self._count, ROWS=rows, BLOCK=block, ALIGN=align,
+            UNIT=unit, num_warps=4,
+        )  # fmt: skip

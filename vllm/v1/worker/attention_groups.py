@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -33,6 +33,9 @@ class AttentionGroups:
     ) -> None:
         targets = get_kv_sharing_targets(layers)
         self.groups: list[AttentionGroup] = []
+        self._block_sizes = [
+            group.kv_cache_spec.block_size for group in kv_cache_config.kv_cache_groups
+        ]
         for group_id, group in enumerate(kv_cache_config.kv_cache_groups):
             by_kind: dict[Any, list[str]] = {}
             for name in group.layer_names:
@@ -46,10 +49,24 @@ class AttentionGroups:
                 builder = backend.get_builder_cls()(spec, names, vllm_config, device)
                 self.groups.append(AttentionGroup(backend, names, spec, group_id, builder))
 
-    def build_metadata(self, common: list[CommonAttentionMetadata]) -> dict[str, Any]:
-        """Layer name to metadata. ``common``: one per KV-cache group."""
+    def build_metadata(
+        self,
+        common: list[CommonAttentionMetadata],
+        num_common_prefix_blocks: Sequence[int] | None = None,
+    ) -> dict[str, Any]:
+        """Layer name to metadata.
+
+        Args:
+            common: one per KV-cache group.
+            num_common_prefix_blocks: leading blocks that all running requests hold, per group;
+                None in a step whose launches may not depend on them.
+        """
         metadata: dict[str, Any] = {}
         for group in self.groups:
-            built = group.builder.build(0, common[group.kv_cache_group_id])
+            shared = 0
+            if num_common_prefix_blocks:
+                blocks = num_common_prefix_blocks[group.kv_cache_group_id]
+                shared = blocks * self._block_sizes[group.kv_cache_group_id]
+            built = group.builder.build(shared, common[group.kv_cache_group_id])
             metadata.update(dict.fromkeys(group.layer_names, built))
         return metadata

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import math
 import time
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -12,8 +14,10 @@ from vllm.errors import CapacityError
 from vllm.logger import init_logger
 from vllm.platforms import current_platform
 from vllm.utils.system import format_bytes
+from vllm.v1.worker.gpu.cuda_graphs import capture_sizes
 from vllm.v1.worker.gpu.device import CUDADeviceLayer
 from vllm.v1.worker.gpu.model_runner import GPUModelRunner
+from vllm.v1.worker.gpu.sleep import SleepMemory
 from vllm.v1.worker.kv_hooks import connector_maker
 from vllm.v1.worker.worker_base import WorkerBase
 
@@ -33,9 +37,17 @@ logger = init_logger(__name__)
 # What the driver, cuBLAS and compiled kernels take after the memory has been measured, and what
 # the allocator loses between its blocks.
 _HEADROOM_BYTES = 384 << 20
+# Float32 kernels have more numbers than registers: the driver sets memory aside for the rest, for
+# as many threads as the device can run (1.3 GiB on an H100).
+_FLOAT32_HEADROOM_BYTES = 1536 << 20
+# What is measured differs by some MiB from start to start: advice holds for all of them.
+_ADVICE_STEP_BYTES = 128 << 20
 
 
 class Worker(WorkerBase):
+    _has_model = True
+    """Until it is dropped to sleep, and again afterwards."""
+
     def init_device(self) -> None:
         from vllm.distributed.parallel_state import (
             init_distributed_environment,
@@ -54,11 +66,16 @@ class Worker(WorkerBase):
         )
         initialize_model_parallel(parallel.tensor_parallel_size, parallel.pipeline_parallel_size)
         current_platform.seed_everything(self.model_config.seed)
+        # Memory that can be given back is the driver's, not torch's.
+        self._sleep_memory = (
+            SleepMemory(self.device) if self.model_config.enable_sleep_mode else None
+        )
         self.model_runner = GPUModelRunner(
             self.vllm_config,
             CUDADeviceLayer(self.device),
             connector_maker(self.vllm_config),
             overlapped=self.scheduler_config.async_scheduling,
+            sleep_memory=self._sleep_memory,
         )
 
     def load_model(self) -> None:
@@ -88,10 +105,11 @@ class Worker(WorkerBase):
         if asked is not None:
             room = total - needed
             if asked > room:
+                most = max(room // _ADVICE_STEP_BYTES - 1, 0) * _ADVICE_STEP_BYTES
                 raise CapacityError(
                     f"--kv-cache-memory-bytes asks for {format_bytes(asked)} of KV cache, but "
                     f"{format_bytes(max(room, 0))} are left beside the model: set it to at most "
-                    f"{max(room, 0)}"
+                    f"{most}"
                 )
             return asked
         share = self.cache_config.gpu_memory_utilization
@@ -135,15 +153,22 @@ class Worker(WorkerBase):
             format_bytes(graphs),
             format_bytes(elsewhere),
         )
-        return peak + elsewhere + graphs + _HEADROOM_BYTES
+        wide = self.model_config.dtype is torch.float32
+        return (
+            peak + elsewhere + graphs + _HEADROOM_BYTES + (_FLOAT32_HEADROOM_BYTES if wide else 0)
+        )
 
     def _graph_bytes(self) -> int:
-        """What the captured steps keep: logits above all, and some rows of activations."""
-        rows = self.model_runner.largest_graph
+        """What the captured steps keep: the outputs of each (1.1 GiB of logits for 128,256 tokens
+        in bf16), and the memory that they share, which the largest one needs.
+        """
+        sizes = capture_sizes(self.model_runner.largest_graph)
         config = self.model_config
-        text_config = config.hf_text_config
+        text_config, vocab = config.hf_text_config, config.get_vocab_size()
         width = 4 * getattr(text_config, "intermediate_size", text_config.hidden_size)
-        return rows * (config.get_vocab_size() + width) * config.dtype.itemsize * 3 // 2
+        kept = sum(sizes) * (vocab + text_config.hidden_size)
+        shared = sizes[0] * (vocab + width) * 3 // 2
+        return (kept + shared) * config.dtype.itemsize
 
     def initialize_from_config(self, kv_cache_config: KVCacheConfig) -> None:
         self.model_runner.initialize_kv_cache(kv_cache_config)
@@ -171,6 +196,37 @@ class Worker(WorkerBase):
         self, grammar_output: GrammarOutput | None
     ) -> ModelRunnerOutput | PendingModelRunnerOutput:
         return self.model_runner.sample_tokens(grammar_output)
+
+    def sleep(self, level: int) -> None:
+        memory = self._sleep_memory
+        assert memory is not None, "the engine asks for --enable-sleep-mode first"
+        if level == 1:
+            # First: the host may not have the memory, and then nothing has changed.
+            memory.offload_weights()
+        self.model_runner.release_kv_cache(lambda _: memory.release_pool())
+        if level == 2:
+            memory.drop_weights()
+            self.model_runner.release_model()
+            self._has_model = False
+            # Parameters and modules refer to each other; start-up froze them.
+            gc.unfreeze()
+            gc.collect()
+        torch.cuda.empty_cache()
+
+    def wake_up(self, tags: Sequence[str]) -> None:
+        memory = self._sleep_memory
+        assert memory is not None, "the engine asks for --enable-sleep-mode first"
+        if "weights" in tags:
+            memory.restore_weights()
+            if not self._has_model:
+                self.model_runner.restore_model()
+                self._has_model = True
+                gc.collect()
+                gc.freeze()
+        if "kv_cache" in tags and memory.restore_pool():
+            self.model_runner.restore_kv_cache()
+        if self._has_model and memory.is_awake:
+            self.model_runner.recapture_graphs()
 
     def get_kv_connector_handshake_metadata(
         self,

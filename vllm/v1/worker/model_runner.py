@@ -23,7 +23,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 from vllm.forward_context import ForwardContext, set_forward_context
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.v1.core.sched.output import CachedRequestData, GrammarOutput, SchedulerOutput
-from vllm.v1.kv_cache.allocate import allocate_kv_cache
+from vllm.v1.kv_cache.allocate import AllocatedKVCache, allocate_kv_cache
 from vllm.v1.kv_cache.planner import BackendConstraints
 from vllm.v1.kv_cache.published import publish_layout
 from vllm.v1.kv_cache.views import group_kernel_blocks
@@ -146,7 +146,7 @@ class ModelRunner:
         """Allocate the caches, hand each layer its view, and make the batch for them."""
         config = self.vllm_config
         publish_layout(kv_cache_config.kv_cache_layout, config.instance_id, self)
-        caches = self._caches = allocate_kv_cache(kv_cache_config, self.device.device)
+        caches = self._caches = self._allocate(kv_cache_config)
         share_kv_caches(caches, get_kv_sharing_targets(self.layers), kv_cache_config)
         bind_kv_cache(caches, self.layers, self.kv_caches)
         self._zeroing = make_block_zeroing(caches, kv_cache_config)
@@ -184,6 +184,9 @@ class ModelRunner:
             len(tables),
             self.device,
         )
+
+    def _allocate(self, kv_cache_config: KVCacheConfig) -> AllocatedKVCache:
+        return allocate_kv_cache(kv_cache_config, self.device.device)
 
     def _views_in_blocks(self) -> dict[str, torch.Tensor]:
         """Each layer's view in manager blocks, as connectors take it."""
@@ -277,7 +280,10 @@ class ModelRunner:
         self, scheduler_output: SchedulerOutput, step: StepInputs
     ) -> tuple[torch.Tensor, KVConnectorOutput | None]:
         """Hidden states ``(T, hidden)``, and what the connector has to report."""
-        context = ForwardContext(self.attention_groups.build_metadata(step.attention), self.layers)
+        metadata = self.attention_groups.build_metadata(
+            step.attention, scheduler_output.num_common_prefix_blocks
+        )
+        context = ForwardContext(metadata, self.layers)
         self._write_watch.begin(self.batch, step)
         self._connector.begin(scheduler_output, context)
         with set_forward_context(context):

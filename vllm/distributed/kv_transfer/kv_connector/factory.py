@@ -37,6 +37,7 @@ class KVConnectorFactory:
         "MooncakeConnector": (f"{_V1}.mooncake.mooncake_connector", "MooncakeConnector"),
         "MultiConnector": (f"{_V1}.multi_connector", "MultiConnector"),
         "NixlConnector": (f"{_V1}.nixl.connector", "NixlConnector"),
+        "NixlPushConnector": (f"{_V1}.nixl.connector", "NixlPushConnector"),
         "OffloadingConnector": (f"{_V1}.offloading_connector", "OffloadingConnector"),
     }
 

@@ -12,19 +12,19 @@ import numpy as np
 from vllm.distributed.kv_transfer.transport.port import PeerLostError, PortError, TransferPort
 from vllm.errors import ConfigError
 
-__all__ = ["NixlPort"]
+__all__ = ["NixlPort", "load_api"]
 
 _PACKAGES = ("nixl", "nixl_cu13", "nixl_cu12")
 _OWN = "NIXL_INIT_AGENT"
 
 
-def _load() -> Any:
+def load_api() -> Any:
     """The API module of whichever package is installed."""
     for package in _PACKAGES:
         with contextlib.suppress(ImportError):
             return import_module(f"{package}._api")
     raise ConfigError(
-        "NixlConnector needs the package nixl: pip install 'vllm[nixl]'", parameter="kv_connector"
+        "this needs the package nixl: pip install 'vllm[nixl]'", parameter="kv_connector"
     )
 
 
@@ -37,7 +37,7 @@ class NixlPort(TransferPort):
 
     def __init__(self, name: str, backends: Sequence[str] = ("UCX",), num_threads: int = 0) -> None:
         self.name = name
-        api = _load()
+        api = load_api()
         errors = import_module(api.__name__.replace("._api", "._bindings"))
         self._error: tuple[type[BaseException], ...] = tuple(
             value
@@ -61,6 +61,8 @@ class NixlPort(TransferPort):
         self._peers: set[str] = set()
         self._kind = "DRAM"
         self._device = 0
+        self._places: dict[str, tuple[str, int]] = {}
+        """Kind and device of peers' caches, where they differ from ours."""
 
     @contextlib.contextmanager
     def _calling(self, what: str) -> Any:
@@ -98,7 +100,8 @@ class NixlPort(TransferPort):
                 self._agent.remove_remote_agent(peer)
 
     def prepare(self, peer: str | None, rows: np.ndarray, *, on_host: bool = False) -> Any:
-        kind, device = ("DRAM", 0) if on_host else (self._kind, self._device)
+        own = self._kind, self._device
+        kind, device = ("DRAM", 0) if on_host else self._places.get(peer or "", own)
         table = np.empty((len(rows), 5), dtype=np.uint64)
         table[:, :2] = rows[:, :2]
         table[:, 2] = device

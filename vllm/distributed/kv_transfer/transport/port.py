@@ -72,6 +72,10 @@ class CopyPort(ABC):
             PortError: it has failed, and nothing more will be written.
         """
 
+    def mapped(self, peer: str, address: int) -> int | None:
+        """Where memory that a peer has registered can be read by a kernel here; None: nowhere."""
+        return None
+
     @abstractmethod
     def close(self) -> None:
         """End all transfers and give up the memory."""

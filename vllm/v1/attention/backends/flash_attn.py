@@ -31,7 +31,7 @@ __all__ = ["FlashAttentionBackend", "FlashAttentionDiffKVBackend", "FlashAttenti
 
 @dataclass(slots=True)
 class FlashAttentionMetadata(TritonAttentionMetadata):
-    prompt_lens: torch.Tensor | None
+    prompt_lens: torch.Tensor | None = None
     """(R,) int32: new tokens of requests with more than one, else 0; None where all are alike."""
 
 

@@ -230,6 +230,8 @@ class FlexAttentionImpl(PagedAttentionImpl):
         owned = metadata.owned(num_blocks, page)
         requests, positions = metadata.token_requests, metadata.positions
         on_device = None if slopes is None else slopes.to(positions.device)
+        # Compiled for any size, a number of Python's would be a tensor on the host.
+        caps = positions.new_full((self.num_heads,), soft_cap, dtype=torch.float32)
 
         def score(
             value: torch.Tensor,
@@ -239,7 +241,7 @@ class FlexAttentionImpl(PagedAttentionImpl):
             slot: torch.Tensor,
         ) -> torch.Tensor:
             if soft_cap:
-                value = soft_cap * torch.tanh(value / soft_cap)
+                value = caps[head] * torch.tanh(value / caps[head])
             if on_device is not None:
                 at = owned[requests[row], slot // page] * page + slot % page
                 value = value + on_device[head] * (at - positions[row])

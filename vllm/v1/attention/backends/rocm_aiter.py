@@ -28,7 +28,7 @@ __all__ = ["AiterFlashAttentionBackend", "AiterUnifiedAttentionBackend"]
 
 @dataclass(slots=True)
 class AiterMetadata(TritonAttentionMetadata):
-    is_fresh: bool
+    is_fresh: bool = False
     """No request has tokens in the cache from before this step."""
 
 

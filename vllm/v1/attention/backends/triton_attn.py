@@ -23,6 +23,12 @@ from vllm.v1.attention.backend import (
 from vllm.v1.attention.backends.torch_ref import PagedAttentionImpl, PagedAttentionMetadata
 from vllm.v1.attention.ops.kv_formats import FORMATS, kv_format
 from vllm.v1.attention.ops.triton_byte_decode import decode_waves
+from vllm.v1.attention.ops.triton_cascade import (
+    CascadePlan,
+    cascade_attention,
+    plan_cascade,
+    prefix_worth_sharing,
+)
 from vllm.v1.attention.ops.triton_decode import DecodePlan, make_plan_buffers, plan_decodes
 from vllm.v1.attention.ops.triton_kv_store import rotate_and_store
 from vllm.v1.attention.ops.triton_paged_attention import paged_attention
@@ -40,6 +46,8 @@ class TritonAttentionMetadata(PagedAttentionMetadata):
     """``plan`` is None where no request has exactly one query token."""
 
     plan: DecodePlan | None
+    cascade: CascadePlan | None = None
+    """Of a step of decodes behind a prefix that they share, where that pays."""
 
 
 class TritonAttentionMetadataBuilder(AttentionMetadataBuilder[TritonAttentionMetadata]):
@@ -89,7 +97,28 @@ class TritonAttentionMetadataBuilder(AttentionMetadataBuilder[TritonAttentionMet
                 self._window,
                 self._buffers,
             )
-        return TritonAttentionMetadata.of(common, plan=plan)
+        return TritonAttentionMetadata.of(
+            common, plan=plan, cascade=self._cascade(common_prefix_len, common)
+        )
+
+    def _cascade(
+        self, common_prefix_len: int, common: CommonAttentionMetadata
+    ) -> CascadePlan | None:
+        if not common_prefix_len or common.max_query_len > 1 or self._window:
+            return None
+        page = self.kv_cache_spec.block_size
+        lens = common.seq_lens_cpu[: common.num_reqs]
+        prefix = prefix_worth_sharing(common_prefix_len, common.num_reqs, int(lens.min()), page)
+        if not prefix:
+            return None
+        return plan_cascade(
+            prefix,
+            page,
+            common.seq_lens,
+            common.query_start_loc,
+            self._kv_heads,
+            common.max_seq_len,
+        )
 
 
 class TritonAttentionImpl(PagedAttentionImpl):
@@ -105,6 +134,22 @@ class TritonAttentionImpl(PagedAttentionImpl):
         output_scale: torch.Tensor | None = None,
         output_block_scale: torch.Tensor | None = None,
     ) -> torch.Tensor:
+        step = attn_metadata
+        # Bytes of quantised caches, and biases by distance, are the other kernels'.
+        if step.cascade is not None and self.format is None and self.alibi_slopes is None:
+            cascade_attention(
+                query[: step.num_actual_tokens],
+                kv_cache,
+                output[: step.num_actual_tokens],
+                step.cascade,
+                query_start_loc=step.query_start_loc,
+                block_table=step.block_table,
+                max_seq_len=step.max_seq_len,
+                scale=self.scale,
+                soft_cap=self.logits_soft_cap,
+                sinks=self.sinks,
+            )
+            return output
         paged_attention(
             query,
             kv_cache,

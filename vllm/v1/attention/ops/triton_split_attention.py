@@ -40,13 +40,15 @@ def _scores(
 @triton.jit
 def _paged_decode_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, part_ptr, lse_ptr, block_table_ptr, items_ptr, count_ptr,
-    arrived_ptr, slopes_ptr, sinks_ptr, scale, soft_cap,
+    arrived_ptr, slopes_ptr, sinks_ptr, all_lse_ptr, scale, soft_cap,
     stride_q_t, stride_q_h, stride_o_t, stride_o_h, stride_k_b, stride_k_h, stride_k_n,
     stride_v_b, stride_v_h, stride_v_n, stride_bt, stride_part_i, stride_part_h, stride_lse_i,
+    stride_all_t,
     WINDOW: tl.constexpr, HAS_SOFT_CAP: tl.constexpr, HAS_ALIBI: tl.constexpr,
-    HAS_SINKS: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, FIELDS: tl.constexpr,
-    D: tl.constexpr, D_PAD: tl.constexpr, DV: tl.constexpr, DV_PAD: tl.constexpr,
-    PAGE: tl.constexpr, TILE: tl.constexpr, PRECISION: tl.constexpr, MAX_SPLITS: tl.constexpr,
+    HAS_SINKS: tl.constexpr, HAS_LSE: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr,
+    FIELDS: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, DV: tl.constexpr,
+    DV_PAD: tl.constexpr, PAGE: tl.constexpr, TILE: tl.constexpr, PRECISION: tl.constexpr,
+    MAX_SPLITS: tl.constexpr,
 ):  # fmt: skip
     """One item for the query heads of one KV head; the last of a request's items merges them."""
     head = tl.program_id(0)
@@ -118,6 +120,8 @@ def _paged_decode_kernel(
     out_valid = row_valid[:, None] & v_valid[None, :]
     if num_splits == 1:
         tl.store(at_out, acc, mask=out_valid)
+        if HAS_LSE:
+            tl.store(all_lse_ptr + row * stride_all_t + heads, top + tl.log2(total), mask=row_valid)
         return
     at_part = part_ptr + heads[:, None] * stride_part_h + v_dims[None, :]
     at_lse = lse_ptr + heads
@@ -152,6 +156,8 @@ def _paged_decode_kernel(
         )  # fmt: skip
         acc += x * tl.exp2(lse - top)[:, None]
     tl.store(at_out, acc / total[:, None], mask=out_valid)
+    if HAS_LSE:
+        tl.store(all_lse_ptr + row * stride_all_t + heads, top + tl.log2(total), mask=row_valid)
 
 
 @triton.jit
@@ -320,6 +326,7 @@ def split_attention(
     alibi_slopes: torch.Tensor | None = None,
     sinks: torch.Tensor | None = None,
     causal: bool = True,
+    lse: torch.Tensor | None = None,
 ) -> None:
     """Attention of new tokens to a cache that holds their keys and values already.
 
@@ -330,6 +337,8 @@ def split_attention(
             ``(R, blocks)``.
         has_decodes: some request may have exactly one new token.
         plan: of those; made here where it is None.
+        lse: float32 ``(T, Q)``, of the requests with one token: logarithms, to the base 2, of the
+            sums that their weights were divided by.
     """
     num_heads, width = q.shape[1:]
     kv_heads, page = key_cache.shape[1:3]
@@ -353,11 +362,12 @@ def split_attention(
     if has_decodes:
         plan = plan or plan_decodes(seq_lens, query_start_loc, kv_heads, max_seq_len, window)
         part = q.new_empty((plan.num_items, num_heads, width_v), dtype=torch.float32)
-        lse = q.new_empty((plan.num_items, num_heads), dtype=torch.float32)
+        part_lse = q.new_empty((plan.num_items, num_heads), dtype=torch.float32)
         _paged_decode_kernel[(kv_heads, plan.num_items)](
-            q, key_cache, value_cache, out, part, lse, block_table, plan.items, plan.count,
-            plan.arrived, alibi_slopes, sinks, scale, soft_cap, *strides, *part.stride()[:2],
-            lse.stride(0), **shared, ROWS=max(16, triton.next_power_of_2(group)), FIELDS=_FIELDS,
+            q, key_cache, value_cache, out, part, part_lse, block_table, plan.items, plan.count,
+            plan.arrived, alibi_slopes, sinks, lse, scale, soft_cap, *strides, *part.stride()[:2],
+            part_lse.stride(0), 0 if lse is None else lse.stride(0), **shared,
+            HAS_LSE=lse is not None, ROWS=max(16, triton.next_power_of_2(group)), FIELDS=_FIELDS,
             TILE=32 if wide else 64, MAX_SPLITS=_MAX_SPLITS, num_warps=4, num_stages=2,
         )  # fmt: skip
     if max_query_len > 1:

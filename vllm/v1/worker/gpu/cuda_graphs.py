@@ -18,7 +18,7 @@ __all__ = ["CapturedStep", "DecodeGraphs", "capture_sizes"]
 
 @dataclass(slots=True)
 class CapturedStep:
-    """What a captured step leaves, until any graph runs again.
+    """What a captured step leaves, until any graph runs again. Each graph has its own.
 
     ``hidden`` ``(size, hidden)``, ``logits`` ``(size, V)``.
     """
@@ -54,12 +54,16 @@ class DecodeGraphs:
                 run = make_step(size)
                 run()
                 graph = torch.cuda.CUDAGraph()
-                graph.capture_begin(pool=pool)
+                # NCCL's own thread asks for events meanwhile, which no other mode allows.
+                graph.capture_begin(pool=pool, capture_error_mode="thread_local")
                 step = run()
                 graph.capture_end()
                 self._graphs[size] = graph, step
         torch.cuda.current_stream().wait_stream(stream)
         torch.cuda.synchronize()
+
+    def __bool__(self) -> bool:
+        return bool(self._graphs)
 
     def replay(self, size: int) -> CapturedStep:
         graph, step = self._graphs[size]

@@ -25,6 +25,7 @@ from vllm.v1.core.sched.output import (
     NewRequestData,
     SchedulerOutput,
 )
+from vllm.v1.kv_cache.allocate import AllocatedKVCache, allocate_kv_cache
 from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.outputs import (
     KVConnectorOutput,
@@ -40,6 +41,7 @@ from vllm.v1.worker.gpu.cuda_graphs import CapturedStep, DecodeGraphs, capture_s
 from vllm.v1.worker.gpu.device import CUDADeviceLayer, SampleCopies, SampleCopy
 from vllm.v1.worker.gpu.input_batch import AwaitedTokens, DeviceInputBatch
 from vllm.v1.worker.gpu.input_preparation import DeviceInputPreparer, DeviceStepInputs
+from vllm.v1.worker.gpu.sleep import SleepMemory
 from vllm.v1.worker.input_preparation import StepInputs
 from vllm.v1.worker.kv_hooks import ConnectorStep
 from vllm.v1.worker.model_runner import ModelRunner, OpenStep
@@ -76,6 +78,7 @@ class GPUModelRunner(ModelRunner):
     """Args:
     overlapped: ``sample_tokens`` returns a ``PendingModelRunnerOutput``, and the next step may
         be launched before its result is asked for; at most one is outstanding then.
+    sleep_memory: where weights and caches lie if they are to be given back; it is told of both.
     """
 
     block_table_class: ClassVar[type[DeviceBlockTable]] = DeviceBlockTable
@@ -91,13 +94,28 @@ class GPUModelRunner(ModelRunner):
         make_connector: Callable[[KVCacheConfig], KVConnectorBase_V1] | None = None,
         *,
         overlapped: bool = False,
+        sleep_memory: SleepMemory | None = None,
     ) -> None:
         super().__init__(vllm_config, device, make_connector)
         self._overlapped = overlapped
+        self._sleep_memory = sleep_memory
         self._graphs = DecodeGraphs()
         self._captured: CapturedStep | None = None
+        self._recaptures = False
 
     # ---- start-up -----------------------------------------------------------------------------
+
+    def load_model(self) -> None:
+        super().load_model()
+        if self._sleep_memory is not None:
+            self._sleep_memory.take_weights(self.model)
+
+    def _allocate(self, kv_cache_config: KVCacheConfig) -> AllocatedKVCache:
+        if self._sleep_memory is None:
+            return super()._allocate(kv_cache_config)
+        return allocate_kv_cache(
+            kv_cache_config, self.device.device, allocate=self._sleep_memory.allocate_pool
+        )
 
     def initialize_kv_cache(self, kv_cache_config: KVCacheConfig) -> None:
         super().initialize_kv_cache(kv_cache_config)
@@ -111,8 +129,10 @@ class GPUModelRunner(ModelRunner):
         """Run the largest step there can be, without a cache, for the memory that it takes."""
         device = self.device.device
         ids = torch.zeros(num_tokens, dtype=torch.int64, device=device)
+        # Tables of rotations end at the longest request; a step holds the tokens of several.
+        longest = self.vllm_config.model_config.max_model_len
         with set_forward_context(ForwardContext(None, self.layers)):
-            hidden = self.model(ids, torch.arange(num_tokens, device=device))
+            hidden = self.model(ids, torch.arange(num_tokens, device=device) % longest)
         logits = self._compute_logits(hidden[:num_rows])
         # What the general sampler holds at once: the logits in float32, sorted, and their sums.
         wide = logits.float()
@@ -199,6 +219,20 @@ class GPUModelRunner(ModelRunner):
         self._graphs.capture(sizes, self._decode_of)
         self._preparer.largest_graph = sizes[0]
         return len(sizes)
+
+    def release_model(self) -> None:
+        # Captured steps read weights whose addresses end.
+        self._recaptures = bool(self._graphs)
+        self._graphs.clear()
+        self._captured = None
+        self._preparer.largest_graph = 0
+        super().release_model()
+
+    def recapture_graphs(self) -> None:
+        """Capture again what was lost with the model."""
+        if self._recaptures:
+            self.capture_graphs()
+            self._recaptures = False
 
     def _decode_of(self, size: int) -> Callable[[], CapturedStep]:
         """A decode step of ``size`` requests on the buffers that real ones are prepared in."""

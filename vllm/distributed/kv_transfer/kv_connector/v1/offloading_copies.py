@@ -19,12 +19,19 @@ __all__ = ["HostBlocks"]
 class HostBlocks:
     """``num_slots`` blocks of host memory; a slot holds the runs of one block of every group.
 
+    Args:
+        trailer_bytes: of each slot, behind its block, for somebody else.
+
     Raises:
         CapacityError: the host has not so much memory.
     """
 
     def __init__(
-        self, config: KVCacheConfig, kv_caches: Mapping[str, torch.Tensor], num_slots: int
+        self,
+        config: KVCacheConfig,
+        kv_caches: Mapping[str, torch.Tensor],
+        num_slots: int,
+        trailer_bytes: int = 0,
     ) -> None:
         view = next(iter(kv_caches.values()))
         storage = view.untyped_storage()
@@ -39,16 +46,22 @@ class HostBlocks:
                 offset += -(-run.count * run.length // 8) * 8
             self._groups.append(parts)
         pin = view.device.type == "cuda"
+        pitch = offset + trailer_bytes
         try:
-            self._host = torch.empty((num_slots, offset), dtype=torch.int8, pin_memory=pin)
+            self._host = torch.empty((num_slots, pitch), dtype=torch.int8, pin_memory=pin)
         except RuntimeError as error:
             raise CapacityError(
-                f"cannot allocate {num_slots * offset} bytes of host memory for offloading: lower "
+                f"cannot allocate {num_slots * pitch} bytes of host memory for offloading: lower "
                 f"cpu_bytes_to_use ({error})"
             ) from error
         self._is_cuda = pin
         self._bytes_per_slot = offset
         self._stats: dict[str, float] = {}
+
+    @property
+    def slots(self) -> torch.Tensor:
+        """int8 (slots, bytes of a block and of the trailer)."""
+        return self._host
 
     @property
     def size_bytes(self) -> int:
@@ -82,6 +95,11 @@ class HostBlocks:
         self._count(f"{what}_bytes", len(slots) * self._bytes_per_slot)
         self._count(f"{what}_blocks", len(slots))
         self._count(f"{what}_seconds", time.perf_counter() - begin)
+
+    def count_files(self, what: str, num_done: int, num_failed: int) -> None:
+        """Blocks that went to files ("store") or came from them ("load")."""
+        self._count(f"file_{what}_bytes", num_done * self._bytes_per_slot)
+        self._count(f"file_failed_{what}s", num_failed)
 
     def _count(self, name: str, value: float) -> None:
         self._stats[f"offload_{name}"] = self._stats.get(f"offload_{name}", 0) + value

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
 
+from vllm.distributed.kv_transfer.conversion import format_name
+from vllm.distributed.kv_transfer.costs import HOST_COPIES, NVLINK
 from vllm.distributed.kv_transfer.kv_connector.v1.nixl.messages import (
     AgentMetadata,
     NixlSettings,
@@ -15,19 +19,19 @@ from vllm.distributed.kv_transfer.kv_connector.v1.nixl.messages import (
 from vllm.distributed.kv_transfer.kv_connector.v1.nixl.peers import AskHandshake, LocalSide
 from vllm.distributed.kv_transfer.kv_connector.v1.nixl.side_channel import ask_handshake
 from vllm.distributed.kv_transfer.kv_connector.v1.nixl.worker import TransferWorker
+from vllm.distributed.kv_transfer.staging import StagingRing
 from vllm.distributed.kv_transfer.transport.port import TransferPort
 from vllm.distributed.parallel_state import get_tensor_model_parallel_rank
+from vllm.utils.huge_pages import advise_huge_pages
 from vllm.v1.kv_cache.descriptors import CacheDescriptor, describe
 from vllm.v1.kv_cache.rearrange import Shard
 from vllm.v1.kv_cache.runs import regions
 
 if TYPE_CHECKING:
-    import torch
-
     from vllm.config import VllmConfig
     from vllm.v1.kv_cache_interface import KVCacheConfig
 
-__all__ = ["make_worker", "start_worker", "total_heads"]
+__all__ = ["make_ring", "make_worker", "start_worker", "total_heads"]
 
 _NUM_SCRATCH = 1024
 
@@ -58,16 +62,27 @@ def start_worker(
     kv_caches: Mapping[str, torch.Tensor],
     port: TransferPort,
     factors: dict[str, str],
+    *,
+    pushes: bool = False,
 ) -> tuple[TransferWorker, bytes]:
     """The transfer thread of this rank, and the payload that peers ask for."""
     view = next(iter(kv_caches.values()))
     storage = view.untyped_storage()
     base = storage.data_ptr()
+    backing = torch.empty(0, dtype=torch.int8, device=view.device).set_(storage)
     descriptor = describe(kv_cache_config, base)
-    parts = [(base + region.offset, region.size_bytes) for region in regions(kv_cache_config)]
-    port.register(parts, str(view.device))
     transfer = vllm_config.kv_transfer_config
     assert transfer is not None
+    on_host = transfer.kv_buffer_device == "cpu"
+    if view.device.type == "cpu":
+        advise_huge_pages(base, backing.numel())
+    if not on_host:
+        parts = [(base + region.offset, region.size_bytes) for region in regions(kv_cache_config)]
+        port.register(parts, str(view.device))
+    ring = make_ring(backing, settings, "cpu" if on_host else None)
+    if ring is not None:
+        port.register([ring.region], "cpu" if ring.shape.on_host else str(view.device))
+    model = vllm_config.model_config
     tp_size = vllm_config.parallel_config.tensor_parallel_size
     local = LocalSide(
         engine_id=transfer.engine_id,
@@ -78,8 +93,25 @@ def start_worker(
             descriptor, tp_size, vllm_config.model_config.get_total_num_kv_heads()
         ),
         factors=factors,
+        device=str(view.device),
+        number_format=format_name(vllm_config.cache_config.cache_dtype, model.dtype_name),
+        ring=None if ring is None else ring.shape,
+        registers_blocks=not on_host,
     )
-    return make_worker(local, settings, port, ask_handshake)
+    return make_worker(
+        local, settings, port, ask_handshake, backing=backing, ring=ring, pushes=pushes
+    )
+
+
+def make_ring(
+    backing: torch.Tensor, settings: NixlSettings, device: str | None = None
+) -> StagingRing | None:
+    """The staging ring that the settings ask for; None for none."""
+    if not settings.staging_slots:
+        return None
+    costs = NVLINK if backing.is_cuda else HOST_COPIES
+    size = settings.staging_slot_bytes or costs.slot_bytes
+    return StagingRing(backing, settings.staging_slots, size, device)
 
 
 def make_worker(
@@ -88,9 +120,12 @@ def make_worker(
     port: TransferPort,
     ask: AskHandshake,
     *,
+    backing: torch.Tensor | None = None,
+    ring: StagingRing | None = None,
+    pushes: bool = False,
     threaded: bool = True,
 ) -> tuple[TransferWorker, bytes]:
-    """A worker over a port whose cache is registered already."""
+    """A worker over a port whose cache and ring are registered already."""
     table = np.zeros(settings.max_leases, dtype=np.int64)
     scratch = np.zeros(_NUM_SCRATCH, dtype=np.int64)
     port.register([(array.ctypes.data, array.nbytes) for array in (table, scratch)], "cpu")
@@ -105,6 +140,22 @@ def make_worker(
         lease_table=table.ctypes.data,
         num_leases=len(table),
         lease_seconds=settings.kv_lease_duration,
+        number_format=local.number_format,
+        ring=None if local.ring is None else dataclasses.asdict(local.ring),
+        registers_blocks=local.registers_blocks,
     )
-    worker = TransferWorker(port, local, settings, ask, table, scratch, threaded=threaded)
-    return worker, encode_payload(local.factors, metadata)
+    encoded = encode_payload(local.factors, metadata)
+    worker = TransferWorker(
+        port,
+        local,
+        settings,
+        ask,
+        table,
+        scratch,
+        hello=encoded,
+        ring=ring,
+        backing=backing,
+        pushes=pushes,
+        threaded=threaded,
+    )
+    return worker, encoded

@@ -1,6 +1,7 @@
 """NixlConnector: prefill here, decode there, over NIXL.
 
-The decoder reads (pull). Two halves: ``scheduler.NixlScheduler`` and ``worker.TransferWorker``.
+The decoder reads (pull), or the prefill engine writes (push). Two halves:
+``scheduler.NixlScheduler`` and ``worker.TransferWorker``.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ if TYPE_CHECKING:
     from vllm.v1.outputs import KVConnectorOutput
     from vllm.v1.request import Request
 
-__all__ = ["NixlConnector"]
+__all__ = ["NixlConnector", "NixlPushConnector"]
 
 
 class NixlConnector(KVConnectorBase_V1, SupportsHMA):
@@ -48,6 +49,8 @@ class NixlConnector(KVConnectorBase_V1, SupportsHMA):
     """
 
     works_between_layers = False
+    pushes = False
+    """The owner writes, where this class says so; else the decoder reads."""
 
     def __init__(
         self,
@@ -59,34 +62,43 @@ class NixlConnector(KVConnectorBase_V1, SupportsHMA):
         assert kv_cache_config is not None
         assert self._kv_transfer_config is not None
         buffer, device = self._kv_transfer_config.kv_buffer_device, vllm_config.device_config
-        if buffer not in (None, device.device_type):
+        if buffer not in (None, "cpu", device.device_type):
             raise ConfigError(
-                f"kv_buffer_device {buffer}: NixlConnector moves blocks from where they are "
-                f"({device.device_type}); leave it out",
+                f"kv_buffer_device {buffer}: blocks lie in {device.device_type} memory; leave it "
+                'out, or say "cpu" for a buffer in host memory',
                 parameter="kv_buffer_device",
                 value=buffer,
             )
         self._settings = parse_settings(
             type(self).__name__, self._kv_transfer_config.kv_connector_extra_config
         )
+        if buffer == "cpu" and not self._settings.staging_slots:
+            raise ConfigError(
+                'kv_buffer_device "cpu": the buffer is the staging ring, so staging_slots in '
+                "kv_connector_extra_config cannot be 0",
+                parameter="kv_buffer_device",
+            )
         self._worker: TransferWorker | None = None
+        self._has_scales = False
         self._handshake: NixlHandshakeMetadata | None = None
         if role is KVConnectorRole.SCHEDULER:
             self._scheduler = NixlScheduler(vllm_config, self._settings, kv_cache_config)
 
     def _factors(self) -> dict[str, str]:
-        return compatibility_factors(
-            self._vllm_config, f"{type(self).__name__} {CONNECTOR_VERSION}"
-        )
+        name = f"{type(self).__name__} {CONNECTOR_VERSION}"
+        factors = compatibility_factors(self._vllm_config, name)
+        # Plans compare number formats layer by layer: some pairs are converted.
+        del factors["kv_cache_dtype"]
+        return factors
 
     # Worker half
 
     def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
         from vllm.distributed.kv_transfer.kv_connector.v1.nixl.assembly import start_worker
-        from vllm.distributed.kv_transfer.transport.nixl import NixlPort
+        from vllm.distributed.kv_transfer.transport.peer_memory import PeerMemoryPort
 
         assert self._kv_cache_config is not None
-        port = NixlPort(
+        port = PeerMemoryPort(
             f"vllm-{uuid.uuid4().hex}", self._settings.backends, self._settings.num_threads
         )
         self._worker, payload = start_worker(
@@ -96,6 +108,7 @@ class NixlConnector(KVConnectorBase_V1, SupportsHMA):
             kv_caches,
             port,
             self._factors(),
+            pushes=self.pushes,
         )
         self._handshake = NixlHandshakeMetadata(payload)
 
@@ -106,7 +119,23 @@ class NixlConnector(KVConnectorBase_V1, SupportsHMA):
         assert self._worker is not None
         metadata = self._get_connector_metadata()
         assert isinstance(metadata, NixlStepMetadata)
+        if not self._has_scales:
+            self._has_scales = True
+            layers = getattr(forward_context, "no_compile_layers", {})
+            self._worker.set_scales(
+                {
+                    name: (layer._k_scale_float, layer._v_scale_float)
+                    for name, layer in layers.items()
+                    if hasattr(layer, "_k_scale_float")
+                }
+            )
         if metadata.says_something:
+            if metadata.receives and self._vllm_config.device_config.device_type == "cuda":
+                import torch
+
+                # A step that is under way may still write for a request that has just ended.
+                metadata.after = torch.cuda.Event()
+                metadata.after.record()
             self._worker.submit(metadata)
 
     def wait_for_layer_load(self, layer_name: str) -> None:
@@ -179,3 +208,9 @@ class NixlConnector(KVConnectorBase_V1, SupportsHMA):
             self._worker = None
         if self.role is KVConnectorRole.SCHEDULER:
             self._scheduler.shutdown()
+
+
+class NixlPushConnector(NixlConnector):
+    """The decoder announces its blocks, and the prefill engine writes into them."""
+
+    pushes = True

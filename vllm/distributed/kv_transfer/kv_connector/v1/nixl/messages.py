@@ -26,6 +26,7 @@ __all__ = [
     "CONNECTOR_VERSION",
     "AgentMetadata",
     "HandshakePayload",
+    "LeaseStart",
     "NixlHandshakeMetadata",
     "NixlSettings",
     "NixlStepMetadata",
@@ -38,7 +39,8 @@ __all__ = [
     "parse_settings",
 ]
 
-CONNECTOR_VERSION = 1
+CONNECTOR_VERSION = 2
+PATHS = ("auto", "descriptors", "staging", "mapped")
 _LONGEST_ID = 512
 _MOST_BLOCKS = 1 << 22
 
@@ -57,7 +59,14 @@ class NixlSettings(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     transfer_timeout: float = 60.0
     """A load that takes longer fails (or is computed); its blocks stay until it has ended."""
     push_registration_timeout: float = 120.0
+    """The same wait where a decoder announces blocks to be written (push)."""
     max_leases: int = 4096
+    transfer_path: str = "auto"
+    """How blocks cross: "descriptors", "staging", "mapped", or what the cost model finds best."""
+    staging_slots: int = 8
+    """Of the ring that blocks are gathered into; 0 for none."""
+    staging_slot_bytes: int | None = None
+    """A power of two; by default what suits the device."""
 
 
 def parse_settings(name: str, given: dict[str, Any]) -> NixlSettings:
@@ -71,7 +80,24 @@ def parse_settings(name: str, given: dict[str, Any]) -> NixlSettings:
         raise ConfigError(
             f"{name}: kv_connector_extra_config: {error}", parameter="kv_connector_extra_config"
         ) from None
-    for field_name in ("kv_lease_duration", "handshake_timeout", "transfer_timeout"):
+    size = settings.staging_slot_bytes
+    problem = None
+    if settings.transfer_path not in PATHS:
+        problem = f"transfer_path must be one of {', '.join(PATHS)}"
+    elif not 0 <= settings.staging_slots <= 4096 or settings.staging_slots == 1:
+        problem = "staging_slots must be 0, or 2 to 4096"
+    elif size is not None and (not 1 << 12 <= size <= 1 << 32 or size & (size - 1)):
+        problem = "staging_slot_bytes must be a power of two from 4096 to 4294967296"
+    elif settings.transfer_path == "staging" and not settings.staging_slots:
+        problem = "transfer_path staging needs staging_slots"
+    if problem is not None:
+        raise ConfigError(f"{name}: {problem}", parameter="kv_connector_extra_config")
+    for field_name in (
+        "kv_lease_duration",
+        "handshake_timeout",
+        "transfer_timeout",
+        "push_registration_timeout",
+    ):
         if not getattr(settings, field_name) > 0:
             raise ConfigError(
                 f"{name}: {field_name} must be more than 0 seconds",
@@ -161,16 +187,25 @@ class Receive:
     num_tokens: int
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LeaseStart:
+    slot: int
+    block_ids: tuple[list[int], ...]
+    """Of each group; nothing else is gathered or written for this request."""
+
+
 @dataclass(slots=True)
 class NixlStepMetadata(KVConnectorMetadata):
     receives: list[Receive] = field(default_factory=list)
-    leases: dict[str, int] = field(default_factory=dict)
-    """Requests whose blocks wait to be fetched, and the slot of each lease."""
+    leases: dict[str, LeaseStart] = field(default_factory=dict)
+    """Requests whose blocks wait to be fetched."""
     releases: list[RemoteParams] = field(default_factory=list)
     """Nothing will be fetched of these: let their blocks go."""
     expected: dict[str, RemoteParams] = field(default_factory=dict)
     """Requests that will fetch something once they are admitted: keep their leases alive."""
     unexpected: list[str] = field(default_factory=list)
+    after: Any = None
+    """A ``torch.cuda.Event``: blocks may still be written by the device until then."""
 
     @property
     def says_something(self) -> bool:
@@ -196,6 +231,12 @@ class AgentMetadata(msgspec.Struct, kw_only=True):
     """Address of the int64 generation numbers of leases."""
     num_leases: int
     lease_seconds: float
+    number_format: str = ""
+    """``conversion.format_name`` of the cache."""
+    ring: dict[str, int | bool] | None = None
+    """Fields of ``staging.RingShape``."""
+    registers_blocks: bool = True
+    """False: only the ring can be reached (kv_buffer_device "cpu")."""
 
 
 class HandshakePayload(msgspec.Struct, kw_only=True):

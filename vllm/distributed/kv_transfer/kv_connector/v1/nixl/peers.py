@@ -8,8 +8,11 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
+import msgspec
 import numpy as np
+import torch
 
+from vllm.distributed.kv_transfer.costs import Experience
 from vllm.distributed.kv_transfer.kv_connector.v1.nixl.messages import (
     AgentMetadata,
     NixlSettings,
@@ -18,12 +21,13 @@ from vllm.distributed.kv_transfer.kv_connector.v1.nixl.messages import (
 )
 from vllm.distributed.kv_transfer.kv_connector.v1.topology import TransferTopology
 from vllm.distributed.kv_transfer.plan import TransferPlan, plan_transfer
+from vllm.distributed.kv_transfer.staging import RingPair, RingShape, TableMovers
 from vllm.distributed.kv_transfer.transport.port import TransferPort
 from vllm.errors import ConfigError, KVTransferError
 from vllm.v1.kv_cache.descriptors import CacheDescriptor
 from vllm.v1.kv_cache.rearrange import Shard
 
-__all__ = ["LocalSide", "Peer", "PeerBook", "PeerRank"]
+__all__ = ["LocalSide", "Peer", "PeerBook", "PeerRank", "plan_between", "read_ring"]
 
 AskHandshake = Callable[[str, int, int, float], bytes]
 
@@ -38,6 +42,11 @@ class LocalSide:
     descriptor: CacheDescriptor
     total_heads: dict[str, int | None]
     factors: dict[str, str]
+    device: str = "cpu"
+    """Of the cache."""
+    number_format: str = ""
+    ring: RingShape | None = None
+    registers_blocks: bool = True
 
 
 @dataclass(slots=True)
@@ -48,6 +57,16 @@ class PeerRank:
     plan: TransferPlan | None
     local: Any = None
     remote: Any = None
+    pair: RingPair | None = None
+    """The two staging rings, where both have one."""
+    local_ring: Any = None
+    remote_ring: Any = None
+    movers: list[TableMovers] = field(default_factory=list)
+    mapped: int | None = None
+    """Address here of the peer's cache, where its memory is mapped."""
+    seen: Experience = field(default_factory=Experience)
+    introduced: bool = False
+    """It knows us, and what we take."""
     lease_table: Any = None
     num_leases: int = 0
 
@@ -69,6 +88,40 @@ class _Answers:
     """A handshake that has been answered by every rank that was asked."""
 
     metadata: dict[int, AgentMetadata]
+
+
+def read_ring(ring: dict[str, int | bool]) -> RingShape:
+    """
+    Raises:
+        KVTransferError: no ring is like that.
+    """
+    try:
+        return msgspec.convert(ring, RingShape)
+    except msgspec.ValidationError as error:
+        raise KVTransferError(f"the handshake is malformed: {error}") from error
+
+
+def plan_between(
+    local: LocalSide, metadata: AgentMetadata, *, receiving: bool
+) -> tuple[TransferPlan, CacheDescriptor]:
+    """What crosses between this worker and a peer's: both make the same plan of it.
+
+    Raises:
+        KVTransferError: they do not fit, or cannot agree on a way.
+    """
+    theirs = CacheDescriptor.from_json(metadata.descriptor)
+    if metadata.total_heads != local.total_heads:
+        raise KVTransferError("the two engines count the heads of the model differently")
+    there = Shard(tp_size=metadata.tp_size, rank=metadata.tp_rank)
+    sides = [
+        (theirs, there, metadata.number_format),
+        (local.descriptor, local.shard, local.number_format),
+    ]
+    source, target = sides if receiving else sides[::-1]
+    plan = plan_transfer(
+        source[0], target[0], source[1], target[1], local.total_heads, (source[2], target[2])
+    )
+    return plan, theirs
 
 
 class PeerBook:
@@ -93,6 +146,8 @@ class PeerBook:
         self._asking: dict[str, tuple[Future[_Answers], tuple[str, int]]] = {}
         self.peers: dict[str, Peer] = {}
         self._retired: list[Peer] = []
+        self.scales: dict[str, tuple[float, float]] = {}
+        """Of layers whose numbers may be converted: scales of K and V."""
 
     def is_asking(self, engine_id: str) -> bool:
         return engine_id in self._asking
@@ -126,7 +181,8 @@ class PeerBook:
         found = {}
         for rank in ranks:
             encoded = self._ask(*address, rank, self._settings.handshake_timeout)
-            metadata = self._read(encoded)
+            checked = self._settings.enforce_handshake_compat
+            metadata = decode_payload(encoded, self._local.factors if checked else None)
             if (metadata.engine_id, metadata.tp_rank) != (engine_id, rank):
                 raise KVTransferError(
                     f"{address[0]}:{address[1]} is engine {metadata.engine_id} rank "
@@ -136,10 +192,6 @@ class PeerBook:
                 raise KVTransferError(f"{engine_id} has {metadata.tp_size} ranks, not {tp_size}")
             found[rank] = metadata
         return _Answers(found)
-
-    def _read(self, encoded: bytes) -> AgentMetadata:
-        checked = self._settings.enforce_handshake_compat
-        return decode_payload(encoded, self._local.factors if checked else None)
 
     def settle(self) -> dict[str, Peer | KVTransferError]:
         """Handshakes that have ended since the last call: the peer, or why there is none."""
@@ -166,26 +218,51 @@ class PeerBook:
         return peer
 
     def _connect_rank(self, rank: int, metadata: AgentMetadata, has_data: bool) -> PeerRank:
-        source = CacheDescriptor.from_json(metadata.descriptor)
-        if metadata.total_heads != self._local.total_heads:
-            raise KVTransferError("the two engines count the heads of the model differently")
-        plan = None
+        plan = source = None
         if has_data:
-            there = Shard(tp_size=metadata.tp_size, rank=rank)
-            plan = plan_transfer(
-                source, self._local.descriptor, there, self._local.shard, self._local.total_heads
-            )
+            plan, source = plan_between(self._local, metadata, receiving=True)
         found = PeerRank(self._port.connect(metadata.agent), plan)
         if plan is not None and plan.tables:
-            own, theirs = plan.rows("target"), plan.rows("source")
-            own[:, 0] += self._local.descriptor.base
-            theirs[:, 0] += source.base
-            found.local = self._port.prepare(None, own)
-            found.remote = self._port.prepare(found.agent, theirs)
+            assert source is not None
+            self._prepare(found, plan, metadata, source.base)
         table = np.array([[metadata.lease_table, 8, 8, metadata.num_leases]], dtype=np.int64)
         found.lease_table = self._port.prepare(found.agent, table, on_host=True)
         found.num_leases = metadata.num_leases
         return found
+
+    def _prepare(
+        self, rank: PeerRank, plan: TransferPlan, metadata: AgentMetadata, base: int
+    ) -> None:
+        """Everything by which bytes can come from there."""
+        local = self._local
+        device = torch.device(local.device)
+        rank.movers = [TableMovers(table, device, self.scales) for table in plan.tables]
+        if local.registers_blocks and metadata.registers_blocks and not plan.converts:
+            own, theirs = plan.rows("target"), plan.rows("source")
+            own[:, 0] += local.descriptor.base
+            theirs[:, 0] += base
+            rank.local = self._port.prepare(None, own)
+            rank.remote = self._port.prepare(rank.agent, theirs)
+            rank.mapped = self._port.mapped(rank.agent, base)
+        if local.ring is not None and metadata.ring is not None:
+            pair = RingPair(source=read_ring(metadata.ring), target=local.ring)
+            rank.pair = pair
+            rank.local_ring = self._port.prepare(
+                None, pair.rows("target"), on_host=pair.target.on_host
+            )
+            rank.remote_ring = self._port.prepare(
+                rank.agent, pair.rows("source"), on_host=pair.source.on_host
+            )
+        if rank.local is None and rank.pair is None:
+            why = (
+                f"they convert {', '.join(_conversions(plan))}"
+                if plan.converts
+                else 'kv_buffer_device "cpu" lets peers reach the staging ring only'
+            )
+            raise KVTransferError(
+                f"the engines need a staging ring, since {why}: set staging_slots in "
+                "kv_connector_extra_config on both sides"
+            )
 
     def retire(self, engine_id: str) -> None:
         """A peer is gone, or has come back as another: the next request shakes hands again."""
@@ -205,7 +282,13 @@ class PeerBook:
 
     def _free(self, peer: Peer) -> None:
         for rank in peer.ranks.values():
-            for prepared in (rank.local, rank.remote, rank.lease_table):
+            for prepared in (
+                rank.local,
+                rank.remote,
+                rank.lease_table,
+                rank.local_ring,
+                rank.remote_ring,
+            ):
                 if prepared is not None:
                     self._port.forget(prepared)
             self._port.disconnect(rank.agent)
@@ -215,3 +298,7 @@ class PeerBook:
         for engine_id in list(self.peers):
             self.retire(engine_id)
         self.sweep(set())
+
+
+def _conversions(plan: TransferPlan) -> set[str]:
+    return {table.conversion.name for table in plan.tables if table.conversion is not None}

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import vllm.envs as envs
 from vllm.distributed.kv_transfer.kv_connector.v1.nixl.messages import (
+    LeaseStart,
     NixlSettings,
     NixlStepMetadata,
     Receive,
@@ -143,7 +144,8 @@ class NixlScheduler:
             return False, None
         slot = self._free_slots.popleft()
         self._leased[request_id] = slot
-        self._next.leases[request_id] = slot
+        rows = tuple(list(row) for row in block_ids)
+        self._next.leases[request_id] = LeaseStart(slot=slot, block_ids=rows)
         return True, {
             "do_remote_prefill": True,
             "do_remote_decode": False,

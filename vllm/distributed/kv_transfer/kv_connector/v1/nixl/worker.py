@@ -18,21 +18,37 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import torch
 
+from vllm.distributed.kv_transfer.costs import HOST_COPIES, NVLINK, Experience, route
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorTransferResults
+from vllm.distributed.kv_transfer.kv_connector.v1.nixl.giving import Giver, LeaseView
+from vllm.distributed.kv_transfer.kv_connector.v1.nixl.letters import (
+    PULL_STAGED,
+    PUSH,
+    PUSH_STAGED,
+    Ask,
+    Told,
+    decode,
+)
 from vllm.distributed.kv_transfer.kv_connector.v1.nixl.messages import (
     NixlSettings,
     NixlStepMetadata,
     Receive,
     RemoteParams,
+    decode_payload,
 )
 from vllm.distributed.kv_transfer.kv_connector.v1.nixl.peers import (
     AskHandshake,
     LocalSide,
     Peer,
     PeerBook,
+    PeerRank,
 )
+from vllm.distributed.kv_transfer.kv_connector.v1.nixl.taking import Take, Taker
 from vllm.distributed.kv_transfer.kv_connector.v1.topology import TransferTopology
+from vllm.distributed.kv_transfer.plan import TransferPlan, UnitBlocks
+from vllm.distributed.kv_transfer.staging import Done, StagingRing
 from vllm.distributed.kv_transfer.transport.port import PeerLostError, PortError, TransferPort
 from vllm.errors import KVTransferError
 from vllm.logger import init_logger
@@ -41,18 +57,23 @@ __all__ = ["TransferWorker"]
 
 logger = init_logger(__name__)
 
-_ACTIVE_WAIT = 0.0005
+_ACTIVE_WAIT = 0.0002
+_STAGING_WAIT = 0.00002
+_LEASE_WAIT = 0.0003
+"""Somebody may read at any time, and the transport answers small reads only when it is turned."""
 _IDLE_WAIT = 0.005
 _HEARTBEATS_A_LEASE = 6
 _PROLONGS_BY = 2 / 3
 _LONGEST_MESSAGE = 1 << 20
 _MOST_EARLY = 4096
+_HELLO = b"HELLO:"
 
 
 @dataclass(slots=True)
 class _Lease:
     slot: int
     deadline: float
+    block_ids: tuple[frozenset[int], ...]
     done: set[str] = field(default_factory=set)
     """Agents that have said so."""
 
@@ -64,6 +85,10 @@ class _Load:
     started: float
     copies: list[tuple[int, Any]] = field(default_factory=list)
     """(rank, transfer) still under way."""
+    takes: list[Take] = field(default_factory=list)
+    """What is staged or pushed, still under way."""
+    chosen: list[tuple[PeerRank, str, int, int]] = field(default_factory=list)
+    """(rank, way, descriptors, bytes) of what was started."""
     checks: list[tuple[int, int, Any]] = field(default_factory=list)
     """(rank, scratch slot, transfer) of reads of the generation number."""
     checking: bool = False
@@ -93,6 +118,10 @@ class TransferWorker:
     Args:
         lease_table: int64 ``(max_leases,)`` that peers may read, and ``scratch`` int64 for
             reading those of others; both registered with the port.
+        hello: this worker's encoded handshake, for owners that stage or push.
+        ring: where blocks are gathered and scattered; None: they go by descriptors only.
+        backing: 1-D int8, the cache.
+        pushes: the owner writes, after this worker has announced its blocks.
         threaded: False leaves it to the caller to call ``turn``.
     """
 
@@ -105,6 +134,10 @@ class TransferWorker:
         lease_table: np.ndarray,
         scratch: np.ndarray,
         *,
+        hello: bytes = b"",
+        ring: StagingRing | None = None,
+        backing: torch.Tensor | None = None,
+        pushes: bool = False,
         threaded: bool = True,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -127,8 +160,18 @@ class TransferWorker:
         self._ended: OrderedDict[str, None] = OrderedDict()
         self._waiting: dict[str, list[_Load]] = {}
         self._loads: dict[str, _Load] = {}
+        self._held: list[tuple[Any, _Load]] = []
+        """Loads whose blocks the device may still write."""
         self._releases: list[tuple[float, RemoteParams]] = []
         self._expected: dict[str, RemoteParams] = {}
+        self._backing = backing
+        self._pushes = pushes
+        self._ring = ring
+        self._giver = Giver(port, local, ring, self._lease_view)
+        self._taker = Taker(port, ring, hello, lambda: self._clock())
+        self._costs = NVLINK if torch.device(local.device).type == "cuda" else HOST_COPIES
+        self.ways_taken: dict[str, int] = {}
+        """How often each way was chosen; for logs and tests."""
         self._broken: Exception | None = None
         self._thread: threading.Thread | None = None
         if threaded:
@@ -156,6 +199,10 @@ class TransferWorker:
             )
         return results
 
+    def set_scales(self, scales: dict[str, tuple[float, float]]) -> None:
+        """Of layers with one scale a side: (K, V); before the first load."""
+        self._book.scales = scales
+
     def take_stats(self) -> dict[str, float] | None:
         with self._lock:
             stats, self._stats = self._stats, {}
@@ -172,18 +219,30 @@ class TransferWorker:
 
     def _run(self) -> None:
         try:
-            self._loop()
+            device = torch.device(self._local.device)
+            if device.type == "cuda":
+                torch.cuda.set_device(device)
+                with torch.cuda.stream(torch.cuda.Stream()):
+                    self._loop()
+            else:
+                self._loop()
         except Exception as error:
             # Raised again in the thread of the steps, which cannot show where it came from.
             logger.exception("the KV transfer thread has ended")
             self._broken = error
 
     def _loop(self) -> None:
+        progress = 0
         while True:
-            busy = bool(self._loads or self._waiting or self._releases)
+            busy = bool(self._loads or self._waiting or self._releases or self._held)
+            wait = _ACTIVE_WAIT if busy else _LEASE_WAIT if self._leases else _IDLE_WAIT
+            if self._giver.is_busy or self._taker.is_busy:
+                now = self._giver.progress + self._taker.progress
+                wait = _STAGING_WAIT if now == progress else 0.0
+                progress = now
             try:
                 # An idle agent is turned too: what peers read of us goes on only then.
-                metadata = self._inbox.get(timeout=_ACTIVE_WAIT if busy else _IDLE_WAIT)
+                metadata = self._inbox.get(wait > 0, wait or None)
             except queue.Empty:
                 self.turn()
                 continue
@@ -201,8 +260,16 @@ class TransferWorker:
                     self._inbox.put(None)
                     break
                 self._take(metadata)
+        held, self._held = self._held, []
+        for after, load in held:
+            if after.query():
+                self._begin(load)
+            else:
+                self._held.append((after, load))
         self._settle_handshakes()
         self._hear()
+        self._giver.turn()
+        self._taker.turn()
         for load in list(self._loads.values()):
             self._advance(load)
         self._give_up_late()
@@ -218,8 +285,15 @@ class TransferWorker:
 
     def _take(self, metadata: NixlStepMetadata) -> None:
         now = self._clock()
-        for request_id, slot in metadata.leases.items():
-            self._leases[request_id] = _Lease(slot, now + self._settings.kv_lease_duration)
+        lasts = (
+            self._settings.push_registration_timeout
+            if self._pushes
+            else self._settings.kv_lease_duration
+        )
+        for request_id, start in metadata.leases.items():
+            rows = tuple(frozenset(row) - {0} for row in start.block_ids)
+            self._leases[request_id] = _Lease(start.slot, now + lasts, rows)
+            self._giver.lease_is_there(request_id)
             for sender, size in self._early.pop(request_id, {}).items():
                 self._consumer_is_done(sender, request_id, size)
         for request_id in metadata.unexpected:
@@ -233,7 +307,10 @@ class TransferWorker:
             self._releases.append((now + self._settings.handshake_timeout, params))
         for receive in metadata.receives:
             load = _Load(receive, now + self._settings.transfer_timeout, now)
-            self._begin(load)
+            if metadata.after is None or metadata.after.query():
+                self._begin(load)
+            else:
+                self._held.append((metadata.after, load))
 
     # Loads
 
@@ -250,7 +327,7 @@ class TransferWorker:
             self._post(load, peer)
         except PeerLostError as error:
             self._lost(load.engine_id)
-            if load.retried or load.copies:
+            if load.retried or load.copies or load.takes:
                 load.error = str(error)
                 return
             # It may have come back under the same name: shake hands once more.
@@ -280,12 +357,78 @@ class TransferWorker:
             units = plan.units(
                 params.remote_block_ids, receive.block_ids, receive.num_tokens, receive.first_token
             )
-            into, out_of = plan.indices(units, "target"), plan.indices(units, "source")
-            if not len(into):
+            if not any(len(own) for own in units):
                 continue
             load.num_bytes += plan.num_bytes(units)
-            load.num_descriptors += plan.num_descriptors(units)
-            load.copies.append((number, self._port.read(rank.local, into, rank.remote, out_of)))
+            self._post_rank(load, number, rank, plan, units)
+
+    def _post_rank(
+        self, load: _Load, number: int, rank: PeerRank, plan: TransferPlan, units: list[UnitBlocks]
+    ) -> None:
+        """Start what one rank has, by the way that costs least."""
+        descriptors = plan.num_descriptors(units)
+        way = self._way(rank, plan, descriptors, plan.num_bytes(units))
+        load.chosen.append((rank, way, descriptors, plan.num_bytes(units)))
+        self.ways_taken[way] = self.ways_taken.get(way, 0) + 1
+        self._count(**{f"transfers_by_{way}": 1})
+        if way == "staging" or self._pushes:
+            if way == "staging":
+                code = PUSH_STAGED if self._pushes else PULL_STAGED
+            else:
+                code = PUSH
+            load.takes.append(self._taker.start(rank, load.params, code, units))
+            return
+        load.num_descriptors += descriptors
+        if way == "mapped":
+            load.copies.append((number, self._copy_mapped(rank, plan, units)))
+            return
+        into, out_of = plan.indices(units, "target"), plan.indices(units, "source")
+        load.copies.append((number, self._port.read(rank.local, into, rank.remote, out_of)))
+
+    def _way(self, rank: PeerRank, plan: TransferPlan, num_descriptors: int, num_bytes: int) -> str:
+        """
+        Raises:
+            KVTransferError: the configuration asks for a way that is not there.
+        """
+        if rank.local is None:
+            return "staging"
+        mapped = rank.mapped is not None and not self._pushes
+        asked = self._settings.transfer_path
+        if asked == "mapped" and not mapped:
+            raise KVTransferError(
+                "transfer_path mapped: the peer's memory is not mapped here (GPUs of one host "
+                'with peer access, and a decoder that reads); use "auto"'
+            )
+        if asked == "staging" and rank.pair is None:
+            raise KVTransferError("transfer_path staging: the peer has no staging ring")
+        if asked != "auto":
+            return asked
+        pair = rank.pair
+        fits = pair is not None and all(
+            table.bytes_per_unit <= pair.slot_bytes for table in plan.tables
+        )
+        return route(
+            self._costs,
+            num_descriptors,
+            num_bytes,
+            pair.slot_bytes if pair is not None and fits else None,
+            mapped=mapped,
+            seen=rank.seen,
+        ).way
+
+    def _copy_mapped(self, rank: PeerRank, plan: TransferPlan, units: list[UnitBlocks]) -> Done:
+        """A kernel here reads the peer's blocks."""
+        assert self._backing is not None
+        assert rank.mapped is not None
+        base = self._backing.data_ptr()
+        for movers, table, own in zip(rank.movers, plan.tables, units, strict=True):
+            movers.copy.move(
+                rank.mapped,
+                base,
+                table.starts("source", own.source_blocks, own.source_parts),
+                table.starts("target", own.target_blocks, own.target_parts),
+            )
+        return Done(self._backing.device)
 
     def _advance(self, load: _Load) -> None:
         """Poll what is under way; go on to the check, and then to the end."""
@@ -295,7 +438,14 @@ class TransferWorker:
             for rank, slot, check in load.checks
             if not self._check_is_over(load, slot, check)
         ]
-        if load.copies or load.checks:
+        if load.error is not None or load.given_up:
+            for take in load.takes:
+                self._taker.abandon(take, load.error or "given up")
+        for take in [take for take in load.takes if take.over]:
+            load.takes.remove(take)
+            load.error = load.error or take.error
+            load.num_descriptors += take.num_descriptors
+        if load.copies or load.checks or load.takes:
             return
         if load.error is None and not load.given_up and not load.checking:
             self._start_checks(load)
@@ -306,6 +456,8 @@ class TransferWorker:
 
     def _is_over(self, load: _Load, transfer: Any) -> bool:
         """Whether a transfer can write no more; notes its failure."""
+        if isinstance(transfer, Done):
+            return transfer.poll()
         try:
             return self._port.poll(transfer)
         except PeerLostError as error:
@@ -365,6 +517,7 @@ class TransferWorker:
             else:
                 self._results.failed_recving.add(request_id)
         if load.error is None and not load.given_up:
+            self._learn(load)
             self._count(
                 transfers=1,
                 transfer_bytes=load.num_bytes,
@@ -374,6 +527,20 @@ class TransferWorker:
         else:
             self._count(failed_transfers=1)
             logger.warning("Loading KV of request %s failed: %s", request_id, load.error)
+
+    def _learn(self, load: _Load) -> None:
+        """How long it took, where one way brought everything."""
+        if len(load.chosen) != 1:
+            return
+        rank, way, descriptors, num_bytes = load.chosen[0]
+        if num_bytes < Experience.LEAST_BYTES:
+            return
+        slot = rank.pair.slot_bytes if rank.pair is not None else None
+        ways = route(
+            self._costs, descriptors, num_bytes, slot, mapped=rank.mapped is not None
+        ).seconds
+        if way in ways:
+            rank.seen.learn(way, ways[way], self._clock() - load.started)
 
     def _give_up_late(self) -> None:
         now = self._clock()
@@ -485,6 +652,13 @@ class TransferWorker:
         """Act on a message; False where it is none of ours."""
         if len(message) > _LONGEST_MESSAGE:
             return False
+        letter = decode(message)
+        if isinstance(letter, Ask):
+            return self._giver.ask(sender, letter)
+        if isinstance(letter, Told):
+            return self._taker.take_in(sender, letter)
+        if message.startswith(_HELLO):
+            return self._meet(sender, message[len(_HELLO) :])
         try:
             text = message.decode()
         except UnicodeDecodeError:
@@ -502,6 +676,27 @@ class TransferWorker:
         if not request_id or not size.isascii() or not size.isdigit() or len(size) > 4:
             return False
         return self._consumer_is_done(sender, request_id, int(size))
+
+    def _meet(self, sender: str, payload: bytes) -> bool:
+        """A consumer says what it is; False where it is none."""
+        settings = self._settings
+        try:
+            checked = settings.enforce_handshake_compat
+            metadata = decode_payload(payload, self._local.factors if checked else None)
+            self._giver.introduce(sender, metadata)
+        except (KVTransferError, PortError) as error:
+            logger.warning("The consumer %s is refused: %s", sender, error)
+            return False
+        return True
+
+    def _lease_view(self, request_id: str) -> LeaseView | None:
+        lease = self._leases.get(request_id)
+        if lease is not None:
+            generation = int(self._lease_table[lease.slot])
+            return LeaseView(generation=generation, block_ids=lease.block_ids)
+        if request_id in self._ended:
+            raise KeyError(request_id)
+        return None
 
     def _consumer_is_done(self, sender: str, request_id: str, tp_size: int) -> bool:
         shard = self._local.shard
@@ -532,6 +727,7 @@ class TransferWorker:
         """The blocks may go: first make late readers see it."""
         lease = self._leases.pop(request_id)
         self._lease_table[lease.slot] += 1
+        self._giver.lease_has_ended(request_id)
         self._ended[request_id] = None
         while len(self._ended) > _MOST_EARLY:
             self._ended.popitem(last=False)

@@ -1,0 +1,293 @@
+"""TRITON_MLA and the kernels of state layers on a GPU, beside what the same run reads and copies.
+
+    python benchmarks/kernels/latents_and_states.py [--only REGEX] [--output FILE] [--warm]
+
+Steps of one token are timed as a CUDA graph's replay, in GB/s of what they have to move: latents
+read, states read and written. Prompts are timed in milliseconds. bf16, block tables shuffled, each
+state in a page of its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import re
+import sys
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from triton.testing import do_bench
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from vllm import _triton_state_ops as state_ops
+from vllm._torch_state_ops import StateSegments
+from vllm._triton_linear_attention import linear_attention
+from vllm.v1.attention.ops.triton_decode import plan_decodes
+from vllm.v1.attention.ops.triton_mla import (
+    AbsorbedConfig,
+    absorbed_attention,
+    default_absorbed_config,
+    head_tiles,
+)
+from vllm.v1.attention.ops.triton_mla_prefill import (
+    attention_tiles,
+    expand_latents,
+    expand_tiles,
+    expanded_attention,
+)
+
+RANK, ROPE, NOPE, V, PAGE = 512, 64, 128, 128, 64
+OPTIONS: dict[str, Any] = {"device": "cuda", "dtype": torch.bfloat16}
+Row = dict[str, Any]
+Case = tuple[str, Callable[[], Row]]
+# Rows, tile, warps, stages tried beside the default.
+CONFIGS = {
+    16: [(16, 64, 4, 2), (16, 32, 8, 2), (16, 64, 8, 2), (16, 16, 4, 3)],
+    128: [(64, 64, 8, 1), (32, 32, 8, 2), (64, 16, 8, 2), (32, 64, 8, 2)],
+}
+warm_only = False
+
+
+def replay_ms(call: Callable[[], object]) -> float:
+    """Median milliseconds of ``call`` as a captured graph: no launch cost in it."""
+    call()
+    torch.cuda.synchronize()
+    if warm_only:
+        return 1.0
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    return do_bench(graph.replay, return_mode="median", warmup=5, rep=30)
+
+
+def prompt_ms(call: Callable[[], object]) -> float:
+    call()
+    torch.cuda.synchronize()
+    return 1.0 if warm_only else do_bench(call, return_mode="median", warmup=5, rep=40)
+
+
+def ceilings() -> dict[str, float]:
+    data = torch.randint(0, 255, (1 << 30,), dtype=torch.uint8, device="cuda")
+    target = torch.empty_like(data)
+    copy = do_bench(lambda: target.copy_(data), return_mode="median")
+    read = do_bench(lambda: data.view(torch.float32).sum(), return_mode="median")
+    return {
+        "copy_gb_s": round(2 * data.numel() / copy / 1e6, 1),
+        "read_gb_s": round(data.numel() / read / 1e6, 1),
+    }
+
+
+def latents(lengths: list[int]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Cache, block table and lengths of requests."""
+    pages = [-(-n // PAGE) for n in lengths]
+    cache = torch.randn(sum(pages) + 1, PAGE, RANK + ROPE, **OPTIONS)
+    order = torch.randperm(sum(pages), device="cuda", dtype=torch.int32) + 1
+    table = torch.zeros(len(lengths), max(pages), dtype=torch.int32, device="cuda")
+    for row, blocks in zip(table, order.split(pages), strict=True):
+        row[: len(blocks)] = blocks
+    return cache, table, torch.tensor(lengths, dtype=torch.int32, device="cuda")
+
+
+def decode(heads: int, lengths: list[int], sizes: tuple[int, ...] | None = None) -> Row:
+    config = default_absorbed_config(heads, torch.bfloat16)
+    if sizes is not None:
+        config = AbsorbedConfig(
+            **dict(zip(("rows", "tile", "warps", "stages"), sizes, strict=True))
+        )
+    cache, table, lens = latents(lengths)
+    count = len(lengths)
+    starts = torch.arange(count + 1, dtype=torch.int32, device="cuda")
+    tiles = head_tiles(heads, torch.bfloat16, config)
+    plan = plan_decodes(lens, starts, tiles, max(lengths))
+    query = torch.randn(count, heads, RANK, **OPTIONS)
+    rotated = torch.randn(count, heads, ROPE, **OPTIONS)
+    out = torch.empty_like(query)
+    ms = replay_ms(
+        partial(
+            absorbed_attention, query, rotated, cache, out, plan, table, scale=0.07, config=config
+        )
+    )
+    size = sum(lengths) * (RANK + ROPE) * 2
+    flops = 2 * heads * sum(lengths) * (2 * RANK + ROPE)
+    return {"us": ms * 1e3, "gb_s": size / ms / 1e6, "tflop_s": flops / ms / 1e9}
+
+
+def prefill(heads: int, lengths: list[int]) -> Row:
+    cache, table, _ = latents(lengths)
+    requests, total = list(range(len(lengths))), sum(lengths)
+    firsts = [sum(lengths[:i]) for i in requests]
+    to_expand = torch.from_numpy(expand_tiles(requests, lengths)).cuda()
+    to_attend = torch.from_numpy(attention_tiles(requests, firsts, lengths, lengths)).cuda()
+    weight = torch.randn(heads, NOPE + V, RANK, **OPTIONS) / RANK**0.5
+    query = torch.randn(total, heads, NOPE + ROPE, **OPTIONS)
+    out = torch.empty(total, heads, V, **OPTIONS)
+    keys, values = (torch.empty(total, heads * width, **OPTIONS) for width in (NOPE, V))
+
+    def expand() -> None:
+        expand_latents(cache, weight[:, :NOPE], keys, table, to_expand)
+        expand_latents(cache, weight[:, NOPE:], values, table, to_expand)
+
+    def attend() -> None:
+        expanded_attention(query, keys, values, cache, out, table, to_attend, rank=RANK, scale=0.07)
+
+    expand_ms, attend_ms = prompt_ms(expand), prompt_ms(attend)
+    expand_work = 2 * total * heads * (NOPE + V) * RANK
+    attend_work = sum(n * n for n in lengths) * heads * (NOPE + ROPE + V)
+    return {
+        "us": (expand_ms + attend_ms) * 1e3,
+        "expand_tflop_s": expand_work / expand_ms / 1e9,
+        "attend_tflop_s": attend_work / attend_ms / 1e9,
+    }
+
+
+def segments(requests: int, tokens: int) -> StateSegments:
+    """Requests of as many tokens each; each continues a block and leaves its state there."""
+    starts = torch.arange(requests + 1, dtype=torch.int32, device="cuda")
+    blocks = torch.randperm(requests, device="cuda", dtype=torch.int32) + 1
+    return StateSegments(
+        token_starts=starts * tokens, request_starts=starts, sources=blocks, targets=blocks,
+        num_tokens=requests * tokens, num_requests=requests,
+    )  # fmt: skip
+
+
+def states(requests: int, *shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """States in pages with other bytes between them."""
+    size = torch.Size(shape).numel()
+    pages = torch.randn(requests + 1, size + 4096, device="cuda").to(dtype) * 0.1
+    return pages[:, :size].unflatten(1, shape)
+
+
+def timed(call: Callable[[], object], requests: int, tokens: int, state: torch.Tensor) -> Row:
+    if tokens > 1:
+        ms = prompt_ms(call)
+        return {"us": ms * 1e3, "tokens_s": requests * tokens / ms * 1e3}
+    ms = replay_ms(call)
+    size = 2 * requests * state[0].numel() * state.element_size()
+    return {"us": ms * 1e3, "gb_s": size / ms / 1e6}
+
+
+def delta_rule(kind: str, requests: int, tokens: int) -> Row:
+    """Qwen3-Next's sizes (gated), Kimi Linear's (kimi), MiniMax-Text-01's (lightning)."""
+    heads, key_heads, size = {"gated": (32, 16, 128), "kimi": (32, 32, 128)}.get(
+        kind, (64, 64, 128)
+    )
+    total = requests * tokens
+    query, key = (torch.randn(total, key_heads, size, **OPTIONS) for _ in range(2))
+    value, out = (torch.randn(total, heads, size, **OPTIONS) for _ in range(2))
+    gate: torch.Tensor | None = torch.randn(total, heads, **OPTIONS)
+    biases: torch.Tensor | None = torch.zeros(heads, device="cuda")
+    beta: torch.Tensor | None = torch.randn(total, heads, **OPTIONS)
+    if kind == "kimi":
+        gate = torch.randn(total, heads, size, **OPTIONS)
+        biases = torch.zeros(heads, size, device="cuda")
+    elif kind == "lightning":
+        gate = beta = biases = None
+    rates = torch.rand(heads, device="cuda") * 0.1
+    state = states(requests, heads, size, size)
+    call = partial(
+        linear_attention, query, key, value, gate, beta, rates, biases, state,
+        segments(requests, tokens), size**-0.5, kind != "lightning", out,
+    )  # fmt: skip
+    return timed(call, requests, tokens, state)
+
+
+def mamba2(requests: int, tokens: int) -> Row:
+    """Nemotron-H 8B: 128 heads of 64, 8 groups, states of 128."""
+    heads, width, groups, size, total = 128, 64, 8, 128, requests * tokens
+    state = states(requests, heads, width, size)
+    ones = torch.rand(heads, device="cuda")
+    b, c = (torch.randn(total, groups, size, **OPTIONS) for _ in range(2))
+    call = partial(
+        state_ops.ssd_scan, torch.randn(total, heads, width, **OPTIONS),
+        torch.randn(total, heads, **OPTIONS), -ones, b, c, ones, ones, (0.0, float("inf")), state,
+        segments(requests, tokens),
+    )  # fmt: skip
+    return timed(call, requests, tokens, state)
+
+
+def mamba1(requests: int, tokens: int) -> Row:
+    """Falcon-Mamba 7B: 8192 channels, states of 16."""
+    channels, size, total = 8192, 16, requests * tokens
+    state = states(requests, channels, size)
+    x, dt, z = (torch.randn(total, channels, **OPTIONS) for _ in range(3))
+    b, c = (torch.randn(total, size, **OPTIONS) for _ in range(2))
+    d = torch.rand(channels, device="cuda")
+    a = -torch.rand(channels, size, device="cuda")
+    call = partial(
+        state_ops.selective_scan, x, dt, a, b, c, d, z, None, state, segments(requests, tokens)
+    )
+    return timed(call, requests, tokens, state)
+
+
+def conv(requests: int, tokens: int) -> Row:
+    """Qwen3-Next: 8192 channels, 4 taps."""
+    channels = 8192
+    state = states(requests, 3, channels, dtype=torch.bfloat16)
+    x = torch.randn(requests * tokens, channels, **OPTIONS)
+    weight = torch.randn(4, channels, device="cuda")
+    call = partial(state_ops.causal_conv1d, x, weight, None, state, segments(requests, tokens))
+    return timed(call, requests, tokens, state)
+
+
+def cases() -> Iterator[Case]:
+    for heads in (16, 128):
+        for name, lengths in (("64 x 4096", [4096] * 64), ("1 x 32768", [32768])):
+            yield f"mla decode, {heads} heads, {name}", partial(decode, heads, lengths)
+        for sizes in CONFIGS[heads]:
+            name = f"mla decode, {heads} heads, 64 x 4096, {sizes}"
+            yield name, partial(decode, heads, [4096] * 64, sizes)
+    yield "mla prefill, 16 heads, 4 x 4096", partial(prefill, 16, [4096] * 4)
+    yield "mla prefill, 128 heads, 1 x 4096", partial(prefill, 128, [4096])
+    for kind in ("gated", "kimi", "lightning"):
+        yield f"{kind} step, 64", partial(delta_rule, kind, 64, 1)
+        yield f"{kind} prompt, 1 x 4096", partial(delta_rule, kind, 1, 4096)
+    for name, run in (("mamba2", mamba2), ("mamba1", mamba1), ("conv", conv)):
+        yield f"{name} step, 64", partial(run, 64, 1)
+        yield f"{name} prompt, 1 x 4096", partial(run, 1, 4096)
+
+
+def main() -> None:
+    global warm_only
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", default="")
+    parser.add_argument("--output", type=Path)
+    parser.add_argument("--warm", action="store_true", help="compile only")
+    arguments = parser.parse_args()
+    warm_only = arguments.warm
+    limits = {} if warm_only else ceilings()
+    print(limits, flush=True)
+    rows: list[Row] = []
+    failed = 0
+    for name, run in cases():
+        if not re.search(arguments.only, name):
+            continue
+        try:
+            row = {key: round(value, 1) for key, value in run().items()}
+        except (triton.runtime.errors.OutOfResources, triton.CompilationError) as error:
+            # A configuration that this GPU can't hold is a result, too.
+            row, failed = {"error": str(error).splitlines()[0]}, failed + 1
+        if "gb_s" in row and limits:
+            limit = "read_gb_s" if name.startswith("mla") else "copy_gb_s"
+            row["of_ceiling"] = round(row["gb_s"] / limits[limit], 3)
+        rows.append({"case": name} | row)
+        print(json.dumps(rows[-1]), flush=True)
+        torch.cuda.empty_cache()
+    if arguments.output:
+        facts = {
+            "date": datetime.now(UTC).isoformat(timespec="seconds"),
+            "device": torch.cuda.get_device_name(), "torch": torch.__version__,
+            "triton": triton.__version__, "python": platform.python_version(),
+            "command": " ".join(sys.argv), "ceilings": limits, "rows": rows,
+        }  # fmt: skip
+        arguments.output.write_text(json.dumps(facts, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""A KV connector that lives in a package of its own."""
