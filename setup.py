@@ -19,7 +19,7 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).resolve().parent
 CPU = Path("csrc/cpu")
 SHARED = ("decoder_layer", "dispatch", "module", "moves", "pool", "scratch", "sha256")
-PER_ISA = ("attention", "elementwise", "gemm", "linear_attention", "state")
+PER_ISA = ("attention", "elementwise", "gemm", "linear_attention", "moe", "state", "streams")
 AVX2 = ["-mavx2", "-mfma", "-mf16c", "-mbmi2"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq"]
 FLAGS = ["-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-pthread"]

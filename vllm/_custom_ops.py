@@ -41,11 +41,14 @@ __all__ = [
     "experts_gate_up_silu",
     "experts_linear",
     "fused_add_rms_norm",
-    "gelu_tanh_and_mul",
+    "gate_up_gelu_tanh",
     "gate_up_silu",
+    "gelu_tanh_and_mul",
     "has_extension",
     "isa",
+    "layer_norm",
     "linear",
+    "linear_gelu",
     "linear_into",
     "logits",
     "pack_experts",
@@ -65,9 +68,9 @@ __all__ = [
 
 # DType and Epilogue in csrc/cpu/types.h.
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-_PLAIN, _SILU_MUL, _FLOAT_OUT = 0, 1, 2
+_PLAIN, _GATE_MUL, _FLOAT_OUT, _GELU = 0, 1, 2, 3
 # Gate in csrc/cpu/types.h.
-_GELU_TANH, _SWIGLU_OAI = 1, 2
+_SILU, _GELU_TANH, _SWIGLU_OAI = 0, 1, 2
 # Columns of a panel of packed weights.
 _PANEL = 32
 # Of keys, and of values: kMaxHead in csrc/cpu/attention_tile.h.
@@ -186,9 +189,10 @@ def _product(
     n: int,
     epilogue: int,
     out: torch.Tensor | None = None,
+    gate: int = _SILU,
 ) -> torch.Tensor:
     if x.dim() != 2:
-        flat = _product(x.reshape(-1, x.shape[-1]), weight, bias, n, epilogue)
+        flat = _product(x.reshape(-1, x.shape[-1]), weight, bias, n, epilogue, gate=gate)
         return flat.view(*x.shape[:-1], n)
     m, k = x.shape
     if k != weight.k or x.dtype is not weight.dtype:
@@ -215,6 +219,7 @@ def _product(
         k,
         weight.code,
         epilogue,
+        gate,
     )
     return out
 
@@ -249,6 +254,15 @@ def linear(
     return F.linear(x, weight, bias)
 
 
+def linear_gelu(
+    x: torch.Tensor, weight: PackedWeight | torch.Tensor, bias: torch.Tensor | None = None
+) -> torch.Tensor:
+    """``gelu(linear(x, weight, bias))``, by the error function: (..., k) -> (..., n)."""
+    if isinstance(weight, PackedWeight) and weight.plain is None:
+        return _product(x, weight, bias, weight.n, _GELU)
+    return F.gelu(linear(x, weight, bias))
+
+
 def logits(
     x: torch.Tensor, weight: PackedWeight | torch.Tensor, bias: torch.Tensor | None = None
 ) -> torch.Tensor:
@@ -264,11 +278,18 @@ def logits(
 def gate_up_silu(x: torch.Tensor, weight: PackedWeight | torch.Tensor) -> torch.Tensor:
     """``silu(x @ gate.T) * (x @ up.T)``; weight (2 * i, k) is gate over up; -> (..., i)."""
     if isinstance(weight, PackedWeight) and weight.plain is None and weight.n % (2 * _PANEL) == 0:
-        return _product(x, weight, None, weight.n // 2, _SILU_MUL)
+        return _product(x, weight, None, weight.n // 2, _GATE_MUL)
     if x.is_cuda and x.dim() == 2:
         plain = weight.plain if isinstance(weight, PackedWeight) else weight
         return _cuda_ops.gate_up_silu(x, plain)
     return silu_and_mul(linear(x, weight))
+
+
+def gate_up_gelu_tanh(x: torch.Tensor, weight: PackedWeight | torch.Tensor) -> torch.Tensor:
+    """``gate_up_silu`` with GELU, by its tanh formula, in SiLU's place."""
+    if isinstance(weight, PackedWeight) and weight.plain is None and weight.n % (2 * _PANEL) == 0:
+        return _product(x, weight, None, weight.n // 2, _GATE_MUL, gate=_GELU_TANH)
+    return gelu_tanh_and_mul(linear(x, weight))
 
 
 class PackedExperts:
@@ -326,7 +347,7 @@ def experts_gate_up_silu(
     width = weights.shape[1]
     is_packed = isinstance(weights, PackedExperts) and weights.addresses is not None
     if is_packed and width % (2 * _PANEL) == 0:
-        return _experts_product(x, weights, counts, None, width // 2, _SILU_MUL)
+        return _experts_product(x, weights, counts, None, width // 2, _GATE_MUL)
     return silu_and_mul(_experts_product(x, weights, counts, None, width, _PLAIN))
 
 
@@ -494,6 +515,40 @@ def fused_add_rms_norm(
         _cuda_ops.fused_add_rms_norm(x, residual, weight, eps)
         return
     _torch_ops.fused_add_rms_norm(x, residual, weight, eps)
+
+
+def layer_norm(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    eps: float,
+    residual: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Layer norm of the rows of ``x``, or of ``x + residual``, all (T, h); weight, bias (h,)."""
+    rows = [x] if residual is None else [x, residual]
+    if (
+        _C is None
+        or not x.is_cpu
+        or x.dtype not in DTYPE_CODES
+        or any(r.dim() != 2 or r.shape != x.shape or r.stride(1) != 1 for r in rows)
+        or any(t.dtype is not x.dtype or t.stride(-1) != 1 for t in (*rows, weight, bias))
+    ):
+        whole = x if residual is None else x + residual
+        return F.layer_norm(whole, whole.shape[-1:], weight, bias, eps)
+    out = torch.empty(x.shape, dtype=x.dtype)
+    _C.layer_norm(
+        x.data_ptr(),
+        0 if residual is None else residual.data_ptr(),
+        weight.data_ptr(),
+        bias.data_ptr(),
+        out.data_ptr(),
+        x.stride(0),
+        0 if residual is None else residual.stride(0),
+        *x.shape,
+        eps,
+        DTYPE_CODES[x.dtype],
+    )
+    return out
 
 
 def silu_and_mul(x: torch.Tensor) -> torch.Tensor:

@@ -13,15 +13,20 @@ from typing import Any
 import torch
 
 from vllm import _custom_ops as ops
+from vllm._moe_op import GATES
 
 __all__ = ["DecoderLayerKernel", "run_decoder_layers"]
 
 # The fields of struct DecoderLayer in csrc/cpu/types.h, eight bytes each.
-_FORMAT = struct.Struct("=6qd20q2d8q2d4q")
+_FORMAT = struct.Struct("=6qd20q2d8q2d8q")
 
 
 def _address(x: torch.Tensor | None) -> int:
     return 0 if x is None else x.data_ptr()
+
+
+def _are_vectors(tensors: Sequence[torch.Tensor | None], dtype: torch.dtype) -> bool:
+    return all(x is None or (x.dtype is dtype and x.stride(0) == 1) for x in tensors)
 
 
 class DecoderLayerKernel:
@@ -30,17 +35,18 @@ class DecoderLayerKernel:
     Keeps the tensors that it reads alive. Weights must not be replaced afterwards.
     """
 
-    __slots__ = ("_fixed", "_kept", "cache", "dtype", "head_size", "hidden_size", "packed")
+    __slots__ = ("_fixed", "_kept", "_last", "cache", "dtype", "head_size", "hidden_size", "packed")
 
     def __init__(
         self,
         fixed: tuple[float, ...],
+        last: tuple[float, ...],
         kept: tuple[Any, ...],
         hidden_size: int,
         head_size: int,
         dtype: torch.dtype,
     ) -> None:
-        self._fixed = fixed
+        self._fixed, self._last = fixed, last
         self._kept = kept
         self.hidden_size = hidden_size
         self.head_size = head_size
@@ -60,6 +66,7 @@ class DecoderLayerKernel:
         eps: float,
         norms: tuple[torch.Tensor, torch.Tensor],
         head_norms: tuple[torch.Tensor | None, torch.Tensor | None],
+        branch_norms: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None),
         weights: tuple[ops.PackedWeight | torch.Tensor, ...],
         biases: tuple[torch.Tensor | None, ...],
         cos_sin_cache: torch.Tensor,
@@ -69,22 +76,31 @@ class DecoderLayerKernel:
         scale: float,
         logits_soft_cap: float,
         sliding_window: int,
+        gate: str = "silu",
     ) -> DecoderLayerKernel | None:
         """A kernel for these weights, or None where it would not do.
 
         Args:
             norms: weights (hidden,) of the norms before attention and before the MLP.
             head_norms: weights (D,) of the norms of each query and key head.
+            branch_norms: weights (hidden,) of the norms of what attention and the MLP give, before
+                it is added. All norms have the dtype of the weights, or all float32.
             weights, biases: of qkv, output, gate over up, down.
+            gate: "silu" or "gelu_tanh".
         """
         packed = [w for w in weights if isinstance(w, ops.PackedWeight) and w.plain is None]
-        dtype = norms[0].dtype
-        plain = (*norms, *head_norms, *biases)
+        if not packed:
+            return None
+        dtype, norm_dtype = packed[0].dtype, norms[0].dtype
+        all_norms = (*norms, *head_norms, *branch_norms)
         if (
             not ops.has_extension()
             or len(packed) != len(weights)
             or any(w.dtype is not dtype for w in packed)
-            or any(x is not None and (x.dtype is not dtype or x.stride(0) != 1) for x in plain)
+            or norm_dtype not in (dtype, torch.float32)
+            or not _are_vectors(all_norms, norm_dtype)
+            or not _are_vectors(biases, dtype)
+            or gate not in ("silu", "gelu_tanh")
             or head_size % 8
             or head_size > ops.MAX_HEAD_SIZE
             or cos_sin_cache.shape[1] > head_size
@@ -121,8 +137,9 @@ class DecoderLayerKernel:
             logits_soft_cap,
             sliding_window,
         )
-        kept = (packed, plain, cos_sin_cache, alibi_slopes, sinks)
-        return cls(fixed, kept, hidden_size, head_size, dtype)
+        last = (*(_address(x) for x in branch_norms), GATES[gate], norm_dtype is not dtype)
+        kept = (packed, all_norms, biases, cos_sin_cache, alibi_slopes, sinks)
+        return cls(fixed, last, kept, hidden_size, head_size, dtype)
 
     def bind(self, kv_cache: torch.Tensor, fmt: Any = None, scales: Any = None) -> None:
         """Take the layer's cache, (B, K, N, 2 * D) with a dense last dim.
@@ -138,6 +155,7 @@ class DecoderLayerKernel:
             kv_cache.shape[2],
             0 if fmt is not None else ops.DTYPE_CODES[kv_cache.dtype],
             *quantised,
+            *self._last,
         )
 
 

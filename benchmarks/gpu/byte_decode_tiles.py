@@ -34,10 +34,10 @@ FORMATS = ("fp8_e4m3", "int8_per_token_head", "int4_per_token_head", "nvfp4")
 # Tokens of a tile, registers of a thread, the next tile fetched ahead; None: the general kernel.
 Variant = tuple[int, int, bool] | None
 VARIANTS: tuple[Variant, ...] = (
-    None, (16, 168, False), (16, 168, True), (32, 168, False), (32, 168, True), (32, 208, True),
-    (32, 255, False), (32, 255, True),
+    (16, 168, True), (32, 168, False), (32, 168, True), (32, 208, True), (32, 255, False),
+    (32, 255, True), None,
 )  # fmt: skip
-WAVES = (4, 8, 12, 16, 24)
+WAVES = (4, 8, 12, 16)
 Job = tuple[str, Variant]
 
 

@@ -25,8 +25,10 @@ from triton.testing import do_bench
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from vllm.v1.attention.ops.kv_formats import FORMATS, KVFormat, kv_format
+from vllm.v1.attention.ops.triton_byte_decode import decode_waves, fits_byte_decode
 from vllm.v1.attention.ops.triton_decode import plan_decodes
 from vllm.v1.attention.ops.triton_paged_attention import paged_attention
+from vllm.v1.attention.ops.turboquant import TURBOQUANT_FORMATS
 
 Q_HEADS, KV_HEADS, D, LAYERS = 32, 8, 128, 32
 # Physical shape of a pool of LAYERS layers and where one layer is found in it.
@@ -129,6 +131,7 @@ def decode_row(name: str, lengths: list[int], page: int, order: str) -> dict:
     # One plan serves all layers of a step.
     inputs["plan"] = plan_decodes(
         inputs["seq_lens"], inputs["query_start_loc"], KV_HEADS, inputs["max_seq_len"],
+        waves=decode_waves(fits_byte_decode(inputs["fmt"], D, page, Q_HEADS // KV_HEADS), D),
     )  # fmt: skip
     ms = replay_ms(lambda: paged_attention(**inputs))
     fmt = inputs["fmt"]
@@ -174,7 +177,7 @@ def main() -> None:
     prefills += [("4 x 4096", [4096] * 4, 64, order) for order in ORDERS[1:]]
     prefills += [("1 x 32768", [32768], page, "LBHNC") for page in (16, 64)]
     prefills += [("4 x 2048", [2048] * 4, 64, "LBHNC")]
-    formats = [name for name in FORMATS if name != "fp8"]
+    formats = [name for name in (*FORMATS, *TURBOQUANT_FORMATS) if name != "fp8"]
     cases += [("64 x 8192", [8192] * 64, 64, name) for name in ("LBHNC", *formats)]
     prefills += [("4 x 4096", [4096] * 4, 64, name) for name in formats]
     for measure, rows in ((decode_row, cases), (prefill_row, prefills)):
@@ -185,8 +188,8 @@ def main() -> None:
             result["rows"].append(row)
             print("  ".join(f"{key}={value}" for key, value in row.items()), flush=True)
             torch.cuda.empty_cache()
-    if args.output:
-        args.output.write_text(json.dumps(result, indent=2) + "\n")
+            if args.output:
+                args.output.write_text(json.dumps(result, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -194,7 +194,12 @@ FAMILIES: dict[str, tuple[Any, Any, dict[str, Any]]] = {
     "jamba": (
         transformers.JambaConfig,
         transformers.JambaForCausalLM,
-        {"intermediate_size": 1024, "num_experts": 4, "attn_layer_period": 4},
+        {
+            "intermediate_size": 1024,
+            "num_experts": 4,
+            "attn_layer_period": 4,
+            "attn_layer_offset": 3,
+        },
     ),
     "nemotron_h": (
         transformers.NemotronHConfig,
@@ -254,7 +259,8 @@ FAMILIES: dict[str, tuple[Any, Any, dict[str, Any]]] = {
             "index_topk": 128,
             "n_routed_experts": 32,
             "num_experts_per_tok": 4,
-            "moe_intermediate_size": 256,
+            # What this configuration calls the inner size of an expert.
+            "intermediate_size": 256,
         },
     ),
     "bart": (
@@ -307,7 +313,11 @@ def measure(name: str, dtype: str) -> dict[str, object]:
             skip_tokenizer_init=True, enable_prefix_caching=False,
         )  # fmt: skip
 
+    threads = torch.get_num_threads()
+
     def ours(ids: torch.Tensor, tokens: int) -> None:
+        # The engine has threads of its own, and leaves torch what it does not need.
+        torch.set_num_threads(threads)
         params = SamplingParams(temperature=0.0, max_tokens=tokens, ignore_eos=True)
         requests = [{"prompt_token_ids": row} for row in ids.tolist()]
         llm.generate(requests, params, use_tqdm=False)

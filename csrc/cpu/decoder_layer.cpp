@@ -32,14 +32,17 @@ class Layer {
     attend(y, y + qkv);
     product(y + qkv, a_.num_heads * a_.head_size, a_.output, a_.output_bias, s_.hidden,
             a_.hidden_size, kNone);
+    norm_branch(a_.branch_norm);
     norm(s_.hidden, a_.post_norm, x);
     if (fuses()) {
-      product(x, a_.hidden_size, a_.gate_up, nullptr, y, a_.inner_size, kSiluMul);
+      product(x, a_.hidden_size, a_.gate_up, nullptr, y, a_.inner_size, kGateMul);
     } else {
       product(x, a_.hidden_size, a_.gate_up, a_.gate_up_bias, y + gated, 2 * a_.inner_size, kNone);
-      k_.silu_mul({y + gated, 2 * a_.inner_size, y, t, a_.inner_size, dtype_});
+      const int gate = static_cast<int>(a_.gate);
+      k_.silu_mul({y + gated, 2 * a_.inner_size, y, t, a_.inner_size, dtype_, gate});
     }
     product(y, a_.inner_size, a_.down, a_.down_bias, s_.hidden, a_.hidden_size, kNone);
+    norm_branch(a_.mlp_branch_norm);
   }
 
  private:
@@ -59,6 +62,23 @@ class Layer {
     n.size = n.x_outer_stride = n.out_outer_stride = n.residual_stride = a_.hidden_size;
     n.eps = static_cast<float>(a_.eps);
     n.dtype = dtype_;
+    n.float_weight = a_.float_norms;
+    k_.rms_norm(n);
+  }
+
+  // Of a branch before it is added, where there is one.
+  void norm_branch(const void* weight) const {
+    if (!weight) return;
+    NormArgs n{};
+    n.x = s_.hidden;
+    n.out = s_.hidden;
+    n.weight = weight;
+    n.outer = s_.num_tokens;
+    n.inner = 1;
+    n.size = n.x_outer_stride = n.out_outer_stride = a_.hidden_size;
+    n.eps = static_cast<float>(a_.eps);
+    n.dtype = dtype_;
+    n.float_weight = a_.float_norms;
     k_.rms_norm(n);
   }
 
@@ -73,12 +93,14 @@ class Layer {
     n.x_outer_stride = n.out_outer_stride = stride;
     n.eps = static_cast<float>(a_.eps);
     n.dtype = dtype_;
+    n.float_weight = a_.float_norms;
     k_.rms_norm(n);
   }
 
   void product(const void* x, int64_t k, const void* w, const void* bias, void* out, int64_t n,
                int epilogue) const {
-    k_.gemm({x, k, w, bias, out, n, s_.num_tokens, n, k, dtype_, epilogue});
+    k_.gemm({x, k, w, bias, out, n, s_.num_tokens, n, k, dtype_, epilogue,
+             static_cast<int>(a_.gate)});
   }
 
   void attend(char* qkv, void* out) const {

@@ -8,6 +8,8 @@ namespace vllm_cpu {
 #define VLLM_DECLARE(isa)            \
   namespace isa {                    \
   void fill_gemm(Kernels&);          \
+  void fill_moe(Kernels&);           \
+  void fill_streams(Kernels&);       \
   void fill_elementwise(Kernels&);   \
   void fill_attention(Kernels&);     \
   void fill_state(Kernels&);         \
@@ -28,6 +30,8 @@ namespace {
     Kernels k{};                    \
     k.name = #isa;                  \
     isa::fill_gemm(k);              \
+    isa::fill_moe(k);               \
+    isa::fill_streams(k);           \
     isa::fill_elementwise(k);       \
     isa::fill_attention(k);         \
     isa::fill_state(k);             \

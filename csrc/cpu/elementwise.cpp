@@ -1,8 +1,8 @@
 // Row-wise operators around the products: RMSNorm, gates of MLPs, argmax, RoPE with the store of keys
 // and values. Small inputs are done by the calling thread: waking another costs more.
+#include "gates.h"
 #include "kv_formats.h"
 #include "pool.h"
-#include "vec.h"
 
 namespace vllm_cpu {
 namespace VLLM_ISA {
@@ -82,14 +82,44 @@ void rms_norm(const NormArgs& a) {
   }
 }
 
-VLLM_INLINE Vec sigmoid_times(Vec x, Vec factor) {
-  return div(factor, add(set1(1.0f), exp(sub(zero(), x))));
+// The sum with the residual is rounded to T first, as a tensor of its own would be.
+template <typename T>
+void layer_norm_rows(const LayerNormArgs& a) {
+  for_rows(a.rows, a.size, [&](int64_t row) {
+    const T* x = static_cast<const T*>(a.x) + row * a.x_stride;
+    const T* residual = static_cast<const T*>(a.residual) + row * a.residual_stride;
+    const T *weight = static_cast<const T*>(a.weight), *bias = static_cast<const T*>(a.bias);
+    T* out = static_cast<T*>(a.out) + row * a.size;
+    Vec total = zero(), squares = zero();
+    for_lanes(a.size, [&](int64_t i, int lanes) {
+      Vec v = load(x + i, lanes);
+      if (a.residual) v = add(v, load(residual + i, lanes));
+      store(out + i, v, lanes);
+      total = add(total, load(out + i, lanes));
+    });
+    const float size = static_cast<float>(a.size);
+    const Vec mean = set1(reduce_add(total) / size);
+    for_lanes(a.size, [&](int64_t i, int lanes) {
+      const Vec off = first_lanes(sub(load(out + i, lanes), mean), zero(), lanes);
+      squares = fma(off, off, squares);
+    });
+    const Vec factor = set1(1.0f / __builtin_sqrtf(reduce_add(squares) / size + a.eps));
+    for_lanes(a.size, [&](int64_t i, int lanes) {
+      const Vec v = mul(sub(load(out + i, lanes), mean), factor);
+      store(out + i, fma(v, load(weight + i, lanes), load(bias + i, lanes)), lanes);
+    });
+  });
 }
 
-// 0.5 * x * (1 + tanh(u)) is x * sigmoid(2 * u), with u = sqrt(2 / pi) * (x + 0.044715 * x^3).
-VLLM_INLINE Vec gelu_tanh(Vec x) {
-  const Vec cubic = fma(mul(mul(x, x), set1(0.044715f)), x, x);
-  return sigmoid_times(mul(set1(1.5957691216057308f), cubic), x);
+void layer_norm(const LayerNormArgs& a) {
+  switch (a.dtype) {
+    case kFloat32:
+      return layer_norm_rows<float>(a);
+    case kFloat16:
+      return layer_norm_rows<f16>(a);
+    default:
+      return layer_norm_rows<bf16>(a);
+  }
 }
 
 template <typename T, typename Body>
@@ -105,20 +135,7 @@ void gated_rows(const SiluMulArgs& a, const Body& body) {
 
 template <typename T>
 void silu_mul_rows(const SiluMulArgs& a) {
-  switch (a.gate) {
-    case kGeluTanh:
-      return gated_rows<T>(a, [](Vec gate, Vec up) { return mul(gelu_tanh(gate), up); });
-    case kSwigluOai: {
-      const Vec most = set1(a.limit), least = set1(-a.limit), alpha = set1(a.alpha);
-      return gated_rows<T>(a, [&](Vec gate, Vec up) {
-        gate = min(gate, most);
-        up = add(max(min(up, most), least), set1(1.0f));
-        return sigmoid_times(mul(alpha, gate), mul(up, gate));
-      });
-    }
-    default:
-      return gated_rows<T>(a, [](Vec gate, Vec up) { return mul(silu(gate), up); });
-  }
+  with_gate(a.gate, a.alpha, a.limit, [&](const auto& gate) { gated_rows<T>(a, gate); });
 }
 
 void silu_mul(const SiluMulArgs& a) {
@@ -302,6 +319,7 @@ void rope_store(const RopeStoreArgs& a) {
 void fill_elementwise(Kernels& kernels) {
   kernels.rms_norm = rms_norm;
   kernels.silu_mul = silu_mul;
+  kernels.layer_norm = layer_norm;
   kernels.argmax = argmax;
   kernels.rope_store = rope_store;
 }

@@ -110,7 +110,7 @@ QuantisedCache quantised_cache(Reader& r) {
 #define ENTRY(name) PyObject* name(PyObject*, PyObject* const* argv, Py_ssize_t argc)
 
 ENTRY(gemm) {
-  Reader r(argv, argc, 11);
+  Reader r(argv, argc, 12);
   GemmArgs a;
   a.x = r.pointer<void>();
   a.x_stride = r.number();
@@ -123,6 +123,7 @@ ENTRY(gemm) {
   a.k = r.number();
   a.dtype = static_cast<int>(r.number());
   a.epilogue = static_cast<int>(r.number());
+  a.gate = static_cast<int>(r.number());
   return run(r, kernels().gemm, a);
 }
 
@@ -155,6 +156,41 @@ ENTRY(experts) {
     return nullptr;
   }
   return run(r, kernels().experts, a);
+}
+
+// False, with an exception set, if one of `count` experts is not there.
+bool experts_exist(const int64_t* experts, int64_t count, int64_t num_experts) {
+  for (int64_t i = 0; experts && i < count; ++i) {
+    if (experts[i] < 0 || experts[i] >= num_experts) {
+      PyErr_Format(PyExc_IndexError, "expert %lld is not below %lld",
+                   static_cast<long long>(experts[i]), static_cast<long long>(num_experts));
+      return false;
+    }
+  }
+  return true;
+}
+
+ENTRY(moe) {
+  Reader r(argv, argc, 10);
+  MoeArgs a;
+  int64_t bytes = 0;
+  a.layer = static_cast<const MoeLayer*>(r.bytes(bytes));
+  a.x = r.pointer<void>();
+  a.x_stride = r.number();
+  a.logits = r.pointer<void>();
+  a.logits_stride = r.number();
+  a.logits_dtype = static_cast<int>(r.number());
+  a.chosen = r.pointer<int64_t>();
+  a.out = r.pointer<void>();
+  a.out_stride = r.number();
+  a.num_tokens = r.number();
+  if (!r.ok()) return nullptr;
+  if (bytes != static_cast<int64_t>(sizeof(MoeLayer))) {
+    return PyErr_Format(PyExc_ValueError, "experts take %zu bytes", sizeof(MoeLayer));
+  }
+  const int64_t pairs = a.num_tokens * a.layer->top_k;
+  if (!experts_exist(a.chosen, pairs, a.layer->num_experts)) return nullptr;
+  return run(r, kernels().moe, a);
 }
 
 PyObject* move_weight(PyObject* const* argv, Py_ssize_t argc, void (*kernel)(const PackArgs&)) {
@@ -352,6 +388,63 @@ ENTRY(gated_mul) {
   a.alpha = r.real();
   a.limit = r.real();
   return run(r, kernels().silu_mul, a);
+}
+
+ENTRY(layer_norm) {
+  Reader r(argv, argc, 11);
+  LayerNormArgs a;
+  a.x = r.pointer<void>();
+  a.residual = r.pointer<void>();
+  a.weight = r.pointer<void>();
+  a.bias = r.pointer<void>();
+  a.out = r.pointer<void>();
+  a.x_stride = r.number();
+  a.residual_stride = r.number();
+  a.rows = r.number();
+  a.size = r.number();
+  a.eps = r.real();
+  a.dtype = static_cast<int>(r.number());
+  return run(r, kernels().layer_norm, a);
+}
+
+ENTRY(streams) {
+  Reader r(argv, argc, 16);
+  StreamsArgs a;
+  a.streams = r.pointer<void>();
+  a.token_stride = r.number();
+  a.stream_stride = r.number();
+  a.fn = r.pointer<float>();
+  a.base = r.pointer<float>();
+  a.scale = r.pointer<float>();
+  a.branch = r.pointer<void>();
+  a.given = r.pointer<float>();
+  a.mix = r.pointer<float>();
+  a.num_tokens = r.number();
+  a.count = r.number();
+  a.size = r.number();
+  a.iterations = r.number();
+  a.eps = r.real();
+  a.norm_eps = r.real();
+  a.dtype = static_cast<int>(r.number());
+  return run(r, kernels().streams, a);
+}
+
+ENTRY(join_streams) {
+  Reader r(argv, argc, 12);
+  JoinArgs a;
+  a.branch = r.pointer<void>();
+  a.branch_stride = r.number();
+  a.streams = r.pointer<void>();
+  a.token_stride = r.number();
+  a.stream_stride = r.number();
+  a.given = r.pointer<float>();
+  a.mix = r.pointer<float>();
+  a.out = r.pointer<void>();
+  a.num_tokens = r.number();
+  a.count = r.number();
+  a.size = r.number();
+  a.dtype = static_cast<int>(r.number());
+  return run(r, kernels().join_streams, a);
 }
 
 ENTRY(argmax) {
@@ -644,6 +737,7 @@ PyObject* set_isa(PyObject*, PyObject* name) {
 PyMethodDef methods[] = {
     FAST(gemm),
     FAST(experts),
+    FAST(moe),
     FAST(pack),
     FAST(unpack),
     FAST(embedding),
@@ -654,6 +748,9 @@ PyMethodDef methods[] = {
     FAST(rms_norm_float_weight),
     FAST(silu_mul),
     FAST(gated_mul),
+    FAST(layer_norm),
+    FAST(streams),
+    FAST(join_streams),
     FAST(argmax),
     FAST(move_pieces),
     FAST(linear_attention),

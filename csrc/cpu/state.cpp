@@ -44,24 +44,6 @@ VLLM_INLINE void narrow(const float* from, T* to, int64_t count) {
                        static_cast<int>(count - i));
 }
 
-// log(1 + e^x) = max(x, 0) + log(1 + u), u = e^-|x| in (0, 1], and log(1 + u) = 2 atanh(s) with
-// s = u / (2 + u) <= 1 / 3: nine terms of its series leave less than 1e-9.
-VLLM_INLINE Vec softplus(Vec x) {
-  const Vec u = exp(min(x, sub(zero(), x)));
-  const Vec s = div(u, add(u, set1(2.0f)));
-  const Vec q = mul(s, s);
-  Vec p = set1(1.0f / 17.0f);
-  p = fma(p, q, set1(1.0f / 15.0f));
-  p = fma(p, q, set1(1.0f / 13.0f));
-  p = fma(p, q, set1(1.0f / 11.0f));
-  p = fma(p, q, set1(1.0f / 9.0f));
-  p = fma(p, q, set1(1.0f / 7.0f));
-  p = fma(p, q, set1(1.0f / 5.0f));
-  p = fma(p, q, set1(1.0f / 3.0f));
-  p = fma(p, q, set1(1.0f));
-  return fma(add(s, s), p, max(x, zero()));
-}
-
 // ---- convolution -----------------------------------------------------------------------------
 
 // Rows of the state as floats, past[step * kTile + channel].
@@ -184,14 +166,69 @@ void scan_lanes(const ScanArgs& a, int64_t request, int64_t first, int lanes) {
   }
 }
 
+// One token of `count` <= kTile channels. The lanes are numbers of a channel's state, which is read
+// and written where it lies.
+template <typename T, typename S>
+void scan_one(const ScanArgs& a, int64_t request, int64_t first, int64_t count) {
+  const int64_t size = a.state_size, begin = a.request_starts[request];
+  const int64_t t = a.token_starts[begin], source = a.sources[request];
+  float steps[kTile], inputs[kTile], sums[kTile];
+  for (int64_t i = 0; i < count; i += kLanes) {
+    const int lanes = static_cast<int>(count - i < kLanes ? count - i : kLanes);
+    const Vec x = load(static_cast<const T*>(a.x) + t * a.x_stride + first + i, lanes);
+    const Vec raw = load(static_cast<const T*>(a.dt) + t * a.dt_stride + first + i, lanes);
+    const Vec dt = softplus(a.dt_bias ? add(raw, load(a.dt_bias + first + i, lanes)) : raw);
+    store(steps + i, dt, lanes);
+    store(inputs + i, mul(dt, x), lanes);
+    store(sums + i, mul(load(a.d + first + i, lanes), x), lanes);
+  }
+  float b[kMaxStates + kLanes] = {}, c[kMaxStates + kLanes] = {};
+  widen(static_cast<const T*>(a.b) + t * a.b_stride, b, size);
+  widen(static_cast<const T*>(a.c) + t * a.c_stride, c, size);
+  const S* from = static_cast<const S*>(a.state) + source * a.state_block_stride + first * size;
+  S* to = static_cast<S*>(a.state) + a.targets[begin] * a.state_block_stride + first * size;
+  const float* rates = a.a + first * size;
+  for (int64_t i = 0; i < count; ++i) {
+    const Vec dt = set1(steps[i]), input = set1(inputs[i]);
+    Vec sum = zero();
+    for (int64_t n = 0; n < size; n += kLanes) {
+      const int lanes = static_cast<int>(size - n < kLanes ? size - n : kLanes);
+      const Vec before = source < 0 ? zero() : load(from + i * size + n, lanes);
+      const Vec decay = exp(mul(dt, load(rates + i * size + n, lanes)));
+      const Vec h = fma(before, decay, mul(input, load(b + n)));
+      store(to + i * size + n, h, lanes);
+      sum = fma(h, load(c + n), sum);
+    }
+    sums[i] += reduce_add(sum);
+  }
+  for (int64_t i = 0; i < count; i += kLanes) {
+    const int lanes = static_cast<int>(count - i < kLanes ? count - i : kLanes);
+    Vec sum = load(sums + i, lanes);
+    if (a.z) {
+      const T* z = static_cast<const T*>(a.z) + t * a.z_stride + first + i;
+      sum = mul(sum, silu(load(z, lanes)));
+    }
+    store(static_cast<T*>(a.out) + t * a.channels + first + i, sum, lanes);
+  }
+}
+
 template <typename T, typename S>
 void scan_items(const ScanArgs& a) {
-  const int64_t parts = (a.channels + kLanes - 1) / kLanes;
+  const int64_t width = a.num_tokens == a.num_requests ? kTile : kLanes;
+  const int64_t parts = (a.channels + width - 1) / width;
   const int64_t work = a.num_tokens * a.channels * a.state_size * 8;
   for_items(a.num_requests * parts, work, [&](int64_t item) {
-    const int64_t first = item % parts * kLanes;
-    const int64_t left = a.channels - first;
-    scan_lanes<T, S>(a, item / parts, first, static_cast<int>(left < kLanes ? left : kLanes));
+    const int64_t request = item / parts, first = item % parts * width;
+    const int64_t count = a.channels - first < width ? a.channels - first : width;
+    const int64_t begin = a.request_starts[request], end = a.request_starts[request + 1];
+    if (a.token_starts[end] - a.token_starts[begin] == 1) {
+      scan_one<T, S>(a, request, first, count);
+    } else {
+      for (int64_t i = 0; i < count; i += kLanes) {
+        const int64_t lanes = count - i < kLanes ? count - i : kLanes;
+        scan_lanes<T, S>(a, request, first + i, static_cast<int>(lanes));
+      }
+    }
   });
 }
 
@@ -258,6 +295,40 @@ void ssd_prepare(const SsdArgs& a, int64_t head, int64_t group, int64_t first, i
   }
 }
 
+// One token of rows of a head: the state is read and written where it lies.
+template <typename T, typename S>
+void ssd_one(const SsdArgs& a, int64_t request, int64_t head, int64_t first_row, int64_t rows) {
+  const int64_t size = a.state_size, group = head / (a.num_heads / a.num_groups);
+  SsdRun run;
+  run.width = (size + kLanes - 1) / kLanes * kLanes;
+  run.b = static_cast<float*>(thread_scratch(2 * sizeof(float) * static_cast<size_t>(run.width)));
+  run.c = run.b + run.width;
+  memset(run.b + run.width - kLanes, 0, sizeof(float) * kLanes);
+  memset(run.c + run.width - kLanes, 0, sizeof(float) * kLanes);
+  const int64_t begin = a.request_starts[request], t = a.token_starts[begin];
+  const int64_t source = a.sources[request];
+  ssd_prepare<T>(a, head, group, t, 1, run);
+  const int64_t column = head * a.head_dim + first_row;
+  const T* x = static_cast<const T*>(a.x) + t * a.x_stride + column;
+  T* out = static_cast<T*>(a.out) + t * a.num_heads * a.head_dim + column;
+  const S* from = static_cast<const S*>(a.state) + source * a.state_block_stride + column * size;
+  S* to = static_cast<S*>(a.state) + a.targets[begin] * a.state_block_stride + column * size;
+  const Vec decay = set1(run.decay[0]);
+  for (int64_t p = 0; p < rows; ++p) {
+    const float value = to_float(x[p]);
+    const Vec input = set1(run.step[0] * value);
+    Vec sum = zero();
+    for (int64_t n = 0; n < size; n += kLanes) {
+      const int lanes = static_cast<int>(size - n < kLanes ? size - n : kLanes);
+      const Vec before = source < 0 ? zero() : load(from + p * size + n, lanes);
+      const Vec h = fma(before, decay, mul(input, load(run.b + n)));
+      store(to + p * size + n, h, lanes);
+      sum = fma(h, load(run.c + n), sum);
+    }
+    out[p] = from_float<T>(a.d[head] * value + reduce_add(sum));
+  }
+}
+
 // Rows [first_row, first_row + rows) of one head of one request.
 template <typename T, typename S>
 void ssd_rows(const SsdArgs& a, int64_t request, int64_t head, int64_t first_row, int64_t rows) {
@@ -266,6 +337,7 @@ void ssd_rows(const SsdArgs& a, int64_t request, int64_t head, int64_t first_row
   run.width = (size + kLanes - 1) / kLanes * kLanes;
   const int64_t begin = a.request_starts[request], end = a.request_starts[request + 1];
   const int64_t tokens = a.token_starts[end] - a.token_starts[begin];
+  if (tokens == 1) return ssd_one<T, S>(a, request, head, first_row, rows);
   const int64_t longest = tokens < kRun ? tokens : kRun;
   const int64_t inputs = 2 * longest * run.width, all = inputs + rows * run.width;
   float* scratch = static_cast<float*>(thread_scratch(sizeof(float) * static_cast<size_t>(all)));

@@ -20,11 +20,15 @@ enum DType : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
 // Columns of a panel of packed weights; see gemm.cpp for the layout.
 constexpr int kPanel = 32;
 
-enum Epilogue : int { kNone = 0, kSiluMul = 1, kFloatOut = 2 };
+enum Epilogue : int { kNone = 0, kGateMul = 1, kFloatOut = 2, kGelu = 3 };
 
-// out (m, n) = x (m, k) @ w.T (+ bias). Strides in elements. With kSiluMul, w has 2 * n rows, gate
-// over up, n is a multiple of kPanel, and out = silu(x @ gate.T) * (x @ up.T). With kFloatOut, out
-// is of floats, whatever the dtype of the others.
+// Values are shared with vllm/_moe_op.py. kSwigluOai: (up + 1) * gate * sigmoid(alpha * gate),
+// the gate at most `limit`, up within it on both sides. kClampedSilu: silu(gate) * up, so limited.
+enum Gate : int { kSilu = 0, kGeluTanh = 1, kSwigluOai = 2, kClampedSilu = 3 };
+
+// out (m, n) = x (m, k) @ w.T (+ bias). Strides in elements. With kGateMul, w has 2 * n rows, gate
+// over up, n is a multiple of kPanel, and out = gate(x @ gate.T) * (x @ up.T). With kFloatOut, out
+// is of floats, whatever the dtype of the others. With kGelu, out is the GELU of the sums.
 struct GemmArgs {
   const void* x;
   int64_t x_stride;
@@ -35,6 +39,7 @@ struct GemmArgs {
   int64_t m, n, k;
   int dtype;
   int epilogue;
+  int gate = kSilu;  // without numbers of its own
 };
 
 // Products of runs of rows with a weight each: counts[0] rows of x with weights[0], and so on; in
@@ -51,6 +56,40 @@ struct ExpertsArgs {
   int64_t m, n, k;
   int dtype;
   int epilogue;
+};
+
+// Values are shared with vllm/_moe_op.py.
+enum Scoring : int { kSoftmax = 0, kSigmoid = 1, kSqrtSoftplus = 2 };
+
+// A mixture of gated experts and how tokens find theirs. Weights are packed, gate_up (2 * inner,
+// hidden) and down (hidden, inner) of each expert, inner a multiple of kPanel; biases (num_experts,
+// 2 * inner) and (num_experts, hidden) of the weights' dtype may be null, as may the correction of
+// the choice, (num_experts,). Every field has eight bytes: Python packs them one after another.
+struct MoeLayer {
+  int64_t num_experts, top_k, scoring, renormalize, num_groups, topk_group;
+  double scaling;
+  const float* correction;
+  int64_t hidden_size, inner_size, dtype, gate;
+  double alpha, limit;
+  const void* const* gate_up;
+  const void* const* down;
+  const void *gate_up_bias, *down_bias;
+  int64_t weigh_input;
+};
+
+// Logits (num_tokens, num_experts) are of floats or of the layer's dtype. `chosen` (num_tokens,
+// top_k), or null, are experts that were chosen already. Strides in elements.
+struct MoeArgs {
+  const MoeLayer* layer;
+  const void* x;
+  int64_t x_stride;
+  const void* logits;
+  int64_t logits_stride;
+  int logits_dtype;
+  const int64_t* chosen;
+  void* out;
+  int64_t out_stride;
+  int64_t num_tokens;
 };
 
 struct PackArgs {
@@ -156,10 +195,6 @@ struct NormArgs {
   bool float_weight = false;  // whatever the rows are
 };
 
-// Values are shared with vllm/_custom_ops.py. kSwigluOai: (up + 1) * gate * sigmoid(alpha * gate),
-// the gate at most `limit`, up within it on both sides.
-enum Gate : int { kSilu = 0, kGeluTanh = 1, kSwigluOai = 2 };
-
 // Rows of gate beside up, `size` each -> gate(x) * up.
 struct SiluMulArgs {
   const void* x;
@@ -169,6 +204,47 @@ struct SiluMulArgs {
   int dtype;
   int gate = kSilu;
   float alpha = 0, limit = 0;
+};
+
+// Layer norm of rows of x, or of x + residual: weight and bias (size,). Out is dense; strides in
+// elements.
+struct LayerNormArgs {
+  const void* x;
+  const void* residual;
+  const void *weight, *bias;
+  void* out;
+  int64_t x_stride, residual_stride;
+  int64_t rows, size;
+  float eps;
+  int dtype;
+};
+
+// Hyper-connections of `count` residual streams: streams (T, count, size) -> what a branch takes
+// (T, size), its weights in the streams (T, count) and the streams' among each other (T, count,
+// count), floats. `fn` (count * (2 + count), count * size), `base` (count * (2 + count),) and
+// `scale` (3,) are floats.
+struct StreamsArgs {
+  const void* streams;
+  int64_t token_stride, stream_stride;
+  const float *fn, *base, *scale;
+  void* branch;
+  float *given, *mix;
+  int64_t num_tokens, count, size, iterations;
+  float eps, norm_eps;
+  int dtype;
+};
+
+// The streams after a branch: out (T, count, size), stream n the sum over i of mix[i][n] * stream i
+// and given[n] * branch.
+struct JoinArgs {
+  const void* branch;
+  int64_t branch_stride;
+  const void* streams;
+  int64_t token_stride, stream_stride;
+  const float *given, *mix;
+  void* out;
+  int64_t num_tokens, count, size;
+  int dtype;
 };
 
 struct ArgmaxArgs {
@@ -242,7 +318,8 @@ struct GatedNormArgs {
 
 // A pre-norm decoder layer: what a model of the Llama family does between two residual sums.
 // Weights are packed; norms and biases are plain; null means there is none. Every field has eight
-// bytes: Python packs them one after another (vllm/_decoder_layer_op.py).
+// bytes: Python packs them one after another (vllm/_decoder_layer_op.py). With the last two norms a
+// branch is normed before it is added, too.
 struct DecoderLayer {
   int64_t hidden_size, inner_size, num_heads, num_kv_heads, head_size, dtype;
   double eps;
@@ -259,6 +336,8 @@ struct DecoderLayer {
   int64_t format;
   double k_scale, v_scale;
   int64_t quantised_value_offset, scale_offset, scale_head_stride, scale_token_stride;
+  const void *branch_norm, *mlp_branch_norm;
+  int64_t gate, float_norms;
 };
 
 // What the layers of a step share. `hidden` (T, hidden_size) is the last branch's output if
@@ -308,6 +387,7 @@ struct Kernels {
   const char* name;
   void (*gemm)(const GemmArgs&);
   void (*experts)(const ExpertsArgs&);
+  void (*moe)(const MoeArgs&);
   void (*pack)(const PackArgs&);
   void (*unpack)(const PackArgs&);
   void (*embedding)(const EmbeddingArgs&);
@@ -315,6 +395,9 @@ struct Kernels {
   void (*rope_store)(const RopeStoreArgs&);
   void (*rms_norm)(const NormArgs&);
   void (*silu_mul)(const SiluMulArgs&);
+  void (*layer_norm)(const LayerNormArgs&);
+  void (*streams)(const StreamsArgs&);
+  void (*join_streams)(const JoinArgs&);
   void (*argmax)(const ArgmaxArgs&);
   void (*causal_conv1d)(const ConvArgs&);
   void (*selective_scan)(const ScanArgs&);

@@ -1,7 +1,7 @@
 """Starts a prefill server, a decode server and the router on this machine, and asks a question.
 
-    pip install 'vllm[nixl]'
-    python examples/disaggregated/serve.py [MODEL]
+    pip install 'vllm[nixl]'            # or 'vllm[mooncake-cpu]', with apt-get install libibverbs1
+    python examples/disaggregated/serve.py [MODEL] [--connector mooncake]
 
 Everything ends with Ctrl-C, or at once with ``--once``.
 """
@@ -19,11 +19,18 @@ from collections.abc import Iterator
 
 import httpx
 
-PREFILL, DECODE, ROUTER = 8100, 8200, 8000
+PREFILL, DECODE, ROUTER, BOOTSTRAP = 8100, 8200, 8000, 8998
+CONNECTORS = {
+    "nixl": {"kv_connector": "NixlConnector"},
+    "mooncake": {
+        "kv_connector": "MooncakeConnector",
+        "kv_connector_extra_config": {"mooncake_protocol": "tcp"},
+    },
+}
 
 
-def connector(role: str) -> str:
-    return json.dumps({"kv_connector": "NixlConnector", "kv_role": role})
+def transfer_config(connector: str, role: str) -> str:
+    return json.dumps({**CONNECTORS[connector], "kv_role": role})
 
 
 @contextlib.contextmanager
@@ -50,23 +57,27 @@ def wait_for(url: str, *processes: subprocess.Popen[bytes]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("model", nargs="?", default="smollm2")
+    parser.add_argument("--connector", choices=tuple(CONNECTORS), default="nixl")
     parser.add_argument("--once", action="store_true", help="end after the answer")
     parser.add_argument("--question", default="What is a KV cache? Answer in one sentence.")
     options = parser.parse_args()
-    # Each engine answers handshakes on a port of its own.
+    # NIXL: each engine answers handshakes on a port of its own. Mooncake: decoders and the router
+    # find prefill workers through the bootstrap server of their engine.
     prefill = running(
         *("serve", options.model, "--port", str(PREFILL)),
-        *("--kv-transfer-config", connector("kv_producer")),
+        *("--kv-transfer-config", transfer_config(options.connector, "kv_producer")),
         VLLM_NIXL_SIDE_CHANNEL_PORT="5600",
+        VLLM_MOONCAKE_BOOTSTRAP_PORT=str(BOOTSTRAP),
     )
     decode = running(
         *("serve", options.model, "--port", str(DECODE)),
-        *("--kv-transfer-config", connector("kv_consumer")),
+        *("--kv-transfer-config", transfer_config(options.connector, "kv_consumer")),
         VLLM_NIXL_SIDE_CHANNEL_PORT="5601",
     )
     router = running(
-        *("router", "--port", str(ROUTER)),
+        *("router", "--port", str(ROUTER), "--connector", options.connector),
         *("--prefill", f"http://127.0.0.1:{PREFILL}", "--decode", f"http://127.0.0.1:{DECODE}"),
+        VLLM_MOONCAKE_BOOTSTRAP_PORT=str(BOOTSTRAP),
     )
     with prefill as first, decode as second, router as third:
         wait_for(f"http://127.0.0.1:{ROUTER}/health", first, second, third)

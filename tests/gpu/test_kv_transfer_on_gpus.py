@@ -51,30 +51,27 @@ def on(setup, gpu, role=None):
 
 
 @pytest.fixture(scope="module")
-def pairs(tmp_path_factory):
-    """P on one GPU, D on the other, and a plain server: all started at once."""
-    fleet = Fleet(tmp_path_factory.mktemp("gpus"), room=100, debug=False)
+def fleet(tmp_path_factory):
+    made = Fleet(tmp_path_factory.mktemp("gpus"), room=30, debug=False)
+    try:
+        yield made
+    finally:
+        made.close()
+
+
+@pytest.fixture(scope="module")
+def pairs(fleet):
+    """P on one GPU, D on the other, and a plain server, of every way: all started at once."""
     setups = {}
     for way, setup in WAYS.items():
         other = replace(setup, layout="BHLNC", block_size=32)
         setups[way] = on(setup, 0, "kv_producer"), on(other, 1, "kv_consumer"), on(LLAMA, 1)
-    for model in MODELS:
-        setup = Setup(model=model, options=EAGER)
-        setups[model] = (
-            on(setup, 0, "kv_producer"),
-            on(setup, 1, "kv_consumer"),
-            on(setup, 1),
-        )
-    try:
-        flat = list(dict.fromkeys(setup for three in setups.values() for setup in three))
-        running = dict(zip(flat, fleet.all_of(*flat), strict=True))
-        yield {name: [running[setup] for setup in three] for name, three in setups.items()}
-    finally:
-        fleet.close()
+    flat = list(dict.fromkeys(setup for three in setups.values() for setup in three))
+    running = dict(zip(flat, fleet.all_of(*flat), strict=True))
+    return {way: [running[setup] for setup in three] for way, three in setups.items()}
 
 
-def compare(pairs, name):
-    p, d, plain = pairs[name]
+def compare(p, d, plain):
     prompts = make_prompts(12)
     expected = in_parallel(lambda prompt: plain.tokens(prompt, NUM_TOKENS), prompts)
     got = in_parallel(lambda prompt: d.tokens(prompt, NUM_TOKENS, p.prefill(prompt)), prompts)
@@ -89,7 +86,7 @@ def compare(pairs, name):
 @pytest.mark.parametrize("way", WAYS)
 def test_every_way_brings_the_tokens_of_one_server(pairs, way):
     """The layouts and block sizes of the two sides differ."""
-    d = compare(pairs, way)
+    d = compare(*pairs[way])
     other = {"push": "descriptors", "push staged": "staging", "host buffer": "staging"}
     took = None if way == "auto" else other.get(way, way)
     if took is not None:
@@ -97,5 +94,7 @@ def test_every_way_brings_the_tokens_of_one_server(pairs, way):
 
 
 @pytest.mark.parametrize("model", MODELS)
-def test_every_kind_of_cache_brings_the_tokens_of_one_server(pairs, model):
-    compare(pairs, model)
+def test_every_kind_of_cache_brings_the_tokens_of_one_server(fleet, model):
+    setup = Setup(model=model, options=EAGER)
+    servers = on(setup, 0, "kv_producer"), on(setup, 1, "kv_consumer"), on(setup, 1)
+    compare(*fleet.all_of(*servers))

@@ -106,3 +106,42 @@ def test_rope_rotates_query_and_key_in_place(
     _torch_ops.rotary_embedding(positions, *expected, 128, table.double(), is_neox)
     assert close(query, expected[0]) and close(key, expected[1])
     assert torch.equal(qkv[:, 6 * 128 :], rest)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("has_residual", [False, True])
+def test_layer_norm_of_a_row_or_of_a_sum(isa, dtype, has_residual):
+    rows, size = 70, 523
+    x = (torch.randn(rows, size + 5) * 3 + 2).to(dtype)[:, :size]
+    residual = torch.randn(rows, size).to(dtype) if has_residual else None
+    weight, bias = torch.randn(size).to(dtype), torch.randn(size).to(dtype)
+    got = ops.layer_norm(x, weight, bias, 1e-5, residual)
+    whole = x if residual is None else x + residual
+    expected = torch.nn.functional.layer_norm(
+        whole.double(), (size,), weight.double(), bias.double(), 1e-5
+    )
+    tolerance = {torch.float32: 1e-5, torch.bfloat16: 4e-2, torch.float16: 4e-3}[dtype]
+    torch.testing.assert_close(got.double(), expected, atol=tolerance, rtol=tolerance)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_products_with_gelu_behind_them(isa, dtype):
+    x = torch.randn(9, 72).to(dtype)
+    weight = (torch.randn(192, 72) * 0.3).to(dtype)
+    bias = torch.randn(192).to(dtype)
+    packed = ops.pack_weight(weight)
+    tolerance = {torch.float32: 2e-5, torch.bfloat16: 4e-2, torch.float16: 5e-3}[dtype]
+    sums = x.double() @ weight.double().T
+    torch.testing.assert_close(
+        ops.linear_gelu(x, packed, bias).double(),
+        torch.nn.functional.gelu(sums + bias.double()),
+        atol=tolerance,
+        rtol=tolerance,
+    )
+    gate, up = sums.chunk(2, dim=1)
+    torch.testing.assert_close(
+        ops.gate_up_gelu_tanh(x, packed).double(),
+        torch.nn.functional.gelu(gate, approximate="tanh") * up,
+        atol=tolerance,
+        rtol=tolerance,
+    )

@@ -26,6 +26,9 @@ class Layer:
     bias: bool
     head_norms: bool
     is_neox: bool = True
+    branch_norms: bool = False
+    float_norms: bool = False
+    gate: str = "silu"
 
     def __post_init__(self) -> None:
         def random_weight(n: int, k: int) -> ops.PackedWeight:
@@ -42,8 +45,14 @@ class Layer:
             random_weight(self.hidden, self.inner),
         )
         self.biases = tuple(vector(weight.n, self.bias) for weight in self.weights)
-        self.norms = (vector(self.hidden), vector(self.hidden))
-        self.per_head = tuple(vector(self.head_size, self.head_norms) for _ in range(2))
+
+        def norm(n: int, there: bool = True) -> torch.Tensor | None:
+            weight = vector(n, there)
+            return weight if weight is None or not self.float_norms else weight.float()
+
+        self.norms = (norm(self.hidden), norm(self.hidden))
+        self.per_head = tuple(norm(self.head_size, self.head_norms) for _ in range(2))
+        self.of_branches = tuple(norm(self.hidden, self.branch_norms) for _ in range(2))
         self.table = torch.randn(1000, self.head_size)
 
     def kernel(self) -> DecoderLayerKernel | None:
@@ -63,6 +72,8 @@ class Layer:
             scale=0.2,
             logits_soft_cap=0.0,
             sliding_window=70,
+            branch_norms=self.of_branches,
+            gate=self.gate,
         )
 
     def one_by_one(
@@ -85,19 +96,26 @@ class Layer:
         tables = (step.query_start_loc, step.seq_lens, step.block_table)
         ops.paged_attention(parts[0], step.cache, out, *tables, 0.2, sliding_window=70)
         x = ops.linear(out.flatten(1), self.weights[1], self.biases[1])
+        if self.of_branches[0] is not None:
+            x = ops.rms_norm(x, self.of_branches[0], 1e-5)
         ops.fused_add_rms_norm(x, residual, self.norms[1], 1e-5)
+        is_silu = self.gate == "silu"
         if self.bias:
-            x = ops.silu_and_mul(ops.linear(x, self.weights[2], self.biases[2]))
+            activation = ops.silu_and_mul if is_silu else ops.gelu_tanh_and_mul
+            x = activation(ops.linear(x, self.weights[2], self.biases[2]))
         else:
-            x = ops.gate_up_silu(x, self.weights[2])
-        return ops.linear(x, self.weights[3], self.biases[3])
+            product = ops.gate_up_silu if is_silu else ops.gate_up_gelu_tanh
+            x = product(x, self.weights[2])
+        x = ops.linear(x, self.weights[3], self.biases[3])
+        return x if self.of_branches[1] is None else ops.rms_norm(x, self.of_branches[1], 1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("head_norms", [False, True])
+@pytest.mark.parametrize("is_gemma", [False, True])
 def test_one_call_equals_the_operators(
-    isa: str, rng: random.Random, dtype: torch.dtype, bias: bool, head_norms: bool
+    isa: str, rng: random.Random, dtype: torch.dtype, bias: bool, head_norms: bool, is_gemma: bool
 ) -> None:
     layer = Layer(
         hidden=rng.choice([64, 100]),
@@ -109,6 +127,9 @@ def test_one_call_equals_the_operators(
         bias=bias,
         head_norms=head_norms,
         is_neox=rng.random() < 0.5,
+        branch_norms=is_gemma,
+        float_norms=is_gemma,
+        gate="gelu_tanh" if is_gemma else "silu",
     )
     kernel = layer.kernel()
     assert kernel is not None

@@ -1,5 +1,7 @@
 """Debug mode: any byte written by somebody who may not is found after the step."""
 
+import itertools
+
 import pytest
 import torch
 
@@ -102,6 +104,27 @@ def test_a_transfer_may_write_its_blocks_whenever_it_likes_and_no_others(large):
     with pytest.raises(AssertionError, match="block 301 "):
         debugger.begin_step({0: [302]})
         debugger.end_step()
+
+
+def test_a_transfer_that_goes_on_while_bytes_are_compared_is_no_foreign_write(large, monkeypatch):
+    """Also just after its blocks have been accepted: their next bytes are its own, too."""
+    debugger = KVCacheDebugger(large)
+    debugger.expect_outside_writes({300})
+    take = debugger._take_arrived
+    values = itertools.count(1)
+
+    def take_and_write_on():
+        take()
+        large["l.0"][300] = float(next(values))
+
+    monkeypatch.setattr(debugger, "_take_arrived", take_and_write_on)
+    for _ in range(12):
+        debugger.begin_step({0: [302]})
+        debugger.end_step()
+    debugger.check_everything()
+    large["l.0"][301] = 1.0
+    with pytest.raises(AssertionError, match="block 301 "):
+        debugger.check_everything()
 
 
 def test_a_transfer_may_fill_the_gaps_between_pages():

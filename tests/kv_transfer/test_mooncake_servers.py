@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import signal
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import httpx
 import pytest
 
 from tests.kv_transfer.harness import (
@@ -15,7 +18,9 @@ from tests.kv_transfer.harness import (
     Fleet,
     RouterProcess,
     Setup,
+    body_of,
     in_parallel,
+    wait_for,
 )
 from tests.kv_transfer.mooncake import own_network, require_mooncake
 
@@ -99,3 +104,82 @@ def test_answers_are_those_of_one_server(fleet, tmp_path):
 def test_a_hundred_answers_are_those_of_one_server(fleet, tmp_path, model):
     with Cluster(fleet, tmp_path, setup(model), setup(model)) as cluster:
         compare(cluster, prompts(100))
+
+
+def test_a_stream_a_refusal_and_several_answers_pass_through(fleet, tmp_path):
+    with Cluster(fleet, tmp_path, setup("llama"), setup("llama")) as cluster:
+        (prompt,) = prompts(1)
+        body = {**body_of(prompt, 5), "stream": True}
+        with httpx.stream("POST", f"{cluster.router.url}/v1/completions", json=body) as response:
+            lines = [line for line in response.iter_lines() if line.startswith("data: ")]
+        assert lines[-1] == "data: [DONE]" and len(lines) > 3
+        refused = cluster.router.complete(prompt, -1)
+        assert refused.status_code == 400 and "max_tokens" in refused.text
+        # Both would refuse a prompt that is too long; the decoder does not wait for nothing.
+        assert cluster.router.complete([5] * 400).status_code == 400
+        before = cluster.d.metric("vllm:kv_transfers_total")
+        several = cluster.router.http.post(
+            "/v1/completions", json={**body_of(prompt, 4), "n": 2, "temperature": 0}
+        ).json()
+        both = [choice["token_ids"] for choice in several["choices"]]
+        assert both == [cluster.plain.tokens(prompt, 4)] * 2
+        assert cluster.d.metric("vllm:kv_transfers_total") == before
+        cluster.settle()
+
+
+def test_a_prefill_server_that_is_killed_fails_its_requests_and_the_router_goes_on(fleet, tmp_path):
+    """D's blocks come back, and a prefill server that joins takes over."""
+    doomed = setup("llama", name="doomed", role="kv_producer")
+    first = fleet.get(doomed)
+    with Cluster(fleet, tmp_path, setup("llama"), setup("llama")) as cluster:
+        (prompt,) = prompts(1, 100)
+        with ThreadPoolExecutor(1) as pool:
+            waiting = pool.submit(fetch, first, cluster.d, prompt, "never")
+            wait_for(
+                lambda: cluster.d.metric("vllm:kv_cache_usage_perc") > 0, 20, "it does not load"
+            )
+            first.signal(signal.SIGKILL)
+            response = waiting.result(timeout=30)
+        assert response.status_code == 500 and "could not be loaded" in response.text
+        compare(cluster, prompts(2))
+    fleet.end(doomed)
+
+
+@pytest.mark.slow
+def test_a_decode_server_that_is_killed_leaves_no_blocks_behind(fleet, tmp_path):
+    extra = json.dumps({"mooncake_protocol": "tcp", "kv_lease_duration": 2})
+    doomed = setup("llama", name="doomed", role="kv_consumer", extra=extra)
+    # Some it may not have asked for yet: those wait this long.
+    waits = (("VLLM_MOONCAKE_ABORT_REQUEST_TIMEOUT", "4"),)
+    prefill = setup("llama", extra=extra, environment=waits)
+    with Cluster(fleet, tmp_path, prefill, setup("llama")) as cluster:
+        second = fleet.get(doomed)
+        (prompt,) = prompts(1, 100)
+        ids = [f"x-{i}" for i in range(3)]
+        with ThreadPoolExecutor(3) as pool:
+            waiting = [pool.submit(fetch, cluster.p, second, prompt, name) for name in ids]
+            wait_for(lambda: second.metric("vllm:kv_cache_usage_perc") > 0, 20, "nothing loads")
+            second.signal(signal.SIGKILL)
+            for future in waiting:
+                assert future.exception(timeout=30) is not None
+        for name in ids:
+            ask = {"do_remote_decode": True, "do_remote_prefill": False, "transfer_id": name}
+            assert cluster.p.complete(prompt, 1, ask).status_code == 200
+        cluster.p.wait_until_empty(30)
+        compare(cluster, prompts(2))
+    fleet.end(doomed)
+
+
+def fetch(p, d, prompt, transfer_id):
+    params = {
+        "do_remote_prefill": True,
+        "do_remote_decode": False,
+        "transfer_id": transfer_id,
+        "remote_bootstrap_addr": bootstrap_of(p),
+        "remote_engine_id": engine_id_of(p),
+    }
+    return d.complete(prompt, 6, params)
+
+
+def engine_id_of(engine: Engine) -> str:
+    return httpx.get(f"{bootstrap_of(engine)}/query").json()["0"]["engine_id"]

@@ -78,11 +78,11 @@ NVLINK = TransportCosts(
     bytes_per_second=385e9,
     copy_bytes_per_second=1.5e12,
     copies_run_beside=True,
-    seconds_per_chunk=20e-6,
+    seconds_per_chunk=250e-6,
     seconds_to_start=400e-6,
-    slot_bytes=16 << 20,
-    mapped_bytes_per_second=330e9,
-    mapped_seconds=150e-6,
+    slot_bytes=32 << 20,
+    mapped_bytes_per_second=210e9,
+    mapped_seconds=1e-3,
 )
 HOST_COPIES = TransportCosts(
     name="host",

@@ -262,7 +262,7 @@ def predict_transfer(config: KVCacheConfig, vllm_config: VllmConfig) -> dict[str
         units = -(-tokens // table.tokens_per_unit) if table.tokens_per_unit else 1
         descriptors += units * len(table.lanes)
         num_bytes += units * table.bytes_per_unit
-    facts = {
+    facts: dict[str, Any] = {
         "transfer_regions": len(regions(config)),
         "transfer_tokens": tokens,
         "transfer_descriptors": descriptors,

@@ -100,7 +100,8 @@ class Router:
         self.decode = Pool("decode", args.decode)
         self.client = httpx.AsyncClient(
             timeout=httpx.Timeout(args.timeout, connect=10),
-            limits=httpx.Limits(max_connections=None),
+            # Servers close what is idle for 5 s: a request must not meet that.
+            limits=httpx.Limits(max_connections=None, keepalive_expiry=2),
         )
         self.registry = CollectorRegistry()
         self.requests = Counter(

@@ -11,6 +11,7 @@ import asyncio
 import logging
 import random
 import uuid
+from collections.abc import Coroutine
 from typing import TYPE_CHECKING, Any
 
 import httpx
@@ -57,7 +58,8 @@ class MooncakeRouter(Router):
         self._engines: dict[str, dict[int, _Entry]] = {}
         """Engines by data-parallel rank, by the URL of their prefill server."""
         self._left_alone: set[asyncio.Task[None]] = set()
-        """Prefills whose decoder has answered already."""
+        """Prefills whose decoder has answered already, and words to prefill servers that nobody
+        waits for."""
 
     def join(self, pool: Pool, given: dict[str, Any]) -> Server:
         """Prefill servers may name their ``bootstrap`` server, too."""
@@ -117,7 +119,12 @@ class MooncakeRouter(Router):
         )
         wanted = {**body, "kv_transfer_params": fetch}
         decode = asyncio.create_task(self._decode(path, wanted, headers, avoided))
-        return await self._first_of(prefill, decode)
+        try:
+            return await self._first_of(prefill, decode)
+        except BaseException:
+            # Also if the client has gone: the decoder may never have heard of it.
+            self._leave_alone(self._discard(self._bootstraps[server.url], transfer_id))
+            raise
 
     async def _prefill_on(
         self,
@@ -160,14 +167,23 @@ class MooncakeRouter(Router):
             await asyncio.gather(prefill, decode, return_exceptions=True)
             raise
         if not prefill.done():
-            self._left_alone.add(prefill)
-            prefill.add_done_callback(self._forget)
+            self._leave_alone(prefill)
         return answer
 
-    def _forget(self, prefill: asyncio.Task[None]) -> None:
-        self._left_alone.discard(prefill)
-        if not prefill.cancelled() and (error := prefill.exception()) is not None:
-            logger.warning("A prefill failed after its KV had been sent: %r", error)
+    async def _discard(self, bootstrap: str, transfer_id: str) -> None:
+        """What was computed for nothing need not be kept."""
+        wanted = {"transfer_ids": [transfer_id]}
+        await self.client.post(f"{bootstrap}/discard", json=wanted, timeout=5)
+
+    def _leave_alone(self, work: asyncio.Task[None] | Coroutine[Any, Any, None]) -> None:
+        task = work if isinstance(work, asyncio.Task) else asyncio.create_task(work)
+        self._left_alone.add(task)
+        task.add_done_callback(self._forget)
+
+    def _forget(self, task: asyncio.Task[None]) -> None:
+        self._left_alone.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            logger.warning("A prefill server that nobody waits for any more failed: %r", error)
 
 
 def _bootstrap_of(url: str, given: Any) -> str:

@@ -112,7 +112,7 @@ class Pool:
 
         async def ask(server: Server) -> None:
             try:
-                response = await client.get(f"{server.url}/health", timeout=timeout)
+                response = await _health(client, server.url, timeout)
             except httpx.TimeoutException:
                 server.misses += 1
                 if server.misses > allowed_misses:
@@ -126,3 +126,13 @@ class Pool:
                     server.goes_down()
 
         await asyncio.gather(*(ask(server) for server in list(self.servers.values())))
+
+
+async def _health(client: httpx.AsyncClient, url: str, timeout: float) -> httpx.Response:
+    """Asked twice if need be: the server may just have closed a connection that was kept open."""
+    try:
+        return await client.get(f"{url}/health", timeout=timeout)
+    except (httpx.ConnectError, httpx.TimeoutException):
+        raise
+    except httpx.HTTPError:
+        return await client.get(f"{url}/health", timeout=timeout, headers={"connection": "close"})

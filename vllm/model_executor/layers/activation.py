@@ -2,7 +2,8 @@
 (..., i) -> (..., i), which may write to what they are given.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +14,7 @@ from vllm.errors import UnsupportedError
 
 __all__ = [
     "ClampedSiluAndMul",
+    "GatedActivation",
     "GeluAndMul",
     "SiluAndMul",
     "SquaredReLU",
@@ -22,15 +24,26 @@ __all__ = [
 ]
 
 
-class SiluAndMul(nn.Module):
+class GatedActivation(nn.Module):
+    """``kernel`` names a gate of the CPU kernels, which may take numbers; None: there is none."""
+
+    kernel: str | None = None
+    alpha = limit = 0.0
+
+
+class SiluAndMul(GatedActivation):
     """``silu(first half) * second half``: (..., 2 * i) -> (..., i)."""
+
+    kernel = "silu"
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return ops.silu_and_mul(x)
 
 
-class ClampedSiluAndMul(nn.Module):
+class ClampedSiluAndMul(GatedActivation):
     """``silu(gate) * up``: the gate at most ``limit``, ``up`` within ``[-limit, limit]``."""
+
+    kernel = "clamped_silu"
 
     def __init__(self, limit: float) -> None:
         super().__init__()
@@ -44,12 +57,13 @@ class ClampedSiluAndMul(nn.Module):
         return f"limit={self.limit}"
 
 
-class GeluAndMul(nn.Module):
+class GeluAndMul(GatedActivation):
     """``gelu(first half) * second half``; ``approximate`` is "none" or "tanh"."""
 
     def __init__(self, approximate: str = "none") -> None:
         super().__init__()
         self.approximate = approximate
+        self.kernel = "gelu_tanh" if approximate == "tanh" else None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.approximate == "tanh":
@@ -61,11 +75,13 @@ class GeluAndMul(nn.Module):
         return f"approximate={self.approximate}"
 
 
-class SwigluOAI(nn.Module):
+class SwigluOAI(GatedActivation):
     """gpt-oss's: ``(up + 1) * gate * sigmoid(alpha * gate)``, both clamped.
 
     The gate is at most ``limit``, the up projection within ``[-limit, limit]``.
     """
+
+    kernel = "swiglu_oai"
 
     def __init__(self, alpha: float = 1.702, limit: float = 7.0) -> None:
         super().__init__()
@@ -87,7 +103,7 @@ class SquaredReLU(nn.Module):
 
 
 _PLAIN: dict[str, Callable[[], nn.Module]] = {"relu2": SquaredReLU}
-_GATED: dict[str, Callable[[], nn.Module]] = {
+_GATED: dict[str, Callable[[], GatedActivation]] = {
     "silu": SiluAndMul,
     "swish": SiluAndMul,
     "gelu": GeluAndMul,
@@ -105,7 +121,7 @@ def get_activation(name: str) -> nn.Module:
     return _find(_PLAIN, name)
 
 
-def get_gated_activation(name: str) -> nn.Module:
+def get_gated_activation(name: str) -> GatedActivation:
     """The gated form of the activation that config.json calls ``name``.
 
     Raises:
@@ -114,7 +130,10 @@ def get_gated_activation(name: str) -> nn.Module:
     return _find(_GATED, name)
 
 
-def _find(known: dict[str, Callable[[], nn.Module]], name: str) -> nn.Module:
+_Made = TypeVar("_Made", bound=nn.Module)
+
+
+def _find(known: Mapping[str, Callable[[], _Made]], name: str) -> _Made:
     if name not in known:
         raise UnsupportedError(
             f"config.json: the activation {name!r} is not supported; these are: {', '.join(known)}",

@@ -9,6 +9,7 @@ does not know (another device, tensor parallelism, another attention backend) is
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ import torch
 from vllm._decoder_layer_op import DecoderLayerKernel, run_decoder_layers
 from vllm.forward_context import get_forward_context
 from vllm.model_executor.layers.attention import Attention
-from vllm.model_executor.layers.layernorm import RMSNorm
+from vllm.model_executor.layers.layernorm import GemmaRMSNorm, RMSNorm
 from vllm.model_executor.layers.linear import (
     MergedColumnParallelLinear,
     QKVParallelLinear,
@@ -50,10 +51,23 @@ class FusedDecoderLayer:
         post_norm: RMSNorm,
         gate_up_proj: MergedColumnParallelLinear,
         down_proj: RowParallelLinear,
+        branch_norms: tuple[RMSNorm | None, RMSNorm | None] = (None, None),
+        gate: str = "silu",
     ) -> FusedDecoderLayer | None:
-        """The kernel of a layer made of these modules, or None where there is none."""
+        """The kernel of a layer made of these modules, or None where there is none.
+
+        Args:
+            branch_norms: of what attention and the MLP give, before it is added.
+            gate: "silu" or "gelu_tanh".
+        """
+        norms = [
+            norm
+            for norm in (input_norm, post_norm, q_norm, k_norm, *branch_norms)
+            if norm is not None
+        ]
+        kind_of_norm = GemmaRMSNorm if type(input_norm) is GemmaRMSNorm else RMSNorm
         expected: dict[type, list[Any]] = {
-            RMSNorm: [norm for norm in (input_norm, post_norm, q_norm, k_norm) if norm is not None],
+            kind_of_norm: norms,
             QKVParallelLinear: [qkv_proj],
             MergedColumnParallelLinear: [gate_up_proj],
             RowParallelLinear: [o_proj, down_proj],
@@ -63,7 +77,6 @@ class FusedDecoderLayer:
         if any(type(part) is not kind for kind, parts in expected.items() for part in parts):
             return None
         impl = attn.impl
-        norms = [norm for norm in (post_norm, q_norm, k_norm) if norm is not None]
         if (
             type(impl) is not CPUAttentionImpl
             or attn.kv_sharing_target_layer_name is not None
@@ -101,6 +114,11 @@ class FusedDecoderLayer:
             scale=impl.scale,
             logits_soft_cap=impl.logits_soft_cap,
             sliding_window=impl.sliding_window,
+            branch_norms=(
+                None if branch_norms[0] is None else branch_norms[0].weight_data,
+                None if branch_norms[1] is None else branch_norms[1].weight_data,
+            ),
+            gate=gate,
         )
         return None if kernel is None else cls(attn, kernel)
 
@@ -112,7 +130,7 @@ class FusedDecoderLayer:
 
 
 class FusedDecoderStack:
-    """All layers of a model as one kernel call, for steps whose layers share their metadata."""
+    """All layers of a model as few kernel calls: one for each run of layers of equal metadata."""
 
     def __init__(self, layers: Sequence[FusedDecoderLayer]) -> None:
         self.layers = layers
@@ -121,7 +139,23 @@ class FusedDecoderStack:
         self, positions: torch.Tensor, hidden_states: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor] | None:
         """The last layer's branch and the residual stream; None where layers must run singly."""
-        return _run(self.layers, positions, hidden_states, None)
+        context = get_forward_context()
+        metadata, slot_mapping = context.attn_metadata, context.slot_mapping
+        if metadata is None:
+            return None
+
+        def kind(layer: FusedDecoderLayer) -> tuple[int, int]:
+            return id(metadata[layer.layer_name]), id(slot_mapping.get(layer.layer_name))
+
+        residual: torch.Tensor | None = None
+        for _, run in groupby(self.layers, kind):
+            done = _run(list(run), positions, hidden_states, residual)
+            if done is None:
+                # The context forbids the first as it would the others: nothing is done yet.
+                return None
+            hidden_states, residual = done
+        assert residual is not None, "a model has layers"
+        return hidden_states, residual
 
 
 def _run(

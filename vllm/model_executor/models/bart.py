@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from vllm import _custom_ops as ops
 from vllm.config import VllmConfig
 from vllm.distributed.parallel_state import get_tp_group
 from vllm.errors import UnsupportedError
@@ -33,10 +34,12 @@ from vllm.model_executor.layers.vocab_parallel_embedding import (
     VocabParallelEmbedding,
 )
 from vllm.model_executor.layers.weight_loading import make_parameter
+from vllm.model_executor.models.llama import HotModule
 from vllm.model_executor.models.weights import load_checkpoint, maybe_prefix
 
 __all__ = ["BartForConditionalGeneration"]
 
+_NORM_EPS = 1e-5
 _POSITION_OFFSET = 2
 """Rows of the table of positions before that of the first token."""
 _ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
@@ -48,14 +51,15 @@ _ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 }
 
 
-class _LayerNorm(nn.Module):
+class _LayerNorm(HotModule):
     def __init__(self, size: int) -> None:
         super().__init__()
         self.weight = make_parameter(size)
         self.bias = make_parameter(size)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return F.layer_norm(x, x.shape[-1:], self.weight, self.bias)
+    def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
+        """The norm of x (T, width), or of its sum with ``residual``."""
+        return ops.layer_norm(x, self.weight.data, self.bias.data, _NORM_EPS, residual)
 
 
 class _Positions(nn.Module):
@@ -75,7 +79,7 @@ def _row(inputs: int, width: int, prefix: str) -> RowParallelLinear:
     return RowParallelLinear(inputs, width, prefix=prefix, return_bias=False)
 
 
-class _SelfAttention(nn.Module):
+class _SelfAttention(HotModule):
     """The encoder's; the decoder's adds a cache."""
 
     def __init__(self, config: Any, num_heads: int, prefix: str) -> None:
@@ -111,7 +115,7 @@ class _DecoderSelfAttention(_SelfAttention):
         return self.out_proj.forward(self.attn.forward(query, key, value))
 
 
-class _CrossAttention(nn.Module):
+class _CrossAttention(HotModule):
     def __init__(self, vllm_config: VllmConfig, config: Any, num_heads: int, prefix: str) -> None:
         super().__init__()
         width = config.d_model
@@ -137,7 +141,7 @@ class _CrossAttention(nn.Module):
         return self.out_proj.forward(self.attn.forward(self.q_proj.forward(hidden)))
 
 
-class _FeedForward(nn.Module):
+class _FeedForward(HotModule):
     """Mixed into layers, whose checkpoint names its parts directly."""
 
     def make_feed_forward(self, config: Any, inner: int, prefix: str) -> None:
@@ -146,14 +150,18 @@ class _FeedForward(nn.Module):
                 f"config.json: activation_function {config.activation_function!r} is not "
                 f"supported; these are: {', '.join(_ACTIVATIONS)}"
             )
+        self.is_gelu = config.activation_function == "gelu"
         self.activation = _ACTIVATIONS[config.activation_function]
         self.fc1 = _column(config.d_model, inner, f"{prefix}.fc1")
         self.fc2 = _row(inner, config.d_model, f"{prefix}.fc2")
         self.final_layer_norm = _LayerNorm(config.d_model)
 
     def feed_forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        inner = self.activation(self.fc1.forward(hidden))
-        return self.final_layer_norm.forward(hidden + self.fc2.forward(inner))
+        if self.is_gelu:
+            inner = ops.linear_gelu(hidden, self.fc1.packed_weight, self.fc1.bias_data)
+        else:
+            inner = self.activation(self.fc1.forward(hidden))
+        return self.final_layer_norm.forward(self.fc2.forward(inner), hidden)
 
 
 class _EncoderLayer(_FeedForward):
@@ -167,7 +175,7 @@ class _EncoderLayer(_FeedForward):
 
     def forward(self, hidden: torch.Tensor, starts: list[int]) -> torch.Tensor:
         attended = self.self_attn.forward(hidden, starts)
-        return self.feed_forward(self.self_attn_layer_norm.forward(hidden + attended))
+        return self.feed_forward(self.self_attn_layer_norm.forward(attended, hidden))
 
 
 class _DecoderLayer(_FeedForward):
@@ -181,8 +189,8 @@ class _DecoderLayer(_FeedForward):
         self.make_feed_forward(config, config.decoder_ffn_dim, prefix)
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        hidden = self.self_attn_layer_norm.forward(hidden + self.self_attn.forward(hidden))
-        hidden = self.encoder_attn_layer_norm.forward(hidden + self.encoder_attn.forward(hidden))
+        hidden = self.self_attn_layer_norm.forward(self.self_attn.forward(hidden), hidden)
+        hidden = self.encoder_attn_layer_norm.forward(self.encoder_attn.forward(hidden), hidden)
         return self.feed_forward(hidden)
 
 
@@ -207,7 +215,7 @@ class _Stack(nn.Module):
     ) -> torch.Tensor:
         hidden = self.layernorm_embedding.forward(embedded + self.embed_positions(positions))
         for layer in self.layers:
-            hidden = layer(hidden, *options)
+            hidden = layer.forward(hidden, *options)
         return hidden
 
 

@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from vllm import _custom_ops as ops
+from vllm._streams_op import join_streams, take_from_streams, unit_mean_square
 from vllm.config import VllmConfig
 from vllm.distributed.communication_op import tensor_model_parallel_all_reduce
 from vllm.distributed.parallel_state import get_tp_group
@@ -39,6 +41,7 @@ from vllm.model_executor.layers.weight_loading import (
     set_weight_attrs,
     take_shard,
 )
+from vllm.model_executor.models.llama import HotModule
 from vllm.model_executor.models.weights import load_checkpoint, maybe_prefix
 
 __all__ = ["DeepseekV4ForCausalLM"]
@@ -48,13 +51,7 @@ def _replicated(inputs: int, outputs: int, prefix: str) -> ReplicatedLinear:
     return ReplicatedLinear(inputs, outputs, bias=False, prefix=prefix, return_bias=False)
 
 
-def _unit_mean_square(x: torch.Tensor, eps: float) -> torch.Tensor:
-    """Float32, over the last dim."""
-    wide = x.float()
-    return wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
-
-
-class _Attention(nn.Module):
+class _Attention(HotModule):
     """A rank computes some groups of heads; the latents that all heads share, every rank keeps."""
 
     def __init__(self, vllm_config: VllmConfig, config: Any, layer_index: int, prefix: str) -> None:
@@ -73,6 +70,7 @@ class _Attention(nn.Module):
             prefix=f"{prefix}.wq_b",
             return_bias=False,
         )
+        self.head_norm = RMSNorm(width, eps=self.eps, has_weight=False)
         self.wkv = _replicated(hidden, width, f"{prefix}.wkv")
         self.norm = RMSNorm(width, eps=self.eps)
         self.attn_sink = _rows_of_rank(heads, self.num_heads, dtype=torch.float32)
@@ -91,6 +89,8 @@ class _Attention(nn.Module):
             trained_max_position=config.max_position_embeddings,
         )
         self.rotary_dim = self.rotary_emb.rotary_dim
+        cosines, sines = self.rotary_emb.cos_sin_cache.chunk(2, dim=-1)
+        self.turns_back = torch.cat((cosines, -sines), dim=-1)
         self.core = CompressedAttention(
             vllm_config, config, ratio, self.rotary_emb, self.attn_sink.data, prefix
         )
@@ -98,20 +98,15 @@ class _Attention(nn.Module):
     def forward(self, positions: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
         query_latent = self.q_norm.forward(self.wq_a.forward(hidden))
         query = self.wq_b.forward(query_latent).unflatten(-1, (self.num_heads, self.head_dim))
-        query = _unit_mean_square(query, self.eps).to(hidden.dtype)
+        self.head_norm.forward_in_place(query)
         latents = self.norm.forward(self.wkv.forward(hidden))
         rotated = slice(-self.rotary_dim, None)
         self.rotary_emb.forward(positions, query[..., rotated], latents[:, None, rotated])
         output = self.core.forward(query, latents, hidden, query_latent, positions)
         # Values are rotated as keys are: each output is turned back by its own position.
-        self._turn_back(positions, output[..., rotated])
+        turned = output[..., rotated]
+        ops.rotary_embedding(positions, turned, None, self.rotary_dim, self.turns_back, False)
         return self.wo_b.forward(self.wo_a.forward(output.flatten(1)))
-
-    def _turn_back(self, positions: torch.Tensor, heads: torch.Tensor) -> None:
-        cos, sin = self.rotary_emb.cos_sin_cache[positions].unsqueeze(1).chunk(2, dim=-1)
-        first, second = heads[..., ::2].float(), heads[..., 1::2].float()
-        turned = torch.stack((first * cos + second * sin, second * cos - first * sin), dim=-1)
-        heads.copy_(turned.flatten(-2))
 
 
 def _rows_of_rank(rows: int, local: int, *inner: int, **attrs: Any) -> nn.Parameter:
@@ -139,13 +134,27 @@ class _GroupedLinear(nn.Module):
         self.num_groups = num_groups
         self.weight = _rows_of_rank(outputs, outputs // get_tp_group().world_size, inputs)
 
+        self.parts: list[ops.PackedWeight | torch.Tensor] = list(self._split())
+
+    def _split(self) -> tuple[torch.Tensor, ...]:
+        return self.weight.data.chunk(self.num_groups)
+
+    def process_weights_after_loading(self) -> None:
+        """Pack each group's; from here on there is no ``weight`` parameter."""
+        if "weight" in self._parameters:
+            self.parts = [ops.pack_weight(part) for part in self._split()]
+            del self.weight
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        groups = x.unflatten(-1, (self.num_groups, -1)).transpose(0, 1)
-        weight = self.weight.unflatten(0, (self.num_groups, -1))
-        return torch.bmm(groups, weight.transpose(1, 2)).transpose(0, 1).flatten(1)
+        inputs = x.chunk(self.num_groups, dim=1)
+        output = x.new_empty((x.shape[0], sum(part.shape[0] for part in self.parts)))
+        outputs = output.chunk(self.num_groups, dim=1)
+        for part, weight, out in zip(inputs, self.parts, outputs, strict=True):
+            ops.linear_into(part, weight, out)
+        return output
 
 
-class _SharedExpert(nn.Module):
+class _SharedExpert(HotModule):
     def __init__(self, config: Any, prefix: str) -> None:
         super().__init__()
         hidden, inner = config.hidden_size, config.moe_intermediate_size
@@ -177,6 +186,7 @@ class _Router(nn.Module):
         super().__init__()
         experts, chosen = config.n_routed_experts, config.num_experts_per_tok
         self.weight = make_parameter(experts, config.hidden_size)
+        self.packed: ops.PackedWeight | torch.Tensor = self.weight.data
         table = make_parameter(config.vocab_size, chosen, dtype=torch.int64) if by_token else None
         if table is not None:
             set_weight_attrs(table, {"num_values": experts})
@@ -184,13 +194,19 @@ class _Router(nn.Module):
         self.register_parameter("tid2eid", table)
         self.register_parameter("bias", bias)
 
+    def process_weights_after_loading(self) -> None:
+        """Pack the weight; from here on there is no such parameter."""
+        if "weight" in self._parameters:
+            self.packed = ops.pack_weight(self.weight.data)
+            del self.weight
+
     def forward(self, x: torch.Tensor, input_ids: torch.Tensor) -> Any:
         """Logits (T, E), and the chosen experts (T, k) or None."""
         chosen = None if self.tid2eid is None else self.tid2eid[input_ids]
-        return F.linear(x, self.weight), chosen
+        return ops.linear(x, self.packed), chosen
 
 
-class _MoE(nn.Module):
+class _MoE(HotModule):
     def __init__(self, config: Any, layer_index: int, prefix: str) -> None:
         super().__init__()
         self.gate = _Router(config, config.mlp_layer_types[layer_index] == "hash_moe")
@@ -216,7 +232,7 @@ class _MoE(nn.Module):
         return tensor_model_parallel_all_reduce(output.add_(self.shared_experts.forward(x)))
 
 
-class _Streams(nn.Module):
+class _Streams(HotModule):
     """How N residual streams meet a branch (manifold-constrained hyper-connections).
 
     From the streams themselves come the weights of their sum that the branch takes, of the branch's
@@ -227,7 +243,7 @@ class _Streams(nn.Module):
     def __init__(self, config: Any) -> None:
         super().__init__()
         count, self.num_iterations = config.hc_mult, config.hc_sinkhorn_iters
-        self.num_streams, self.eps, self.norm_eps = count, config.hc_eps, config.rms_norm_eps
+        self.eps, self.norm_eps = config.hc_eps, config.rms_norm_eps
         rows = (2 + count) * count
         self.fn = make_parameter(rows, count * config.hidden_size, dtype=torch.float32)
         self.base = make_parameter(rows, dtype=torch.float32)
@@ -237,32 +253,18 @@ class _Streams(nn.Module):
         """Streams (T, N, hidden) -> what the branch takes (T, hidden); its weights in the streams
         (T, N); the mix of the streams (T, N, N), from the first N to the second.
         """
-        count = self.num_streams
-        weights = F.linear(_unit_mean_square(streams.flatten(1), self.norm_eps), self.fn)
-        scales = self.scale.repeat_interleave(torch.tensor([count, count, count * count]))
-        taken, given, mixed = (weights * scales + self.base).split(
-            [count, count, count * count], dim=-1
+        return take_from_streams(
+            streams,
+            self.fn.data,
+            self.base.data,
+            self.scale.data,
+            self.num_iterations,
+            self.eps,
+            self.norm_eps,
         )
-        mix = mixed.unflatten(-1, (count, count)).softmax(-1) + self.eps
-        mix = mix / (mix.sum(-2, keepdim=True) + self.eps)
-        for _ in range(self.num_iterations - 1):
-            mix = mix / (mix.sum(-1, keepdim=True) + self.eps)
-            mix = mix / (mix.sum(-2, keepdim=True) + self.eps)
-        taken = taken.sigmoid() + self.eps
-        branch = (taken.unsqueeze(-1) * streams).sum(1).to(streams.dtype)
-        return branch, 2 * given.sigmoid(), mix
 
 
-def _join(
-    branch: torch.Tensor, streams: torch.Tensor, given: torch.Tensor, mix: torch.Tensor
-) -> torch.Tensor:
-    """The streams after a branch; see ``_Streams.forward``."""
-    dtype = streams.dtype
-    mixed = torch.matmul(mix.to(dtype).transpose(-1, -2), streams)
-    return mixed.add_(given.to(dtype).unsqueeze(-1) * branch.unsqueeze(1))
-
-
-class _DecoderLayer(nn.Module):
+class _DecoderLayer(HotModule):
     def __init__(self, vllm_config: VllmConfig, config: Any, layer_index: int, prefix: str) -> None:
         super().__init__()
         self.attn = _Attention(vllm_config, config, layer_index, prefix=f"{prefix}.attn")
@@ -277,10 +279,10 @@ class _DecoderLayer(nn.Module):
     ) -> torch.Tensor:
         branch, given, mix = self.hc_attn.forward(streams)
         branch = self.attn.forward(positions, self.attn_norm.forward(branch))
-        streams = _join(branch, streams, given, mix)
+        streams = join_streams(branch, streams, given, mix)
         branch, given, mix = self.hc_ffn.forward(streams)
         branch = self.ffn.forward(self.ffn_norm.forward(branch), input_ids)
-        return _join(branch, streams, given, mix)
+        return join_streams(branch, streams, given, mix)
 
 
 class _StreamsHead(nn.Module):
@@ -295,7 +297,7 @@ class _StreamsHead(nn.Module):
         self.hc_scale = make_parameter(1, dtype=torch.float32)
 
     def forward(self, streams: torch.Tensor) -> torch.Tensor:
-        weights = F.linear(_unit_mean_square(streams.flatten(1), self.norm_eps), self.hc_fn)
+        weights = F.linear(unit_mean_square(streams.flatten(1), self.norm_eps), self.hc_fn)
         taken = (weights * self.hc_scale + self.hc_base).sigmoid() + self.eps
         return (taken.unsqueeze(-1) * streams).sum(1).to(streams.dtype)
 
@@ -323,7 +325,7 @@ class _Model(nn.Module):
         hidden = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         streams = hidden.unsqueeze(1).expand(-1, self.num_streams, -1)
         for layer in self.layers:
-            streams = layer(positions, streams, input_ids)
+            streams = layer.forward(positions, streams, input_ids)
         return self.norm(self.hc_head(streams))
 
 

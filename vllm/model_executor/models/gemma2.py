@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, ClassVar
 
 import torch
 
+from vllm import _custom_ops as ops
 from vllm.config import VllmConfig
 from vllm.model_executor.layers.activation import get_gated_activation
 from vllm.model_executor.layers.attention import Attention
@@ -48,6 +50,9 @@ class GemmaMLP(HotModule):
         )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.act_fn.kernel == "gelu_tanh":
+            inner = ops.gate_up_gelu_tanh(x, self.gate_up_proj.packed_weight)
+            return self.down_proj.forward(inner)
         return self.down_proj.forward(self.act_fn.forward(self.gate_up_proj.forward(x)))
 
 
@@ -78,7 +83,25 @@ class Gemma2DecoderLayer(LlamaDecoderLayer):
         return GemmaMLP(config, prefix)
 
     def fuse(self) -> FusedDecoderLayer | None:
-        return None
+        attention, mlp = self.self_attn, self.mlp
+        if type(mlp) is not GemmaMLP or type(attention).forward is not attention.fused_forward:
+            return None
+        if mlp.act_fn.kernel is None or attention.rotary_emb is None:
+            return None
+        return FusedDecoderLayer.of(
+            input_norm=self.input_layernorm,
+            qkv_proj=attention.qkv_proj,
+            q_norm=getattr(attention, "q_norm", None),
+            k_norm=getattr(attention, "k_norm", None),
+            rotary_emb=attention.rotary_emb,
+            attn=attention.attn,
+            o_proj=attention.o_proj,
+            post_norm=self.pre_feedforward_layernorm,
+            gate_up_proj=mlp.gate_up_proj,
+            down_proj=mlp.down_proj,
+            branch_norms=(self.post_attention_layernorm, self.post_feedforward_layernorm),
+            gate=mlp.act_fn.kernel,
+        )
 
     def forward(
         self,
@@ -97,6 +120,8 @@ class Gemma2DecoderLayer(LlamaDecoderLayer):
         hidden_states, residual = self.pre_feedforward_layernorm.forward(hidden_states, residual)
         hidden_states = self.mlp.forward(hidden_states)
         return self.post_feedforward_layernorm.forward(hidden_states), residual
+
+    fused_forward: ClassVar[Callable[..., Any]] = staticmethod(forward)
 
 
 class Gemma2Model(LlamaModel):

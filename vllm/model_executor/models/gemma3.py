@@ -4,8 +4,8 @@ windowed layers and another for full ones.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, ClassVar
 
 import torch
 
@@ -52,6 +52,8 @@ class Gemma3Attention(Gemma2Attention):
         self.k_norm.forward_in_place(key.unflatten(-1, (self.num_kv_heads, self.head_dim)))
         output = self.attn.forward(query, key, value, None, positions, self.rotary_emb)
         return self.o_proj.forward(output)
+
+    fused_forward: ClassVar[Callable[..., torch.Tensor]] = staticmethod(forward)
 
 
 class Gemma3DecoderLayer(Gemma2DecoderLayer):

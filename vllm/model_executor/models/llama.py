@@ -275,6 +275,9 @@ class LlamaDecoderLayer(HotModule):
         hidden_states, residual = self.post_attention_layernorm.forward(hidden_states, residual)
         return self.mlp.forward(hidden_states), residual
 
+    fused_forward: ClassVar[Callable[..., Any]] = staticmethod(forward)
+    """The ``forward`` that ``fuse`` stands for; one that differs from it is not fused."""
+
 
 class LlamaModel(HotModule):
     """Embedding, decoder layers and the last norm."""
@@ -307,7 +310,7 @@ class LlamaModel(HotModule):
         for layer in self.layers:
             if not isinstance(layer, LlamaDecoderLayer):
                 return None
-            same = type(layer).forward is LlamaDecoderLayer.forward
+            same = type(layer).forward is layer.fused_forward
             kernel = layer.fuse() if same else None
             if kernel is None:
                 return None

@@ -14,6 +14,7 @@ from torch import nn
 
 from vllm.errors import ConfigError
 from vllm.model_executor.layers.weight_loading import ShardId, WeightShapeError, load_shard
+from vllm.model_executor.models.cache_scales import CacheScales
 
 __all__ = [
     "CheckpointNames",
@@ -170,7 +171,10 @@ def load_checkpoint(
     misshaped: list[str] = []
     touched: set[str] = set()
     used: set[str] = set()
+    cache_scales = CacheScales(model)
     for name, tensor in weights:
+        if cache_scales.take(name, tensor):
+            continue
         used.update(name.split("."))
         target, shard_id = names.find(name, known)
         if target is None:

@@ -211,12 +211,21 @@ class KVCacheDebugger(NullKVCacheDebugger):
             self._report(when)
 
     def _report(self, when: str) -> None:
-        """Raise, unless it was a transfer that wrote while bytes were compared."""
-        self._take_arrived()
+        """Raise, unless it was a transfer that wrote while bytes were compared.
+
+        One may be writing now, so its blocks are left out instead of being accepted first.
+        """
+        arriving = torch.zeros_like(self._backing)
+        for rows in (
+            run_rows(arriving, run, self._config.num_blocks) for run in block_extents(self._config)
+        ):
+            for block in self._arriving:
+                rows[:, block] = -1
         first, count = -1, 0
         for start in range(0, self._backing.numel(), _REPORT_BYTES):
             part = slice(start, start + _REPORT_BYTES)
-            changed = torch.nonzero(self._backing[part] != self._expected[part])
+            differs = (self._backing[part] != self._expected[part]) & (arriving[part] == 0)
+            changed = torch.nonzero(differs)
             if len(changed) and first < 0:
                 first = start + int(changed[0])
             count += len(changed)

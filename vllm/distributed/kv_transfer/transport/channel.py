@@ -99,6 +99,7 @@ class ZmqChannel(Channel):
 
     def _listen(self, host: str) -> None:
         router = self._socket(zmq.ROUTER)
+        router.setsockopt(zmq.IPV6, int(":" in host))
         try:
             router.bind(f"tcp://[{host}]:*" if ":" in host else f"tcp://{host}:*")
         except zmq.ZMQError as error:
@@ -117,7 +118,6 @@ class ZmqChannel(Channel):
         made = self._context.socket(kind)
         made.setsockopt(zmq.LINGER, 0)
         made.setsockopt(zmq.MAXMSGSIZE, _LONGEST_MESSAGE)
-        made.setsockopt(zmq.IPV6, 1)
         # A host that lost its power is noticed, if late: a probe is refused only by a live one.
         made.setsockopt(zmq.TCP_KEEPALIVE, 1)
         made.setsockopt(zmq.TCP_KEEPALIVE_IDLE, 60)
@@ -130,6 +130,7 @@ class ZmqChannel(Channel):
             self._forget_unused()
             dealer = self._socket(zmq.DEALER)
             dealer.setsockopt(zmq.RECONNECT_IVL_MAX, 2000)
+            dealer.setsockopt(zmq.IPV6, int("[" in address))
             try:
                 dealer.connect(address)
             except zmq.ZMQError:

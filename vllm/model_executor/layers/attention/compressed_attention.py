@@ -63,16 +63,26 @@ class LatentStates(LatentLayerBase):
 
     def store(self, rows: torch.Tensor, positions: torch.Tensor, values: torch.Tensor) -> None:
         """Write values (M, C) of positions (M,) of requests (M,)."""
+        self._write(self.metadata().locate(rows, positions), values)
+
+    def store_tokens(self, positions: torch.Tensor, values: torch.Tensor) -> None:
+        """Write values (T, C) of the step's tokens, at positions (T,)."""
+        self._write(self.metadata().locate_tokens(positions), values)
+
+    def _write(self, where: tuple[torch.Tensor, torch.Tensor], values: torch.Tensor) -> None:
         if self._codec is not None:
             values = self._codec[0](values)
-        where = self.metadata().locate(rows, positions)
         self.kv_cache[where] = values.to(self.kv_cache.dtype)
 
     def gather(
         self, rows: torch.Tensor, positions: torch.Tensor, dtype: torch.dtype
     ) -> torch.Tensor:
         """The values (*, C) of positions (*) of requests (*); at negative positions any."""
-        states = self.kv_cache[self.metadata().locate(rows, positions)]
+        return self.read(self.metadata().locate(rows, positions), dtype)
+
+    def read(self, where: tuple[torch.Tensor, torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
+        """The values (*, C) of the states in these blocks (*) at these indices (*)."""
+        states = self.kv_cache[where]
         return states.to(dtype) if self._codec is None else self._codec[1](states, dtype)
 
     def get_attn_backend(self) -> type[AttentionBackend]:
@@ -158,7 +168,7 @@ class _Compressor(nn.Module):
         """Keep what the tokens give, and the latents of windows that end with one of them."""
         given = torch.cat((self.wkv.forward(hidden), self.wgate.forward(hidden)), dim=-1)
         rows = self.states.metadata().token_rows
-        self.states.store(rows, positions, given)
+        self.states.store_tokens(positions, given)
         ends = ((positions + 1) % self.ratio == 0).nonzero().squeeze(-1)
         if len(ends):
             self.target.store(
@@ -321,7 +331,7 @@ class CompressedAttention(nn.Module):
         if get_forward_context().attn_metadata is None:
             return torch.zeros_like(query)
         metadata = self.recent.metadata()
-        self.recent.store(metadata.token_rows, positions, latents)
+        self.recent.store_tokens(positions, latents)
         index = None
         if self.ratio:
             self.compressor.forward(hidden, positions)
@@ -341,10 +351,17 @@ class CompressedAttention(nn.Module):
 
     def _window(self, tile: _Tile, dtype: torch.dtype) -> _Seen:
         device = tile.positions.device
-        reach = torch.arange(1 - self.window, 1, device=device)
         if not tile.is_shared:
-            at = tile.positions.unsqueeze(1) + reach
-            return _Seen(self.recent.gather(tile.rows_of(at), at, dtype), at >= 0)
+            metadata = self.recent.metadata()
+
+            def look_back() -> tuple[tuple[torch.Tensor, torch.Tensor], torch.Tensor]:
+                # No further back than the longest request goes.
+                furthest = min(self.window - 1, int(tile.positions.max()))
+                at = tile.positions.unsqueeze(1) + torch.arange(-furthest, 1, device=device)
+                return metadata.locate(tile.rows_of(at), at), at >= 0
+
+            where, mask = metadata.once(("window", self.window), look_back)
+            return _Seen(self.recent.read(where, dtype), mask)
         first, last = int(tile.positions[0]), int(tile.positions[-1])
         at = torch.arange(max(0, first + 1 - self.window), last + 1, device=device)
         distance = tile.positions.unsqueeze(1) - at
@@ -376,9 +393,8 @@ class CompressedAttention(nn.Module):
         # States that nobody wrote may hold NaN, which a weight of zero would not hide.
         dead = ~(mask.any(0) if tile.is_shared else mask)
         values = values.masked_fill(dead.unsqueeze(-1), 0.0)
-        key_axes = "kd" if tile.is_shared else "nkd"
-        scores = torch.einsum(f"nhd,{key_axes}->nhk", query.float(), values) * self.scale
+        scores = torch.matmul(query.float(), values.transpose(-1, -2)) * self.scale
         scores.masked_fill_(~mask.unsqueeze(1), float("-inf"))
         sinks = self.sinks.float().view(1, -1, 1).expand(len(query), -1, 1)
         weights = torch.cat((scores, sinks), dim=-1).softmax(-1)[..., :-1]
-        return torch.einsum(f"nhk,{key_axes}->nhd", weights, values).to(query.dtype)
+        return torch.matmul(weights, values).to(query.dtype)

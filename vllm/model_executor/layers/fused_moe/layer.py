@@ -15,9 +15,11 @@ import torch
 from torch import nn
 
 from vllm import _custom_ops as ops
+from vllm._moe_op import MoeKernel
 from vllm.distributed.parallel_state import get_tp_group
 from vllm.errors import UnsupportedError
 from vllm.model_executor.layers.activation import (
+    GatedActivation,
     SiluAndMul,
     get_activation,
     get_gated_activation,
@@ -117,6 +119,7 @@ class FusedMoE(nn.Module):
         self.down: ops.PackedExperts | torch.Tensor = self.w2_weight.data
         self.gate_up_bias = None if self.w13_bias is None else self.w13_bias.data
         self.down_bias = None if self.w2_bias is None else self.w2_bias.data
+        self.kernel: MoeKernel | None = None
 
     def _make_parameters(self, has_bias: bool, dtype: torch.dtype | None) -> None:
         experts, hidden, inner = self.num_experts, self.hidden_size, self.inner
@@ -197,6 +200,28 @@ class FusedMoE(nn.Module):
             del self.w13_weight
             self.down = ops.pack_experts(self.w2_weight.data)
             del self.w2_weight
+            self.kernel = self._make_kernel()
+
+    def _make_kernel(self) -> MoeKernel | None:
+        routing, activation = self.routing, self.activation
+        if not isinstance(activation, GatedActivation) or activation.kernel is None:
+            return None
+        return MoeKernel.make(
+            top_k=routing.top_k,
+            scoring=routing.scoring_func,
+            renormalize=routing.renormalize,
+            num_groups=routing.num_expert_group,
+            topk_group=routing.topk_group,
+            scaling=routing.routed_scaling_factor,
+            correction=self.correction_bias,
+            gate=activation.kernel,
+            alpha=activation.alpha,
+            limit=activation.limit,
+            weights=(self.gate_up, self.down),
+            # Only one rank adds what every rank would.
+            biases=(self.gate_up_bias, self.down_bias if self.tp_rank == 0 else None),
+            weigh_input=self.apply_router_weight_on_input,
+        )
 
     def forward(
         self,
@@ -205,6 +230,9 @@ class FusedMoE(nn.Module):
         chosen_ids: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """(T, hidden) and logits (T, E) -> (T, hidden); ``chosen_ids`` as in ``select_experts``."""
+        if self.kernel is not None and self.kernel.takes(hidden_states, router_logits):
+            output = self.kernel.run(hidden_states, router_logits, chosen_ids)
+            return get_tp_group().all_reduce(output) if self.reduce_results else output
         weights, ids = select_experts(router_logits, self.routing, self.correction_bias, chosen_ids)
         at_once = max(1, _PAIRS_AT_ONCE // self.routing.top_k)
         if hidden_states.shape[0] <= at_once:

@@ -22,6 +22,7 @@ from vllm.v1.attention.backend import (
 )
 from vllm.v1.attention.backends.torch_ref import PagedAttentionImpl, PagedAttentionMetadata
 from vllm.v1.attention.ops.kv_formats import FORMATS, kv_format
+from vllm.v1.attention.ops.triton_byte_decode import decode_waves
 from vllm.v1.attention.ops.triton_cascade import (
     CascadePlan,
     cascade_attention,
@@ -31,6 +32,7 @@ from vllm.v1.attention.ops.triton_cascade import (
 from vllm.v1.attention.ops.triton_decode import DecodePlan, make_plan_buffers, plan_decodes
 from vllm.v1.attention.ops.triton_kv_store import rotate_and_store
 from vllm.v1.attention.ops.triton_paged_attention import paged_attention
+from vllm.v1.kv_cache.content import KVQuantMode
 from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheSpec
 
 if TYPE_CHECKING:
@@ -67,8 +69,14 @@ class TritonAttentionMetadataBuilder(AttentionMetadataBuilder[TritonAttentionMet
         self._max_seq_len = vllm_config.model_config.max_model_len
         assert isinstance(kv_cache_spec, AttentionSpec)
         self._kv_heads = kv_cache_spec.num_kv_heads
+        mode = kv_cache_spec.kv_quant_mode
+        has_bytes = mode is not KVQuantMode.NONE and not mode.is_turboquant
         self._buffers = make_plan_buffers(
-            vllm_config.scheduler_config.max_num_seqs, self._kv_heads, self._max_seq_len, device
+            vllm_config.scheduler_config.max_num_seqs,
+            self._kv_heads,
+            self._max_seq_len,
+            device,
+            decode_waves(has_bytes, kv_cache_spec.head_size),
         )
 
     def build(

@@ -30,16 +30,21 @@ from vllm.utils.dependent_launch import await_previous, options, release
 from vllm.v1.attention.ops.kv_formats import KVFormat, SideScales
 from vllm.v1.attention.ops.triton_decode import (
     MAX_SPLITS,
+    WAVES,
     DecodePlan,
     finish_item,
     shaped,
 )
 from vllm.v1.attention.ops.triton_formats import FormatArguments, layer_scales, numbers
 
-__all__ = ["byte_decode_attention", "fits_byte_decode"]
+__all__ = ["byte_decode_attention", "decode_waves", "fits_byte_decode"]
 
-# Twelve warps per multiprocessor; the loop fits, what merges splits keeps some in memory.
-_REGISTERS = 168
+# benchmarks/gpu/byte_decode_tiles.py on an H100: eight warps with all the registers there are beat
+# twelve with 168, and programs that are all resident at once beat more of them in turns (int8
+# 64 x 8192: 405 us with 4 per multiprocessor aimed at, 458 with 8: two splits a request).
+_REGISTERS = 255
+_BYTE_WAVES = 4
+_HEAD_SIZES = (64, 128, 256)
 _FIELDS = 8
 
 
@@ -303,9 +308,14 @@ def _widest(alignment: int, run: int) -> int:
 
 def fits_byte_decode(fmt: KVFormat | None, head_size: int, page: int, group: int) -> bool:
     """The kernel knows such a cache."""
-    if fmt is None or fmt.code > 6 or head_size not in (64, 128, 256):
+    if fmt is None or fmt.code > 6 or head_size not in _HEAD_SIZES:
         return False
     return page % 16 == 0 and group <= 32
+
+
+def decode_waves(is_quantised: bool, head_size: int) -> int:
+    """Programs per multiprocessor that a plan of decodes over such a cache aims at."""
+    return _BYTE_WAVES if is_quantised and head_size in _HEAD_SIZES else WAVES
 
 
 @functools.cache
@@ -329,14 +339,14 @@ def byte_decode_attention(
     scales: SideScales | None = None,
     tile: int | None = None,
     registers: int = _REGISTERS,
-    prefetch: bool = True,
+    prefetch: bool | None = None,
 ) -> None:
     """As ``decode_attention``, over a cache that ``fits_byte_decode``.
 
     Args:
         tile: tokens of one iteration: 16, or 32 where that divides a page.
         registers: of a thread, at most.
-        prefetch: have the next tile brought into the second-level cache.
+        prefetch: have the next tile brought into the second-level cache; None: where it paid.
     """
     shared = layer_scales(fmt, scales)
     num_heads, head_size = q.shape[1], q.shape[2]
@@ -348,6 +358,8 @@ def byte_decode_attention(
     k_vec = _widest(cache.alignment, bytes_of_side // 4)
     v_vec = _widest(math.gcd(cache.alignment, cache.constants["V_AT"]), bytes_of_side // 8)
     is_half = q.dtype != torch.float32
+    # Rows of 256 bytes alone come as fast without (383 against 404 us), all others faster with.
+    prefetch = fmt.per_token_head or fmt.code == 6 if prefetch is None else prefetch
     _byte_decode_kernel[(cache.kv_heads, plan.num_items)](
         q, cache.data, cache.scales, out, part, lse, block_table, plan.items, plan.count,
         plan.arrived, alibi_slopes, sinks, scale * shared.k * cache.factor,

@@ -27,6 +27,7 @@ from vllm.v1.attention.ops.triton_slots import slot_keys, slot_values
 
 __all__ = [
     "MAX_SPLITS",
+    "WAVES",
     "DecodePlan",
     "decode_attention",
     "finish_item",
@@ -45,7 +46,7 @@ _MIN_CHUNK = 256
 # One program merges the splits of a request and head: no more than this many.
 MAX_SPLITS = 64
 # Programs per multiprocessor that the plan aims at; two to four are resident at a time.
-_WAVES = 8
+WAVES = 8
 # Items begin at multiples of this: a multiple of every tile.
 _ALIGN = 64
 
@@ -334,11 +335,11 @@ class DecodePlan:
     count: torch.Tensor
     arrived: torch.Tensor
     num_items: int
-    waves: int = _WAVES
+    waves: int = WAVES
 
 
 def max_items(
-    requests: int, kv_heads: int, max_seq_len: int, programs: int, waves: int = _WAVES
+    requests: int, kv_heads: int, max_seq_len: int, programs: int, waves: int = WAVES
 ) -> int:
     """Items of a plan at most.
 
@@ -355,7 +356,7 @@ def _target(kv_heads: int, programs: int, waves: int) -> int:
 
 
 def make_plan_buffers(
-    requests: int, kv_heads: int, max_seq_len: int, device: torch.device, waves: int = _WAVES
+    requests: int, kv_heads: int, max_seq_len: int, device: torch.device, waves: int = WAVES
 ) -> DecodePlan:
     """Buffers for plans of up to ``requests`` requests of up to ``max_seq_len`` tokens.
 
@@ -379,7 +380,7 @@ def plan_decodes(
     max_seq_len: int,
     window: int = 0,
     buffers: DecodePlan | None = None,
-    waves: int = _WAVES,
+    waves: int = WAVES,
 ) -> DecodePlan:
     """The items of the requests that have exactly one query token; the others get none.
 

@@ -24,6 +24,7 @@ from vllm.utils.dependent_launch import is_hopper
 from vllm.v1.attention.ops.kv_formats import KVFormat, SideScales
 from vllm.v1.attention.ops.triton_byte_decode import (
     byte_decode_attention,
+    decode_waves,
     fits_byte_decode,
 )
 from vllm.v1.attention.ops.triton_decode import (
@@ -272,8 +273,8 @@ class KernelConfig:
     byte_decode: bool = True
     """Decodes over bytes go to the kernel made for them where it knows the shape."""
     byte_tile: int | None = None
-    byte_registers: int = 168
-    byte_prefetch: bool = True
+    byte_registers: int = 255
+    byte_prefetch: bool | None = None
 
 
 def default_config(
@@ -358,7 +359,10 @@ def paged_attention(
     if has_decodes:
         by_bytes = config.byte_decode and fits_byte_decode(fmt, head_size, page, group)
         if plan is None:
-            plan = plan_decodes(seq_lens, query_start_loc, num_kv_heads, max_seq_len, window)
+            plan = plan_decodes(
+                seq_lens, query_start_loc, num_kv_heads, max_seq_len, window,
+                waves=decode_waves(by_bytes, head_size),
+            )  # fmt: skip
         common: dict[str, Any] = {
             "scale": scale, "window": window, "soft_cap": soft_cap, "alibi_slopes": alibi_slopes,
             "sinks": sinks, "scales": scales,

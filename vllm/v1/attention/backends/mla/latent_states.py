@@ -6,9 +6,9 @@ compressed latents, index keys and what these are made from. Owns no computation
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import ClassVar
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, TypeVar
 
 import torch
 
@@ -23,6 +23,8 @@ from vllm.v1.attention.backend import (
 from vllm.v1.kv_cache_interface import KVCacheSpec
 
 __all__ = ["LatentStatesBackend", "LatentStatesMetadata"]
+
+_Known = TypeVar("_Known")
 
 
 @dataclass(slots=True)
@@ -39,6 +41,21 @@ class LatentStatesMetadata(AttentionMetadata):
     starts: list[int]
     """Request r owns tokens ``[starts[r], starts[r + 1])``."""
     max_query_len: int
+    _known: dict[Hashable, Any] = field(default_factory=dict)
+
+    def once(self, key: Hashable, make: Callable[[], _Known]) -> _Known:
+        """``make()``, called by the first layer of the step that asks for ``key``.
+
+        Args:
+            make: works out what follows from the step alone, the same for all layers of the group.
+        """
+        if key not in self._known:
+            self._known[key] = make()
+        return self._known[key]
+
+    def locate_tokens(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """``locate`` of the step's own tokens, at their positions (T,)."""
+        return self.once("tokens", lambda: self.locate(self.token_rows, positions))
 
     def locate(
         self, rows: torch.Tensor, positions: torch.Tensor

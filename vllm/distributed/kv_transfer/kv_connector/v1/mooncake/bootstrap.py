@@ -1,6 +1,7 @@
 """The bootstrap server of a prefill engine: where its workers register, and decoders find them.
 
-Run by the first rank, on the configured address only. Knows addresses and nothing else.
+Run by the first rank, on the configured address only. Knows addresses, and passes on to all workers
+what nobody will fetch; knows nothing of blocks.
 """
 
 from __future__ import annotations
@@ -10,12 +11,14 @@ import hmac
 import socket
 import threading
 import time
+from collections.abc import Callable
 
 import httpx
 import uvicorn
 from fastapi import FastAPI, HTTPException
 from pydantic import BaseModel, Field
 
+from vllm.distributed.kv_transfer.kv_connector.v1.mooncake.messages import Discard, sealed
 from vllm.errors import ConfigError, KVTransferError
 
 __all__ = ["BootstrapServer", "make_bootstrap_app", "register"]
@@ -35,8 +38,19 @@ class Registration(BaseModel):
     """What only workers of this engine know."""
 
 
-def make_bootstrap_app(engine_id: str, tp_size: int, session: str) -> FastAPI:
-    """POST ``/register`` for workers, GET ``/query`` for decoders and routers."""
+class DiscardRequest(BaseModel):
+    transfer_ids: list[str] = Field(max_length=1024)
+
+
+def make_bootstrap_app(
+    engine_id: str, tp_size: int, session: str, tell: Callable[[str, bytes], object]
+) -> FastAPI:
+    """POST ``/register`` for workers, GET ``/query`` for decoders and routers, POST ``/discard``
+    for a router whose decoder will not fetch.
+
+    Args:
+        tell: sends a message to the worker at an address.
+    """
     app = FastAPI(title="Mooncake bootstrap server", openapi_url=None)
     entries: dict[int, dict[str, object]] = {}
 
@@ -57,6 +71,17 @@ def make_bootstrap_app(engine_id: str, tp_size: int, session: str) -> FastAPI:
         known = stages.setdefault(worker.pp_rank, worker.addr)
         if known != worker.addr:
             raise HTTPException(400, f"rank {worker.tp_rank} is at {known} already")
+        return {"status": "ok"}
+
+    @app.post("/discard")
+    async def discard(given: DiscardRequest) -> dict[str, str]:
+        message = sealed(Discard(transfer_ids=given.transfer_ids))
+        for entry in entries.values():
+            addresses = entry["worker_addr"]
+            assert isinstance(addresses, dict)
+            for stages in addresses.values():
+                for address in stages.values():
+                    tell(address, message)
         return {"status": "ok"}
 
     @app.get("/query")

@@ -22,6 +22,7 @@ from vllm.errors import ConfigError, VLLMValidationError
 
 __all__ = [
     "CONNECTOR_VERSION",
+    "Discard",
     "Heartbeat",
     "MooncakeParams",
     "MooncakeSettings",
@@ -320,7 +321,13 @@ class Withdrawal(msgspec.Struct, kw_only=True, tag="withdraw"):
     """Transfer ids by the decoder's request id."""
 
 
-Question = MooncakeXferMetadata | Heartbeat | Withdrawal
+class Discard(msgspec.Struct, kw_only=True, tag="discard"):
+    """Nobody will fetch these; from the bootstrap server, and not answered."""
+
+    transfer_ids: list[str]
+
+
+Question = MooncakeXferMetadata | Heartbeat | Withdrawal | Discard
 
 
 # Prefill worker to decoder

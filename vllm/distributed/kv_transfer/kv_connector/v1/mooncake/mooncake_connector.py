@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from vllm.config import VllmConfig
     from vllm.distributed.kv_transfer.kv_connector.v1.mooncake.bootstrap import BootstrapServer
     from vllm.distributed.kv_transfer.kv_connector.v1.mooncake.worker import MooncakeWorker
+    from vllm.distributed.kv_transfer.transport.channel import ZmqChannel
     from vllm.forward_context import ForwardContext
     from vllm.v1.core.sched.output import SchedulerOutput
     from vllm.v1.kv_cache_interface import KVCacheConfig
@@ -72,6 +73,8 @@ class MooncakeConnector(KVConnectorBase_V1, SupportsHMA):
         self._settings = parse_settings(type(self).__name__, transfer.kv_connector_extra_config)
         self._worker: MooncakeWorker | None = None
         self._bootstrap: BootstrapServer | None = None
+        self._teller: ZmqChannel | None = None
+        """What the bootstrap server speaks to workers through."""
         self._left = KVConnectorTransferResults()
         """What a worker that has been stopped had to report."""
         if role is KVConnectorRole.SCHEDULER:
@@ -121,6 +124,7 @@ class MooncakeConnector(KVConnectorBase_V1, SupportsHMA):
             make_bootstrap_app,
             register,
         )
+        from vllm.distributed.kv_transfer.transport.channel import ZmqChannel
 
         assert self._kv_transfer_config is not None
         engine_id, session = self._kv_transfer_config.engine_id, self._vllm_config.instance_id
@@ -129,7 +133,8 @@ class MooncakeConnector(KVConnectorBase_V1, SupportsHMA):
         if given is not None:
             host, port = split_host_port(type(self).__name__, given)
         if rank == 0:
-            app = make_bootstrap_app(engine_id, tp_size, session)
+            self._teller = ZmqChannel(None)
+            app = make_bootstrap_app(engine_id, tp_size, session, self._teller.ask)
             self._bootstrap = BootstrapServer(host, port, app)
         worker = Registration(
             engine_id=engine_id, dp_rank=0, tp_rank=rank, pp_rank=0, addr=address, session=session
@@ -209,6 +214,9 @@ class MooncakeConnector(KVConnectorBase_V1, SupportsHMA):
         if self._bootstrap is not None:
             self._bootstrap.close()
             self._bootstrap = None
+        if self._teller is not None:
+            self._teller.close()
+            self._teller = None
         if self._worker is not None:
             self._worker.close()
             self._left = self._worker.take_results()

@@ -19,6 +19,7 @@ import msgspec
 
 from vllm.distributed.kv_transfer.kv_connector.v1.compatibility import check_factors
 from vllm.distributed.kv_transfer.kv_connector.v1.mooncake.messages import (
+    Discard,
     Heartbeat,
     MooncakeSettings,
     MooncakeStepMetadata,
@@ -54,6 +55,8 @@ _PROLONGS_BY = 2 / 3
 _SIGNS_A_SILENCE = 4
 _MOST_REMEMBERED = 16384
 _MOST_DECODERS = 1024
+_LARGEST_COUNT = 1 << 20
+_DISCARDED = "its request has failed elsewhere"
 
 _Key = tuple[str, int, str]
 """(session of the decoder, its rank, its request id)."""
@@ -81,6 +84,7 @@ class _Prefill:
     done: set[int] = field(default_factory=set)
     """Ranks of the decoder that need nothing more."""
     tp_size: int = 0
+    is_discarded: bool = False
 
 
 @dataclass(slots=True)
@@ -153,6 +157,8 @@ class Sender:
             claimed = prefill.session is not None
             lease = self._settings.kv_lease_duration if claimed else self._times.unclaimed
             prefill.deadline = now + lease
+            if prefill.is_discarded:
+                self._forget(offer.transfer_id, _DISCARDED)
             self._end_if_done(offer.transfer_id)
         for transfer_id, why in metadata.dropped.items():
             self._forget(transfer_id, why)
@@ -168,6 +174,8 @@ class Sender:
                 continue
             if isinstance(question, Heartbeat):
                 self._prolong(question)
+            elif isinstance(question, Discard):
+                self._discard(question)
             elif isinstance(question, Withdrawal):
                 self._withdraw(who, question)
             else:
@@ -193,6 +201,15 @@ class Sender:
                 self._claim(prefill, heartbeat.remote_session, heartbeat.remote_tp_size)
             if prefill.session == heartbeat.remote_session and prefill.offer is not None:
                 prefill.deadline = max(prefill.deadline, self._clock() + more)
+
+    def _discard(self, question: Discard) -> None:
+        for transfer_id in question.transfer_ids:
+            if transfer_id in self._over:
+                continue
+            prefill = self._prefill_or_early(transfer_id)
+            prefill.is_discarded = True
+            if prefill.offer is not None:
+                self._forget(transfer_id, _DISCARDED)
 
     def _asked(self, who: Any, question: MooncakeXferMetadata) -> None:
         names = list(question.req_blocks)
@@ -304,6 +321,7 @@ class Sender:
             )
         target = CacheDescriptor.from_json(layout.descriptor)
         check_descriptor(target)
+        _check_sizes(target)
         there = Shard(tp_size=layout.tp_size, rank=layout.tp_rank)
         plan = plan_transfer(local.descriptor, target, local.shard, there, local.total_heads)
         decoder = _Decoder(layout, self._port.connect(layout.agent), plan)
@@ -456,26 +474,32 @@ class Sender:
     def _rank_is_done(self, transfer_id: str, session: str, rank: int, tp_size: int) -> None:
         if transfer_id in self._over:
             return
-        prefill = self._prefills.get(transfer_id) or self._early.get(transfer_id)
-        if prefill is None:
-            prefill = self._early[transfer_id] = _Prefill(float("inf"))
-            while len(self._early) > _MOST_REMEMBERED:
-                self._early.popitem(last=False)
+        prefill = self._prefill_or_early(transfer_id)
         if prefill.session is None:
             self._claim(prefill, session, tp_size)
         if (prefill.session, prefill.tp_size) == (session, tp_size):
             prefill.done.add(rank)
             self._end_if_done(transfer_id)
 
+    def _prefill_or_early(self, transfer_id: str) -> _Prefill:
+        """What is known of a transfer id, also if the scheduler has not told of it yet."""
+        prefill = self._prefills.get(transfer_id) or self._early.get(transfer_id)
+        if prefill is None:
+            prefill = self._early[transfer_id] = _Prefill(float("inf"))
+            while len(self._early) > _MOST_REMEMBERED:
+                self._early.popitem(last=False)
+        return prefill
+
     def _end_if_done(self, transfer_id: str) -> None:
         prefill = self._prefills.get(transfer_id)
         if prefill is None or prefill.offer is None or prefill.session is None:
             return
-        small, large = sorted((prefill.tp_size, self._local.shard.tp_size))
-        if small < 1 or large % small:
+        try:
+            consumers = self._topology(prefill.tp_size).consumers()
+        except ConfigError:
             # Nobody of that kind has been let in: the lease ends it.
             return
-        if prefill.done.issuperset(self._topology(prefill.tp_size).consumers()):
+        if prefill.done.issuperset(consumers):
             self._forget(transfer_id, "it has been fetched already")
 
     def _forget(self, transfer_id: str, why: str) -> None:
@@ -507,6 +531,20 @@ class Sender:
             self._forget(transfer_id, "the prefill engine has ended")
         while self._decoders:
             self._let_go(self._decoders.popitem()[1])
+
+
+def _check_sizes(cache: CacheDescriptor) -> None:
+    """A plan takes time and memory by these, and addresses must be such.
+
+    Raises:
+        KVTransferError: no cache is like that.
+    """
+    for layer in cache.layers:
+        counts = layer.tokens_per_block, layer.kernel_blocks_per_block, layer.num_head_slots
+        if max(*counts, layer.num_states) > _LARGEST_COUNT:
+            raise KVTransferError(f"{layer.name}: counts {counts} above {_LARGEST_COUNT}")
+    if cache.num_blocks > 1 << 40 or cache.base + cache.size_bytes >= 1 << 62:
+        raise KVTransferError("the cache of the decoder ends beyond all addresses")
 
 
 def _failure(request_id: str, why: str) -> MooncakeXferResponse:

@@ -254,16 +254,17 @@ class Giver:
                     target_parts=target[1],
                 )
             )
-        chunks: list[Chunk] | None = [Chunk(table=0, first=0, count=0, num_bytes=0)]
+        chunks = [Chunk(table=0, first=0, count=0, num_bytes=0)]
         if ask.way == PUSH:
             if plan.converts:
                 raise KVTransferError("numbers that are converted pass through the staging ring")
         else:
             if consumer.pair is None:
                 raise KVTransferError("there is no staging ring")
-            chunks = chunks_of(plan, [len(own) for own in units], consumer.pair.slot_bytes)
-            if chunks is None:
+            cut = chunks_of(plan, [len(own) for own in units], consumer.pair.slot_bytes)
+            if cut is None:
                 raise KVTransferError("a unit is larger than a slot of the staging ring")
+            chunks = cut
         job = _Job(consumer, ask.job, ask.request_id, ask.way, units, chunks)
         self._take_grants(job, ask)
         return job
@@ -356,7 +357,9 @@ class Giver:
             return
         ring = self._ring
         assert ring is not None
-        most = max(2, ring.shape.num_slots // 2)
+        # Messages take longer than a chunk's bytes: the more are under way, the better. Half of
+        # the ring is left to others, if there are any.
+        most = ring.shape.num_slots if len(self._jobs) == 1 else max(2, ring.shape.num_slots // 2)
         while job.next < len(job.chunks) and len(job.slots) < most:
             if job.way != PULL_STAGED and job.next not in job.grants:
                 return

@@ -107,15 +107,16 @@ class Taker:
         plan = rank.plan
         assert plan is not None
         writes = way == PUSH
-        chunks: list[Chunk] | None = [Chunk(table=0, first=0, count=0, num_bytes=0)]
+        chunks = [Chunk(table=0, first=0, count=0, num_bytes=0)]
         if not writes:
             assert rank.pair is not None
-            chunks = chunks_of(plan, [len(own) for own in units], rank.pair.slot_bytes)
-            if chunks is None:
+            cut = chunks_of(plan, [len(own) for own in units], rank.pair.slot_bytes)
+            if cut is None:
                 raise KVTransferError(
                     "a block is larger than a slot of the staging ring: raise staging_slot_bytes "
                     "in kv_connector_extra_config on both sides"
                 )
+            chunks = cut
         take = Take(
             next(self._numbers),
             rank,
