@@ -127,6 +127,21 @@ def test_without_sliding_window_the_context_is_the_window(model):
         config_of(path, disable_sliding_window=True, max_model_len=129)
 
 
+@pytest.mark.parametrize(
+    ("given", "mode"),
+    [
+        ({}, "none"),
+        ({"enable_prefix_caching": True}, "align"),
+        ({"enable_prefix_caching": False}, "none"),
+        ({"enable_prefix_caching": True, "mamba_cache_mode": "none"}, "none"),
+        ({"enable_prefix_caching": True, "mamba_cache_mode": "all"}, "all"),
+        ({"mamba_cache_mode": "align"}, "align"),
+    ],
+)
+def test_who_asks_for_prefixes_gets_states_kept(model, given, mode):
+    assert config_of(model(), **given).cache_config.mamba_cache_mode == mode
+
+
 def test_max_model_len_auto_fits_the_cache(model):
     # 2 layers * 2 KV heads * head size 16 * K and V * 2 bytes: 256 bytes a token.
     config = config_of(

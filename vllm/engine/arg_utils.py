@@ -352,12 +352,13 @@ class EngineArgs:
         "Blocks of the KV cache, whatever the memory allows.",
         minimum=1,
     )
-    mamba_cache_mode: str = arg(
-        "none",
+    mamba_cache_mode: str | None = arg(
+        None,
         "CacheConfig",
         Kind.STR,
         "Which states of recurrent layers are kept for prefix reuse: none; align: those at block "
-        "boundaries where a step ended; all: those at every block boundary.",
+        "boundaries where a step ended; all: those at every block boundary. By default align "
+        "where --enable-prefix-caching is given, else none.",
         choices=("none", "align", "all"),
     )
     mamba_block_size: int | None = arg(
@@ -767,7 +768,8 @@ class EngineArgs:
             mamba_block_size=self.mamba_block_size,
             mamba_cache_dtype=self.mamba_cache_dtype,
             mamba_ssm_cache_dtype=self.mamba_ssm_cache_dtype,
-            mamba_cache_mode=self.mamba_cache_mode,
+            mamba_cache_mode=self.mamba_cache_mode
+            or ("align" if self.enable_prefix_caching else "none"),
             sliding_window=None if self.disable_sliding_window else window,
         )
 
