@@ -102,9 +102,19 @@ def describe() -> dict[str, object]:
     }
 
 
+def results_path(name: str) -> Path:
+    return HERE / "results" / f"{name}.json"
+
+
+def load(name: str) -> dict[str, object]:
+    """What :func:`save` has kept under this name; nothing where there is none."""
+    path = results_path(name)
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
 def save(name: str, command: str, result: dict[str, object]) -> None:
     """Write ``result`` as benchmarks/results/<name>.json, with the command that gave it."""
-    path = HERE / "results" / f"{name}.json"
+    path = results_path(name)
     path.parent.mkdir(exist_ok=True)
     path.write_text(json.dumps({"command": command} | result, indent=2) + "\n")
 

@@ -367,12 +367,15 @@ def main() -> None:
     if unknown:
         parser.error(f"unknown: {', '.join(sorted(unknown))}; known: {', '.join(FAMILIES)}")
     transformers.utils.logging.set_verbosity_error()
-    result = machine.describe() | {"dtype": args.dtype}
+    rates = machine.describe()
+    # A run of some families leaves the others' figures as they are: each has its own date.
+    result = machine.load("cpu_families") | rates
     for name in args.families:
-        result[name] = measure(name, args.dtype)
+        figures = measure(name, args.dtype)
+        result[name] = {"date": rates["date"], "dtype": args.dtype, **figures}
         gc.collect()
         print(json.dumps({name: result[name]}), flush=True)
-    machine.save("cpu_families", "python benchmarks/models/families.py", result)
+        machine.save("cpu_families", "python benchmarks/models/families.py [FAMILY ...]", result)
 
 
 if __name__ == "__main__":
