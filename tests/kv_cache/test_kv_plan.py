@@ -131,14 +131,18 @@ def test_unknown_models_and_fields(tmp_path):
 @pytest.mark.parametrize(
     ("model", "changes", "message"),
     [
-        ("llama-3.1-8b", {"layer_types": ["foo"] * 32}, "layer_types names foo; known: full_att"),
+        (
+            "llama-3.1-8b",
+            {"layer_types": ["foo"] * 32},
+            "layer_types may be full_attention or sliding_attention .*, not foo",
+        ),
         ("llama-3.1-8b", {"num_key_value_heads": -8}, "num_key_value_heads must be"),
         ("jamba-v0.1", {"attn_layer_period": 0}, "attn_layer_period must be .* at least 1"),
         ("nemotron-h-8b", {"hybrid_override_pattern": "XYZ"}, "names X, Y, Z; known: M"),
         ("nemotron-h-8b", {"hybrid_override_pattern": "M*"}, "names 2 layers, num_hidden_layers"),
         ("nemotron-h-8b", {"n_groups": 0}, "groups must be a whole number of at least 1"),
         ("nemotron-h-8b", {"hybrid_override_pattern": "-" * 52}, "keeps no KV cache"),
-        ("falcon-mamba-7b", {"conv_kernel": 1}, "size 0 of state 0 must be"),
+        ("falcon-mamba-7b", {"conv_kernel": 1}, "conv_kernel must be .* at least 2"),
         ("deepseek-v4-like", {"compress_ratios": [4]}, "names 1 layers"),
         ("gpt-oss-20b", {"sliding_window": 0}, "sliding_window must be"),
     ],

@@ -151,7 +151,7 @@ class KVFormat:
 
     def read(self, pages: torch.Tensor, scales: SideScales | None = None) -> torch.Tensor:
         """K then V ``(P * N, K, 2 * D)`` of all tokens of ``pages``, bytes ``(P, heads, N, C)``."""
-        return self.dequantise_kv(pages.transpose(1, 2).flatten(0, 1), scales)
+        return self.dequantise_kv(pages.transpose(1, 2), scales).flatten(0, 1)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
