@@ -7,7 +7,7 @@ them. Imports no torch.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeGuard
 
 from vllm.errors import ConfigError
 
@@ -139,11 +139,11 @@ def _check_list(name: str, value: Any, kind: type, what: str) -> None:
         raise _wrong(name, f"a list of {what}", value)
 
 
-def _is_number(value: Any) -> bool:
+def _is_number(value: Any) -> TypeGuard[float]:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def _is_whole(value: Any) -> bool:
+def _is_whole(value: Any) -> TypeGuard[int]:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
