@@ -10,13 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 import vllm.envs as envs
 from vllm.distributed.kv_transfer.kv_connector.v1.base import (
-    KVConnectorBase_V1,
-    KVConnectorMetadata,
     KVConnectorRole,
     KVConnectorTransferResults,
-    SupportsHMA,
 )
 from vllm.distributed.kv_transfer.kv_connector.v1.compatibility import compatibility_factors
+from vllm.distributed.kv_transfer.kv_connector.v1.halves import TwoHalvesConnector
 from vllm.distributed.kv_transfer.kv_connector.v1.mooncake.messages import (
     CONNECTOR_VERSION,
     MooncakeStepMetadata,
@@ -35,22 +33,17 @@ if TYPE_CHECKING:
     from vllm.distributed.kv_transfer.kv_connector.v1.mooncake.worker import MooncakeWorker
     from vllm.distributed.kv_transfer.transport.channel import ZmqChannel
     from vllm.forward_context import ForwardContext
-    from vllm.v1.core.sched.output import SchedulerOutput
     from vllm.v1.kv_cache_interface import KVCacheConfig
-    from vllm.v1.outputs import KVConnectorOutput
-    from vllm.v1.request import Request
 
 __all__ = ["MooncakeConnector"]
 
 
-class MooncakeConnector(KVConnectorBase_V1, SupportsHMA):
+class MooncakeConnector(TwoHalvesConnector):
     """``kv_connector_extra_config`` is a ``messages.MooncakeSettings``.
 
     Raises:
         ConfigError: the settings cannot work, or Mooncake is not installed.
     """
-
-    works_between_layers = False
 
     def __init__(
         self,
@@ -170,40 +163,6 @@ class MooncakeConnector(KVConnectorBase_V1, SupportsHMA):
 
     def get_kv_connector_stats(self) -> dict[str, float] | None:
         return None if self._worker is None else self._worker.take_stats()
-
-    # Scheduler half
-
-    def on_new_request(self, request: Request) -> None:
-        self._scheduler.on_new_request(request)
-
-    def get_num_new_matched_tokens(
-        self, request: Request, num_computed_tokens: int
-    ) -> tuple[int | None, bool]:
-        return self._scheduler.get_num_new_matched_tokens(request, num_computed_tokens)
-
-    def update_state_after_alloc(
-        self, request: Request, blocks: Any, num_external_tokens: int
-    ) -> None:
-        self._scheduler.update_state_after_alloc(request, blocks, num_external_tokens)
-
-    def build_connector_meta(self, scheduler_output: SchedulerOutput) -> KVConnectorMetadata:
-        return self._scheduler.build_connector_meta()
-
-    def update_connector_output(self, connector_output: KVConnectorOutput) -> None:
-        self._scheduler.update_connector_output(connector_output)
-
-    def request_finished(
-        self, request: Request, block_ids: list[int]
-    ) -> tuple[bool, dict[str, Any] | None]:
-        return self._scheduler.request_finished(request, (block_ids,))
-
-    def request_finished_all_groups(
-        self, request: Request, block_ids: tuple[list[int], ...]
-    ) -> tuple[bool, dict[str, Any] | None]:
-        return self._scheduler.request_finished(request, block_ids)
-
-    def has_pending_push_work(self) -> bool:
-        return self._scheduler.has_pending_push_work()
 
     # Both
 
