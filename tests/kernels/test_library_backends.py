@@ -112,7 +112,7 @@ class Step:
     def builder(self) -> Any:
         config: Any = SimpleNamespace(
             model_config=SimpleNamespace(
-                max_model_len=512, get_num_attention_heads=lambda _: self.heads
+                max_model_len=512, enforce_eager=False, get_num_attention_heads=lambda _: self.heads
             ),
             parallel_config=None,
             cache_config=SimpleNamespace(dtype_of_layer=lambda *_: self.cache_dtype),
@@ -193,9 +193,9 @@ class TestFlashAttention:
 
         def record(*arguments: Any, **options: Any) -> Any:
             seen.append(options)
-            return library_stand_ins.flash_attn_varlen_func(*arguments, **options)
+            return library_stand_ins._flash_attn_fwd(*arguments, **options)
 
-        monkeypatch.setattr(interface, "flash_attn_varlen_func", record)
+        monkeypatch.setattr(interface, "_flash_attn_fwd", record)
         return seen
 
     def test_decodes_are_ours_where_the_library_cannot_split_them(self, monkeypatch) -> None:
@@ -256,12 +256,13 @@ class TestFlashInfer:
         assert Step(self.backend, lengths, cache_dtype=cache_dtype).error() < 3e-3
 
     @pytest.mark.parametrize("lengths", [DECODES, MIXED[::2]], ids=["decode", "mixed"])
-    def test_a_shared_prefix_is_read_by_a_level_of_its_own(self, lengths) -> None:
+    def test_a_shared_prefix_is_read_by_a_level_of_its_own(self, lengths, monkeypatch) -> None:
+        monkeypatch.setattr(flashinfer, "prefix_worth_sharing", lambda prefix, *_: prefix)
         lengths = tuple((n + 2 * PAGE, new) for n, new in lengths)
         step = Step(self.backend, lengths, shared_pages=2)
         assert step.error() < 3e-3
-        ((sort, _),) = step.metadata.planned.values()
-        assert sort == "cascade"
+        ((part,),) = step.metadata.planned.values()
+        assert part.is_cascade
 
     def test_layers_of_one_kind_share_a_plan(self) -> None:
         step = Step(self.backend, MIXED)
