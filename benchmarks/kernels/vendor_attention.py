@@ -138,14 +138,7 @@ def main() -> None:
         with multiprocessing.get_context("spawn").Pool(8) as pool:
             pool.map(warm, wanted, chunksize=1)
         return
-    rows = []
-    for case in wanted:
-        row = measure(*case)
-        rows.append(row)
-        figure = f"{row['gb_s']:8.1f} GB/s" if "gb_s" in row else f"{row['tflop_s']:8.1f} TFLOP/s"
-        print(f"{row['case']:20} page {row['page']:4} {row['backend']:14} {figure}", flush=True)
-        torch.cuda.empty_cache()
-    report = {
+    report: dict[str, Any] = {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "device": torch.cuda.get_device_name(),
         "versions": {
@@ -159,11 +152,18 @@ def main() -> None:
             name: round(plain_read_gb_s(sum(lengths) * KV_HEADS * 4 * D), 1)
             for name, lengths in DECODES.items()
         },
-        "rows": rows,
+        "rows": [],
     }  # fmt: skip
-    print(json.dumps({key: report[key] for key in ("ceilings", "plain_read_gb_s")}))
-    if args.output:
-        args.output.write_text(json.dumps(report, indent=1) + "\n")
+    print(json.dumps({key: report[key] for key in ("ceilings", "plain_read_gb_s")}), flush=True)
+    for case in wanted:
+        row = measure(*case)
+        report["rows"].append(row)
+        figure = f"{row['gb_s']:8.1f} GB/s" if "gb_s" in row else f"{row['tflop_s']:8.1f} TFLOP/s"
+        print(f"{row['case']:20} page {row['page']:4} {row['backend']:14} {figure}", flush=True)
+        torch.cuda.empty_cache()
+        if args.output:
+            # A run that ends early leaves what it has measured.
+            args.output.write_text(json.dumps(report, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -205,7 +205,9 @@ class LatentCall(Call):
     ids=lambda backend: backend.get_name(),
 )
 @pytest.mark.parametrize(
-    "lengths", [((40, 1), (9, 1), (64, 1)), ((70, 60), (33, 1), (20, 3))], ids=["decode", "mixed"]
+    "lengths",
+    [((40, 1), (9, 1), (64, 1)), ((70, 60), (33, 1), (20, 3)), ((67, 3), (130, 4))],
+    ids=["decode", "mixed", "a few tokens that begin a block"],
 )
 def test_latents_of_deepseek(backend, lengths, monkeypatch) -> None:
     flashinfer_mla._wrapper.cache_clear()
