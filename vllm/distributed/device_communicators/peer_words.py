@@ -29,10 +29,12 @@ AREA_BYTES = 64 << 20
 
 # Above it the doubled bytes take longer than what sending each byte once waits for.
 _MAX_SENT_BYTES = 16 << 20
-# All programs of a kernel wait at once, so that all must be able to run at once.
-_MAX_PROGRAMS = 1024
+# All programs of a kernel wait at once, so that all must be able to run at once: as many warps of a
+# multiprocessor's 64 as 64 registers a thread leave.
+_WARPS_OF_MULTIPROCESSOR = 32
 _MAX_ROW_WORDS = 16384
 _COLUMN_WORDS = 2048
+_COLUMN_WARPS = 8
 _DTYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
 
 
@@ -178,6 +180,15 @@ def _join_kernel(
     _count(control_ptr, number, tl.num_programs(0) * tl.num_programs(1))
 
 
+def _row_words(tensor: torch.Tensor) -> int:
+    """Words of 32 bits in a row, the last of them perhaps not full."""
+    return triton.cdiv(tensor.shape[-1] * tensor.element_size(), 4) if tensor.dim() else 0
+
+
+def _sum_warps(words: int) -> int:
+    return min(max(triton.next_power_of_2(words) // 256, 1), 16)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PeerWords:
     """The exchanges of one rank.
@@ -187,21 +198,29 @@ class PeerWords:
         addresses: where they begin, int64 ``(world,)`` on the device.
         control: int32 ``(2,)`` on the device, zero at first: the number of the last exchange, and
             how many programs of the running one have ended.
+        max_warps: that the device runs at once.
     """
 
     rank: int
     areas: tuple[torch.Tensor, ...]
     addresses: torch.Tensor
     control: torch.Tensor
+    max_warps: int
 
     @classmethod
     def of(cls, rank: int, areas: list[torch.Tensor]) -> PeerWords:
         device = areas[rank].device
+        multiprocessors = (
+            torch.cuda.get_device_properties(device).multi_processor_count
+            if device.type == "cuda"
+            else 1
+        )
         return cls(
             rank=rank,
             areas=tuple(areas),
             addresses=torch.tensor([area.data_ptr() for area in areas], device=device),
             control=torch.zeros(2, dtype=torch.int32, device=device),
+            max_warps=_WARPS_OF_MULTIPROCESSOR * multiprocessors,
         )
 
     @property
@@ -213,7 +232,7 @@ class PeerWords:
         """Words of one rank's part in one half of an area."""
         return self.areas[0].numel() // (2 * self.world_size)
 
-    def _fits(self, tensor: torch.Tensor, programs_per_row: int) -> bool:
+    def _fits(self, tensor: torch.Tensor, warps_per_row: int) -> bool:
         """``tensor`` is rows of whole words, as many as there can be."""
         if tensor.dim() != 2 or tensor.dtype not in _DTYPES or not tensor.numel():
             return False
@@ -224,15 +243,15 @@ class PeerWords:
             and row_bytes % 4 == 0
             and tensor.stride(0) * tensor.element_size() % 4 == 0
             and tensor.data_ptr() % 4 == 0
-            and rows * programs_per_row <= _MAX_PROGRAMS
+            and rows * warps_per_row <= self.max_warps
             and words <= self._capacity
             and 8 * words * (self.world_size - 1) <= _MAX_SENT_BYTES
         )
 
     def takes(self, tensor: torch.Tensor) -> bool:
         """Whether ``all_reduce`` can sum ``tensor``; the same on all ranks for equal tensors."""
-        row_bytes = tensor.shape[-1] * tensor.element_size() if tensor.dim() else 0
-        return row_bytes <= 4 * _MAX_ROW_WORDS and self._fits(tensor, 1)
+        words = _row_words(tensor)
+        return words <= _MAX_ROW_WORDS and self._fits(tensor, _sum_warps(words))
 
     def takes_norm(self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor) -> bool:
         """Whether ``add_rms_norm`` can take these; the same on all ranks."""
@@ -247,8 +266,8 @@ class PeerWords:
 
     def takes_join(self, tensor: torch.Tensor) -> bool:
         """Whether ``all_gather`` can join ``tensor``; the same on all ranks."""
-        row_bytes = tensor.shape[-1] * tensor.element_size() if tensor.dim() else 0
-        return self._fits(tensor, triton.cdiv(row_bytes, 4 * _COLUMN_WORDS))
+        programs = triton.cdiv(_row_words(tensor), _COLUMN_WORDS)
+        return self._fits(tensor, programs * _COLUMN_WARPS)
 
     def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
         """Sum ``x`` (T, h), which ``takes`` accepts, over the ranks, in place."""
@@ -280,7 +299,7 @@ class PeerWords:
             self.control, eps, words.stride(0), 0 if wide is None else wide.stride(0),
             words.shape[1], self._capacity, RANK=self.rank, WORLD=self.world_size,
             NORM=residual is not None, DTYPE=_DTYPES[x.dtype], BLOCK=block,
-            num_warps=min(max(block // 256, 1), 16), **options(x.device),
+            num_warps=_sum_warps(words.shape[1]), **options(x.device),
         )  # fmt: skip
 
     def all_gather(self, x: torch.Tensor) -> torch.Tensor:
@@ -291,6 +310,6 @@ class PeerWords:
         _join_kernel[(rows, triton.cdiv(words.shape[1], _COLUMN_WORDS))](
             words, joined, self.addresses, self.control, words.stride(0), joined.stride(0),
             words.shape[1], self._capacity, RANK=self.rank, WORLD=self.world_size,
-            BLOCK=_COLUMN_WORDS, num_warps=8, **options(x.device),
+            BLOCK=_COLUMN_WORDS, num_warps=_COLUMN_WARPS, **options(x.device),
         )  # fmt: skip
         return out
