@@ -23,6 +23,7 @@ from vllm.v1.attention.backends.mla.triton_mla import (
 )
 from vllm.v1.attention.ops.triton_mla import store_latents
 from vllm.v1.attention.ops.triton_mla_prefill import attention_tiles, expand_tiles
+from vllm.v1.attention.ops.triton_shares import plan_shares
 from vllm.v1.kv_cache_interface import MLAAttentionSpec
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -258,14 +259,9 @@ def test_a_captured_decode_serves_other_lengths() -> None:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         call.impl.forward(*arguments)
-    from vllm.v1.attention.ops.triton_decode import plan_decodes
-
     shorter = torch.tensor([300, 0, 64], dtype=torch.int32, device="cuda")
     metadata.seq_lens.copy_(shorter)
-    plan_decodes(
-        metadata.seq_lens, metadata.query_start_loc, metadata.head_tiles, 4096,
-        buffers=metadata.plan,
-    )  # fmt: skip
+    plan_shares(metadata.seq_lens, metadata.query_start_loc, metadata.plan)
     graph.replay()
     call.lengths = ((300, 1), (5, 1), (64, 1))
     exact = call.exact()
