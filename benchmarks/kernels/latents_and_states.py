@@ -92,9 +92,7 @@ def prompt_ms(call: Callable[[], object]) -> float:
 def _read_kernel(data_ptr, out_ptr, size, BLOCK: tl.constexpr):
     """Sums of what programs read; ``size`` is a multiple of BLOCK."""
     total = tl.zeros([BLOCK], tl.float32)
-    for start in tl.range(
-        tl.program_id(0) * BLOCK, size, tl.num_programs(0) * BLOCK, num_stages=4
-    ):
+    for start in tl.range(tl.program_id(0) * BLOCK, size, tl.num_programs(0) * BLOCK, num_stages=4):
         total += tl.load(data_ptr + start + tl.arange(0, BLOCK)).to(tl.float32)
     tl.store(out_ptr + tl.program_id(0), tl.sum(total, 0))
 

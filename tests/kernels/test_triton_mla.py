@@ -23,7 +23,7 @@ from vllm.v1.attention.backends.mla.triton_mla import (
 )
 from vllm.v1.attention.ops.triton_mla import store_latents
 from vllm.v1.attention.ops.triton_mla_prefill import attention_tiles, expand_tiles
-from vllm.v1.attention.ops.triton_shares import plan_shares
+from vllm.v1.attention.ops.triton_shares import SHARE_TILE, make_share_buffers, plan_shares
 from vllm.v1.kv_cache_interface import MLAAttentionSpec
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -222,6 +222,39 @@ def test_tiles_cover_each_token_once() -> None:
     ]
     assert seen == sorted(expected)
     assert list(queries[:, 3]) == sorted(queries[:, 3], reverse=True)
+
+
+@pytest.mark.parametrize("programs", [1, 3, 40])
+@pytest.mark.parametrize(
+    "lengths",
+    [(0,), (1,), (5000,), (640,) * 3, (64, 0, 6400, 1, 0, 700), (100,) * 9, (8000, 300, 300, 0)],
+    ids=str,
+)
+def test_shares_are_equal_and_cover_each_tile_once(lengths: tuple[int, ...], programs: int) -> None:
+    """The fourth request, if there is one, has two query tokens, and no share."""
+    counts = torch.tensor([2 if i == 3 else 1 for i in range(len(lengths))])
+    starts = torch.cat((torch.zeros(1), counts.cumsum(0))).int().to(DEVICE)
+    buffers = make_share_buffers(len(lengths) + 2, 2, 2 * programs, torch.device(DEVICE))
+    plan = plan_shares(torch.tensor(lengths).int().to(DEVICE), starts, buffers)
+    assert plan.num_programs == programs and plan.requests.shape[0] == len(lengths)
+    tiles = [0 if i == 3 else -(-n // SHARE_TILE) for i, n in enumerate(lengths)]
+    owners = [request for request, count in enumerate(tiles) for _ in range(count)]
+    taken, cut = [], 0
+    for program, (first, end, request, last) in enumerate(plan.programs.tolist()):
+        if first == end:
+            continue
+        assert first == len(taken) and (request, last) == (owners[first], owners[end - 1])
+        cut = max(cut, end - first)
+        taken += [program] * (end - first)
+    assert len(taken) == len(owners)
+    assert cut <= max(2, -(-17 * len(owners) // (16 * programs)) + 1)
+    for request, (first, end, length, row, *ends) in enumerate(plan.requests.tolist()[:6]):
+        assert end - first == tiles[request] and row == int(starts[request])
+        if end > first:
+            assert length == lengths[request]
+            assert ends[:2] == [taken[first], taken[end - 1]]
+        else:
+            assert ends[0] == ends[1]
 
 
 def test_what_it_declines(monkeypatch: pytest.MonkeyPatch) -> None:

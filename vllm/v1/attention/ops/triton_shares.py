@@ -85,7 +85,9 @@ def _plan_kernel(
     tl.store(at + 3, row, mask=there)
 
     busy = tl.minimum(programs, tl.maximum(total // min_tiles, 1))
-    longest = tl.maximum(tl.cdiv(total, busy), (total.to(tl.int64) * 17 // (16 * busy)).to(tl.int32))
+    longest = tl.maximum(
+        tl.cdiv(total, busy), (total.to(tl.int64) * 17 // (16 * busy)).to(tl.int32)
+    )
     size = tl.cdiv(tiles, tl.maximum(tl.cdiv(tiles, tl.maximum(longest, 1)), 1))
     pieces = tl.cdiv(tiles, tl.maximum(size, 1))
     piece_end = tl.cumsum(pieces, 0)
@@ -226,9 +228,7 @@ def _merge_kernel(
         tl.store(out_ptr + row * stride_o_t + head * stride_o_h + columns, out, mask=valid)
 
 
-def merge_shares(
-    part: torch.Tensor, lse: torch.Tensor, out: torch.Tensor, plan: SharePlan
-) -> None:
+def merge_shares(part: torch.Tensor, lse: torch.Tensor, out: torch.Tensor, plan: SharePlan) -> None:
     """The outputs of the requests that the plan has cut, from the partial ones.
 
     Args:
