@@ -152,7 +152,7 @@ def test_attention_equals_float64(name: str) -> None:
     assert Call(BATCHES[name]).error() < TOLERANCE[torch.float32]
 
 
-FEATURES = {
+FEATURES: dict[str, list[Any]] = {
     "lengths": [BATCHES["decode"], BATCHES["mixed"], ((33, 20), (2, 2))],
     "widths": [TINY, V3_HEAD],
     "heads": [1, 20],
@@ -239,7 +239,8 @@ def test_shares_are_equal_and_cover_each_tile_once(lengths: tuple[int, ...], pro
     assert plan.num_programs == programs and plan.requests.shape[0] == len(lengths)
     tiles = [0 if i == 3 else -(-n // SHARE_TILE) for i, n in enumerate(lengths)]
     owners = [request for request, count in enumerate(tiles) for _ in range(count)]
-    taken, cut = [], 0
+    taken: list[int] = []
+    cut = 0
     for program, (first, end, request, last) in enumerate(plan.programs.tolist()):
         if first == end:
             continue

@@ -213,8 +213,9 @@ def _merge_kernel(
             there = program <= last
             slot = tl.where(program == first, first_slot, 2 * program).to(tl.int64)
             lse = tl.load(lse_ptr + slot * stride_lse_i + head, mask=there, other=-1.0e30)
+            at_part = part_ptr + (slot * stride_part_i)[:, None] + head * stride_part_h
             part = tl.load(
-                part_ptr + (slot * stride_part_i)[:, None] + head * stride_part_h + columns[None, :],
+                at_part + columns[None, :],
                 mask=there[:, None] & valid[None, :], other=0.0,
             )  # fmt: skip
             new_top = tl.maximum(top, lse)
