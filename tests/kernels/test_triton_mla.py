@@ -275,7 +275,7 @@ def test_what_it_declines(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("heads", [16, 128])
+@pytest.mark.parametrize("heads", [16, 40, 128])
 @pytest.mark.parametrize("name", [*BATCHES, "long"])
 def test_deepseek_v3_on_a_gpu(name: str, heads: int, dtype: torch.dtype) -> None:
     lengths = (BATCHES | {"long": ((3000, 1), (2000, 500), (1500, 20))})[name]
@@ -283,9 +283,20 @@ def test_deepseek_v3_on_a_gpu(name: str, heads: int, dtype: torch.dtype) -> None
 
 
 @pytest.mark.gpu
-def test_a_captured_decode_serves_other_lengths() -> None:
-    call = Call(((900, 1), (5, 1), (64, 1)), V2, heads=16, page=64, dtype=torch.bfloat16)
-    metadata, out = call.metadata(), torch.empty(3, 16, 128, dtype=torch.bfloat16, device="cuda")
+@pytest.mark.parametrize("page", [16, 192])
+@pytest.mark.parametrize("heads", [16, 128])
+def test_pages_of_any_size_on_a_gpu(heads: int, page: int) -> None:
+    lengths = ((3000, 1), (1, 1), (200, 1))
+    call = Call(lengths, V2, heads, page=page, pad=64, dtype=torch.bfloat16)
+    assert call.error() < TOLERANCE[torch.bfloat16]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("heads", [16, 128])
+def test_a_captured_decode_serves_other_lengths(heads: int) -> None:
+    call = Call(((900, 1), (5, 1), (64, 1)), V2, heads, page=64, dtype=torch.bfloat16)
+    metadata = call.metadata()
+    out = torch.empty(3, heads, 128, dtype=torch.bfloat16, device="cuda")
     assert metadata.plan is not None
     arguments = (call.layer, call.query, None, None, call.cache, metadata, out)
     call.impl.forward(*arguments)

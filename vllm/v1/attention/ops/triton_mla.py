@@ -200,6 +200,7 @@ class AbsorbedConfig:
     """``rows`` heads of a program, ``tile`` tokens of an iteration (divides 64), and the launch.
 
     ``tokens_first`` transposes the products; ``resident`` programs of a multiprocessor are planned.
+    With ``by_groups`` ``triton_mla_hopper`` takes what it can.
     """
 
     rows: int
@@ -208,6 +209,7 @@ class AbsorbedConfig:
     stages: int
     tokens_first: bool = False
     resident: int = 1
+    by_groups: bool = False
 
 
 def default_absorbed_config(
@@ -223,9 +225,8 @@ def default_absorbed_config(
         return AbsorbedConfig(rows=16, tile=32, warps=4, stages=2, resident=2)
     if num_heads <= 16:
         return AbsorbedConfig(rows=16, tile=64, warps=4, stages=3, tokens_first=True)
-    if num_heads <= 32:
-        return AbsorbedConfig(rows=32, tile=64, warps=8, stages=3, tokens_first=True)
-    return AbsorbedConfig(rows=64, tile=64, warps=8, stages=3)
+    has_groups = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
+    return AbsorbedConfig(rows=64, tile=64, warps=8, stages=3, by_groups=has_groups)
 
 
 def make_absorbed_buffers(
@@ -271,16 +272,26 @@ def absorbed_attention(
     slots = 2 * plan.num_programs
     part = query.new_empty((slots, num_heads, rank), dtype=torch.float32)
     lse = query.new_empty((slots, num_heads), dtype=torch.float32)
-    _absorbed_kernel[(tiles, plan.num_programs)](
+    arguments = (
         query, rotated, kv_cache, out, part, lse, block_table, plan.programs, plan.requests,
         scale * LOG2_E, *query.stride()[:2], *rotated.stride()[:2], *out.stride()[:2],
         kv_cache.stride(0), block_table.stride(0), *part.stride()[:2], lse.stride(0),
-        STRIDE_N=kv_cache.stride(1), HEADS=num_heads, ROWS=config.rows, RANK=rank,
-        RANK_PAD=max(16, triton.next_power_of_2(rank)), ROPE=rope,
-        ROPE_PAD=max(16, triton.next_power_of_2(rope)), PAGE=kv_cache.shape[1], TILE=config.tile,
-        UNIT=SHARE_TILE, STAGES=config.stages,
-        PRECISION="tf32x3" if query.dtype == torch.float32 else "tf32",
-        TOKENS_FIRST=config.tokens_first, P_FIELDS=PROGRAM_FIELDS, R_FIELDS=REQUEST_FIELDS,
-        num_warps=config.warps, **options(query.device),
     )  # fmt: skip
+    sizes = {"STRIDE_N": kv_cache.stride(1), "HEADS": num_heads, "RANK": rank, "ROPE": rope}
+    sizes |= {"PAGE": kv_cache.shape[1], "P_FIELDS": PROGRAM_FIELDS, "R_FIELDS": REQUEST_FIELDS}
+    grid = tiles, plan.num_programs
+    if config.by_groups and (rank, rope) == (512, 64) and kv_cache.shape[1] % SHARE_TILE == 0:
+        from vllm.v1.attention.ops import triton_mla_hopper
+
+        triton_mla_hopper.wide_absorbed_kernel[grid](
+            *arguments, **sizes, num_warps=triton_mla_hopper.WARPS, **options(query.device)
+        )
+    else:
+        _absorbed_kernel[grid](
+            *arguments, **sizes, ROWS=config.rows,
+            RANK_PAD=max(16, triton.next_power_of_2(rank)),
+            ROPE_PAD=max(16, triton.next_power_of_2(rope)), TILE=config.tile, UNIT=SHARE_TILE,
+            STAGES=config.stages, PRECISION="tf32x3" if query.dtype == torch.float32 else "tf32",
+            TOKENS_FIRST=config.tokens_first, num_warps=config.warps, **options(query.device),
+        )  # fmt: skip
     merge_shares(part, lse, out, plan)
