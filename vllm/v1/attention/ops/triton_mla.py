@@ -281,6 +281,7 @@ def absorbed_attention(
     sizes |= {"PAGE": kv_cache.shape[1], "P_FIELDS": PROGRAM_FIELDS, "R_FIELDS": REQUEST_FIELDS}
     grid = tiles, plan.num_programs
     if config.by_groups and (rank, rope) == (512, 64) and kv_cache.shape[1] % SHARE_TILE == 0:
+        # Gluon is imported where it can run: the interpreter knows nothing of it.
         from vllm.v1.attention.ops import triton_mla_hopper
 
         triton_mla_hopper.wide_absorbed_kernel[grid](
