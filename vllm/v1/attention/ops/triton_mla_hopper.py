@@ -91,7 +91,7 @@ def wide_absorbed_kernel(
         row = gl.load(fields + 3).to(gl.int64)
         start = (gl.maximum(low, first_tile) - first_tile) * TILE
         end = gl.minimum((gl.minimum(high, end_tile) - first_tile) * TILE, length)
-        table = block_table_ptr + request.to(gl.int64) * stride_bt
+        table = block_table_ptr + gl.cast(request, gl.int64) * stride_bt
         for ahead in gl.static_range(2):
             _fetch(
                 latents.index(ahead), rotated.index(ahead), kv_ptr, table, start + ahead * TILE,
