@@ -80,7 +80,7 @@ class Recorder:
             value *= self.factor
 
     def of_layer(self, index: int, texts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values ``(texts, K, T, D)`` of a layer; the texts were one step."""
+        """Keys and values ``(texts, K, T, D)`` of a layer; ``texts`` (texts, T) were one step."""
         (step,) = self.stored[f"model.layers.{index}.self_attn.attn"]
         key, value = (x.unflatten(0, texts.shape).transpose(1, 2) for x in step)
         return key, value

@@ -84,16 +84,16 @@ class Answers:
     spoilt: Run
 
 
-def answer(case: Case, simulation: Simulation) -> Answers:
+def answer(case: Case, simulation: Simulation, model: str = "smollm2") -> Answers:
     options: dict[str, Any] = {
         "dtype": "float32", "max_model_len": 512, "kv_cache_memory_bytes": 256 << 20,
         "kv_cache_dtype": case.cache_dtype, "enable_prefix_caching": False,
         "max_num_batched_tokens": max(512, simulation.texts.numel()), "enforce_eager": True,
-        "calculate_kv_scales": case.scales == "found",
+        "calculate_kv_scales": case.scales == "found", "skip_tokenizer_init": True,
     }  # fmt: skip
     fmt = kv_format(case.cache_dtype)
     assert fmt is not None
-    with LLM("smollm2", **options) as llm:
+    with LLM(model, **options) as llm:
         if case.scales == "given":
             set_scales(llm, lambda layer: (0.03 * (1 + layer / 7), 0.011 * (1 + layer / 3)))
         scales, recorder = scales_of(llm), Recorder()
