@@ -263,7 +263,7 @@ class Fleet:
             folder = self.folder / model.replace(" ", "-")
             folder.mkdir()
             if model == SCALED:
-                save_with_scales(folder, num_hidden_layers=1)
+                save_with_scales(folder, num_hidden_layers=1, head_dim=16)
             else:
                 save(CHECKPOINTS[model](), folder)
             self._checkpoints[model] = str(folder)
