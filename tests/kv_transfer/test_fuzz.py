@@ -329,7 +329,7 @@ def questions_of(layout):
             "layout": encoded,
         },
         {**about, "type": "withdraw", "requests": {"a": "another"}, "num_readers": 1},
-        {"type": "heartbeat", "remote_session": "s", "remote_tp_size": 1, "transfer_ids": ["x"]},
+        {"type": "heartbeat", "remote_session": "s", "remote_tp_size": 1, "transfer_ids": ["r"]},
         {"type": "discard", "transfer_ids": ["x"]},
     )
 
@@ -432,6 +432,9 @@ def test_requests_to_a_bootstrap_server_register_nobody():
 
 def test_answers_of_bootstrap_servers_name_engines_or_are_refused():
     good = {"0": {"engine_id": "e", "worker_addr": {"0": {"0": "tcp://h:5"}}, "tp_size": 1}}
+    crowd = {"0": {**good["0"], "tp_size": 1 << 60}}
+    with pytest.raises(KVTransferError, match="ranks"):
+        engines_of("http://h", read_entries("http://h", json.dumps(crowd).encode()))
 
     @MANY
     @given(bent(good, jsonable), st.binary(max_size=60))

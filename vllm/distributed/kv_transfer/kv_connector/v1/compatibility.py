@@ -6,7 +6,7 @@ Sizes of ranks and blocks and the layout are not among it: the transfer plan bri
 from __future__ import annotations
 
 import hashlib
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 import msgspec
 
@@ -15,7 +15,17 @@ from vllm.errors import KVTransferError
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
-__all__ = ["check_factors", "compatibility_factors", "compatibility_hash"]
+__all__ = [
+    "Rank",
+    "RankCount",
+    "check_factors",
+    "compatibility_factors",
+    "compatibility_hash",
+]
+
+Rank = Annotated[int, msgspec.Meta(ge=0, lt=1024)]
+RankCount = Annotated[int, msgspec.Meta(ge=1, le=1024)]
+"""Of a peer, in messages: whoever reads one counts so far."""
 
 
 def compatibility_factors(config: VllmConfig, connector: str) -> dict[str, str]:

@@ -32,6 +32,7 @@ _ASK_SECONDS = 5.0
 _KNOWN_SECONDS = 3600.0
 _UNKNOWN_SECONDS = 0.5
 _MOST_KNOWN = 1024
+_MOST_RANKS = 1024
 
 
 class EngineEntry(msgspec.Struct, kw_only=True):
@@ -95,6 +96,8 @@ def engines_of(address: str, entries: dict[int, EngineEntry]) -> dict[str, Engin
     found = {}
     for entry in entries.values():
         size = len(entry.worker_addr) if entry.tp_size is None else entry.tp_size
+        if not 0 <= size <= _MOST_RANKS:
+            raise KVTransferError(f"{address}/query names an engine of {size} ranks")
         if sorted(entry.worker_addr) != list(range(size)):
             continue
         if any(list(stages) != [0] for stages in entry.worker_addr.values()):
