@@ -45,7 +45,7 @@ def _libraries(monkeypatch: pytest.MonkeyPatch, seed: int) -> Iterator[None]:
 
 @dataclass
 class Step:
-    """A step over one layer's cache in a pool of three; its slots are stored by the impl."""
+    """A step over one layer's cache in a pool of three; its tokens are stored by the impl."""
 
     backend: type[AttentionBackend]
     lengths: tuple[tuple[int, int], ...]
@@ -100,7 +100,12 @@ class Step:
             slots = self.table[request, at // PAGE].long() * PAGE + at % PAGE
             key = torch.randn(len(at), self.kv_heads, self.widths[0]).half()
             value = torch.randn(len(at), self.kv_heads, self.widths[1]).half()
-            self.impl.do_kv_cache_update(self.layer, key, value, self.cache, slots)
+            fmt, scales = kv_format(self.cache_dtype), self.impl.side_scales(self.layer)
+            old = len(at) - count
+            _torch_ops.store_kv_cache(key[:old], value[:old], self.cache, slots[:old], fmt, scales)
+            self.impl.do_kv_cache_update(
+                self.layer, key[old:], value[old:], self.cache, slots[old:]
+            )
             if (length - count) % PAGE and length % PAGE:
                 # A block begun by an earlier step: its tail was cleared then.
                 tail = self.cache[self.table[request, length // PAGE], :, length % PAGE :]
