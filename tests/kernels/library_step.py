@@ -103,7 +103,12 @@ class Step:
                 torch.randn(len(at), self.kv_heads, width).to(self.device, self.dtype)
                 for width in self.widths
             )
-            self.impl.do_kv_cache_update(self.layer, key, value, self.cache, slots)
+            fmt, scales = kv_format(self.cache_dtype), self.impl.side_scales(self.layer)
+            old = len(at) - count
+            _torch_ops.store_kv_cache(key[:old], value[:old], self.cache, slots[:old], fmt, scales)
+            self.impl.do_kv_cache_update(
+                self.layer, key[old:], value[old:], self.cache, slots[old:]
+            )
             used = length % self.page
             if self.cleared and count == 1 and used > 1:
                 self.cache[row[length // self.page], :, used:] = 0
