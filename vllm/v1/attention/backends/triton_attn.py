@@ -70,7 +70,7 @@ class TritonAttentionMetadataBuilder(AttentionMetadataBuilder[TritonAttentionMet
         assert isinstance(kv_cache_spec, AttentionSpec)
         self._kv_heads = kv_cache_spec.num_kv_heads
         mode = kv_cache_spec.kv_quant_mode
-        has_bytes = mode is not KVQuantMode.NONE and not mode.is_turboquant
+        has_bytes = mode is not KVQuantMode.NONE
         self._buffers = make_plan_buffers(
             vllm_config.scheduler_config.max_num_seqs,
             self._kv_heads,

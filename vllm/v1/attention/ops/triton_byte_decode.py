@@ -19,7 +19,6 @@ Owns this kernel; plans, splitting and merging are those of ``triton_decode``.
 
 from __future__ import annotations
 
-import functools
 import math
 
 import torch
@@ -36,11 +35,11 @@ from vllm.v1.attention.ops.triton_decode import (
     shaped,
 )
 from vllm.v1.attention.ops.triton_formats import FormatArguments, layer_scales, numbers
-from vllm.v1.attention.ops.triton_slots import (
-    key_codes_asm,
+from vllm.v1.attention.ops.triton_slot_codes import (
+    interprets,
     key_dimensions,
     key_tile,
-    value_codes_asm,
+    slot_constants,
     value_dimensions,
     value_tile,
 )
@@ -253,15 +252,14 @@ def _byte_decode_kernel(
         n_rows = tl.minimum(tl.maximum(n_token, first), last)
         if HAS_CODED_KEYS:
             k_low = key_tile(
-                page, stride_kv_n * UNIT, first, last, levels_ptr, TILE, D, K_BITS, K_ASM, COMPUTE,
-                ASM,
-            )  # fmt: skip
+                page, stride_kv_n * UNIT, first, last, levels_ptr, TILE, D, K_BITS, K_ASM, COMPUTE
+            )
         else:
             raw_k = tl.load(page + k_rows * stride_kv_n * UNIT + k_in_row)
             k_groups = raw_k
         if IS_SLOT:
             v_low = value_tile(
-                page + V_AT, stride_kv_n * UNIT, first, last, TILE, D, V_BITS, V_ASM, COMPUTE, ASM
+                page + V_AT, stride_kv_n * UNIT, first, last, TILE, D, V_BITS, V_ASM, COMPUTE
             )
         else:
             raw_v = tl.load(page + V_AT + v_rows * stride_kv_n * UNIT + v_in_row)
@@ -359,11 +357,6 @@ def decode_waves(is_quantised: bool, head_size: int) -> int:
     return _BYTE_WAVES if is_quantised and head_size in _HEAD_SIZES else WAVES
 
 
-@functools.cache
-def _interprets() -> bool:
-    return bool(triton.knobs.runtime.interpret)
-
-
 def byte_decode_attention(
     q: torch.Tensor,
     kv_cache: torch.Tensor,
@@ -416,10 +409,8 @@ def byte_decode_attention(
         HAS_SINKS=sinks is not None, GROUP=group, ROWS=max(16, triton.next_power_of_2(group)),
         FIELDS=_FIELDS, D=head_size, PAGE=page, TILE=tile or (32 if page % 32 == 0 else 16),
         K_VEC=k_vec, V_VEC=v_vec, COMPUTE=tl.float16 if is_half else tl.float32,
-        ASM=is_half and not _interprets(),
-        PREFETCH=prefetch and not _interprets(), CONTENT=kv_cache.shape[3], MAX_SPLITS=MAX_SPLITS,
-        K_BITS=slots.key_bits if slots else 0, V_BITS=slots.value_bits if slots else 0,
-        K_ASM=key_codes_asm(slots.key_bits) if slots and slots.rotates else "",
-        V_ASM=value_codes_asm(slots.value_bits) if slots else "",
-        num_warps=1, num_stages=1, maxnreg=registers, **cache.constants, **options(q.device),
+        ASM=is_half and not interprets(),
+        PREFETCH=prefetch and not interprets(), CONTENT=kv_cache.shape[3], MAX_SPLITS=MAX_SPLITS,
+        num_warps=1, num_stages=1, maxnreg=registers, **cache.constants,
+        **slot_constants(fmt, q.dtype), **options(q.device),
     )  # fmt: skip

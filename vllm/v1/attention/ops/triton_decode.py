@@ -23,7 +23,7 @@ import triton.language as tl
 from vllm.utils.dependent_launch import await_previous, options, release
 from vllm.v1.attention.ops.kv_formats import KVFormat, SideScales
 from vllm.v1.attention.ops.triton_formats import FormatArguments, layer_scales, scaled, widened
-from vllm.v1.attention.ops.triton_slots import slot_keys, slot_values
+from vllm.v1.attention.ops.triton_slot_codes import slot_constants, slot_keys, slot_values
 
 __all__ = [
     "MAX_SPLITS",
@@ -186,7 +186,8 @@ def _decode_kernel(
     HAS_SINKS: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, FIELDS: tl.constexpr,
     D: tl.constexpr, D_PAD: tl.constexpr, PAGE: tl.constexpr, TILE: tl.constexpr,
     PRECISION: tl.constexpr, MAX_SPLITS: tl.constexpr, FORMAT: tl.constexpr, V_AT: tl.constexpr,
-    V_SCALE_AT: tl.constexpr, UNIT: tl.constexpr, PDL: tl.constexpr,
+    V_SCALE_AT: tl.constexpr, UNIT: tl.constexpr, K_BITS: tl.constexpr, V_BITS: tl.constexpr,
+    K_ASM: tl.constexpr, V_ASM: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One item, for all query heads of one KV head.
 
@@ -267,9 +268,9 @@ def _decode_kernel(
                 mask=valid[:, None] & dim_valid[None, :], other=0.0,
             )  # fmt: skip
         elif IS_SLOT:
-            there = valid[:, None] & dim_valid[None, :]
-            k = tl.trans(slot_keys(kv_ptr + at, dims, there, levels_ptr, q.dtype, FORMAT))
-            v = slot_values(kv_ptr + at + V_AT, dims, there, q.dtype, FORMAT)
+            # Whatever lies behind the last token are numbers, of weight 0.
+            k = tl.trans(slot_keys(kv_ptr + at, levels_ptr, D, K_BITS, K_ASM, q.dtype))
+            v = slot_values(kv_ptr + at + V_AT, D, V_BITS, V_ASM, q.dtype)
         else:
             there = valid[:, None] & byte_valid[None, :]
             at_byte = kv_ptr + at[:, None] + byte[None, :]
@@ -297,9 +298,13 @@ def _decode_kernel(
         acc = acc * shrink[:, None]
         if IS_SLOT:
             zeros = tl.load(at_scale + V_SCALE_AT + 1, mask=valid, other=0.0).to(tl.float32)
-            acc += tl.sum(p * zeros[None, :], 1)[:, None]
         if HAS_SCALES | IS_SLOT:
             v_scales = tl.load(at_scale + V_SCALE_AT, mask=valid, other=0.0).to(tl.float32)
+        if IS_SLOT:
+            # Codes come less half their number.
+            zeros += v_scales * (1 << (V_BITS - 1))
+            acc += tl.sum(p * zeros[None, :], 1)[:, None]
+        if HAS_SCALES | IS_SLOT:
             p = p * v_scales[None, :]
         acc += tl.dot(p.to(v.dtype), v, input_precision=PRECISION)
         top = new_top
@@ -455,5 +460,5 @@ def decode_attention(
         FIELDS=_FIELDS, D=head_size, D_PAD=triton.next_power_of_2(head_size), PAGE=page,
         TILE=tile, PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
         MAX_SPLITS=MAX_SPLITS, num_warps=num_warps, num_stages=num_stages, **cache.constants,
-        **options(q.device),
+        **slot_constants(fmt, q.dtype), **options(q.device),
     )  # fmt: skip

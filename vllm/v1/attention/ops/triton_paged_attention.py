@@ -34,7 +34,7 @@ from vllm.v1.attention.ops.triton_decode import (
     score,
 )
 from vllm.v1.attention.ops.triton_formats import FormatArguments, layer_scales, scaled, widened
-from vllm.v1.attention.ops.triton_slots import slot_keys, slot_values
+from vllm.v1.attention.ops.triton_slot_codes import slot_constants, slot_keys, slot_values
 
 
 @triton.jit
@@ -46,7 +46,8 @@ def _attend(
     HAS_SOFT_CAP: tl.constexpr, HAS_ALIBI: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr,
     PAGE: tl.constexpr, TILE: tl.constexpr, USE_TMA: tl.constexpr, PRECISION: tl.constexpr,
     STAGES: tl.constexpr, FORMAT: tl.constexpr, V_AT: tl.constexpr, V_SCALE_AT: tl.constexpr,
-    UNIT: tl.constexpr,
+    UNIT: tl.constexpr, K_BITS: tl.constexpr, V_BITS: tl.constexpr, K_ASM: tl.constexpr,
+    V_ASM: tl.constexpr,
 ):  # fmt: skip
     """Online softmax over the tiles of ``[start, end)``; only a MASKED call looks at bounds."""
     IS_SLOT: tl.constexpr = FORMAT >= 7
@@ -72,8 +73,7 @@ def _attend(
             at = base + block.to(tl.int64) * stride_kv_b * UNIT
             at += (tokens % PAGE) * stride_kv_n * UNIT
             if IS_SLOT:
-                there = (tokens >= 0)[:, None] & (dims < D)[None, :]
-                k = tl.trans(slot_keys(kv_ptr + at, dims, there, levels_ptr, q.dtype, FORMAT))
+                k = tl.trans(slot_keys(kv_ptr + at, levels_ptr, D, K_BITS, K_ASM, q.dtype))
                 at_scale = kv_scale_ptr + scale_base + block.to(tl.int64) * stride_s_b
                 at_scale += (tokens % PAGE) * stride_s_n
                 if HAS_SCALES:
@@ -116,9 +116,11 @@ def _attend(
         if USE_TMA:
             v = kv_desc.load([block, head, begin % PAGE, D]).reshape(TILE, D)
         elif IS_SLOT:
-            v = slot_values(kv_ptr + at + V_AT, dims, there, q.dtype, FORMAT)
+            v = slot_values(kv_ptr + at + V_AT, D, V_BITS, V_ASM, q.dtype)
             v_scales = tl.load(at_scale + V_SCALE_AT).to(tl.float32)
+            # Codes come less half their number.
             zeros = tl.load(at_scale + V_SCALE_AT + 1).to(tl.float32)
+            zeros += v_scales * (1 << (V_BITS - 1))
             if MASKED:
                 inside = (tokens >= lowest) & (tokens < highest)
                 v_scales = tl.where(inside, v_scales, 0.0)
@@ -163,7 +165,8 @@ def _prefill_kernel(
     GROUP: tl.constexpr, TOKENS: tl.constexpr, ROWS: tl.constexpr,
     D: tl.constexpr, D_PAD: tl.constexpr, PAGE: tl.constexpr, TILE: tl.constexpr,
     USE_TMA: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr, FORMAT: tl.constexpr,
-    V_AT: tl.constexpr, V_SCALE_AT: tl.constexpr, UNIT: tl.constexpr,
+    V_AT: tl.constexpr, V_SCALE_AT: tl.constexpr, UNIT: tl.constexpr, K_BITS: tl.constexpr,
+    V_BITS: tl.constexpr, K_ASM: tl.constexpr, V_ASM: tl.constexpr,
 ):  # fmt: skip
     """One tile of ``TOKENS`` query tokens x ``GROUP`` heads against all its visible KV.
 
@@ -235,21 +238,21 @@ def _prefill_kernel(
             tl.minimum(full_start, highest), lowest, highest,
             stride_kv_b, stride_kv_n, stride_s_b, stride_s_n, True, CAUSAL, WINDOW, HAS_SOFT_CAP,
             HAS_ALIBI, D, D_PAD, PAGE, TILE, USE_TMA, PRECISION, STAGES, FORMAT, V_AT, V_SCALE_AT,
-            UNIT,
+            UNIT, K_BITS, V_BITS, K_ASM, V_ASM,
         )  # fmt: skip
     acc, total, top = _attend(
         acc, total, top, q, kv_ptr, kv_scale_ptr, levels_ptr, kv_desc, base, scale_base, table,
         head, positions_q, dims, slopes, scale, soft_cap, full_start, full_end, lowest, highest,
         stride_kv_b, stride_kv_n, stride_s_b, stride_s_n, False, CAUSAL, WINDOW, HAS_SOFT_CAP,
         HAS_ALIBI, D, D_PAD, PAGE, TILE, USE_TMA, PRECISION, STAGES, FORMAT, V_AT, V_SCALE_AT,
-        UNIT,
+        UNIT, K_BITS, V_BITS, K_ASM, V_ASM,
     )  # fmt: skip
     acc, total, top = _attend(
         acc, total, top, q, kv_ptr, kv_scale_ptr, levels_ptr, kv_desc, base, scale_base, table,
         head, positions_q, dims, slopes, scale, soft_cap, full_end, highest, lowest, highest,
         stride_kv_b, stride_kv_n, stride_s_b, stride_s_n, True, CAUSAL, WINDOW, HAS_SOFT_CAP,
         HAS_ALIBI, D, D_PAD, PAGE, TILE, USE_TMA, PRECISION, STAGES, FORMAT, V_AT, V_SCALE_AT,
-        UNIT,
+        UNIT, K_BITS, V_BITS, K_ASM, V_ASM,
     )  # fmt: skip
     acc *= (v_scale / total)[:, None]
     tl.store(
@@ -397,4 +400,5 @@ def paged_attention(
             D_PAD=triton.next_power_of_2(head_size), PAGE=page, TILE=tile, USE_TMA=config.tma,
             PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
             num_warps=config.prefill_warps, STAGES=config.prefill_stages, **cache.constants,
+            **slot_constants(fmt, q.dtype),
         )  # fmt: skip
