@@ -32,7 +32,7 @@ from vllm.v1.attention.ops.triton_decode import (
     WAVES,
     DecodePlan,
     finish_item,
-    shaped,
+    open_item,
 )
 from vllm.v1.attention.ops.triton_formats import FormatArguments, layer_scales, numbers
 from vllm.v1.attention.ops.triton_slot_codes import (
@@ -43,6 +43,7 @@ from vllm.v1.attention.ops.triton_slot_codes import (
     value_dimensions,
     value_tile,
 )
+from vllm.v1.attention.ops.triton_softmax import open_softmax, shaped, softmax_step
 from vllm.v1.attention.ops.turboquant import TurboQuantFormat
 
 __all__ = ["byte_decode_attention", "decode_waves", "fits_byte_decode"]
@@ -53,7 +54,6 @@ __all__ = ["byte_decode_attention", "decode_waves", "fits_byte_decode"]
 _REGISTERS = 255
 _BYTE_WAVES = 4
 _HEAD_SIZES = (64, 128, 256)
-_FIELDS = 8
 
 
 @triton.jit
@@ -124,7 +124,7 @@ def _byte_decode_kernel(
     stride_kv_b, stride_kv_h, stride_kv_n, stride_s_b, stride_s_h, stride_s_n, stride_bt,
     stride_part_i, stride_part_h, stride_lse_i,
     WINDOW: tl.constexpr, HAS_SOFT_CAP: tl.constexpr, HAS_ALIBI: tl.constexpr,
-    HAS_SINKS: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, FIELDS: tl.constexpr,
+    HAS_SINKS: tl.constexpr, GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, ROWS: tl.constexpr,
     D: tl.constexpr, PAGE: tl.constexpr, TILE: tl.constexpr, K_VEC: tl.constexpr,
     V_VEC: tl.constexpr, COMPUTE: tl.constexpr, ASM: tl.constexpr, PREFETCH: tl.constexpr,
     CONTENT: tl.constexpr, MAX_SPLITS: tl.constexpr,
@@ -139,14 +139,7 @@ def _byte_decode_kernel(
     index = tl.program_id(1)
     if index >= tl.load(count_ptr):
         return
-    item = items_ptr + index * FIELDS
-    request = tl.load(item)
-    start = tl.load(item + 1)
-    end = tl.load(item + 2)
-    split = tl.load(item + 3)
-    num_splits = tl.load(item + 4)
-    row = tl.load(item + 5).to(tl.int64)
-    length = tl.load(item + 6)
+    request, start, end, split, num_splits, row, length = open_item(items_ptr, index)
 
     IS_SLOT: tl.constexpr = FORMAT >= 7
     HAS_CODED_KEYS: tl.constexpr = FORMAT >= 8
@@ -184,18 +177,10 @@ def _byte_decode_kernel(
     power = tl.exp2(tl.floor(tl.log2(tl.maximum(most, 1.0e-30))))
     q_low = (q_low / power[:, None]).to(COMPUTE)
     q_high = (q_high / power[:, None]).to(COMPUTE)
-    slopes = tl.zeros([ROWS], tl.float32)
-    if HAS_ALIBI:
-        slopes = tl.load(slopes_ptr + heads, mask=row_valid, other=0.0)
     positions_q = tl.zeros([ROWS], tl.int32) + (length - 1)
-    top = tl.full([ROWS], -1.0e30, tl.float32)
-    total = tl.zeros([ROWS], tl.float32)
-    # A sink is one more score without a value; it counts once, in the first split.
-    if HAS_SINKS:  # noqa: SIM102 (a constexpr prunes the branch)
-        if split == 0:
-            top = tl.load(sinks_ptr + heads, mask=row_valid, other=0.0).to(tl.float32)
-            top *= 1.4426950408889634
-            total += 1.0
+    slopes, top, total = open_softmax(
+        slopes_ptr, sinks_ptr, heads, row_valid, split == 0, ROWS, HAS_ALIBI, HAS_SINKS
+    )
     low_acc = tl.zeros([ROWS, COLUMNS], tl.float32)
     high_acc = tl.zeros([ROWS, COLUMNS], tl.float32)
     # Largest of the values' scales so far: weights are relative to it, within float16's range.
@@ -296,10 +281,7 @@ def _byte_decode_kernel(
         s = shaped(s, positions_q, tokens, slopes, scale, soft_cap, HAS_SOFT_CAP, HAS_ALIBI)
         seen = (n_token >= first) & (n_token <= last)
         s = tl.where(seen[None, :], s, float("-inf"))
-        new_top = tl.maximum(top, tl.max(s, 1))
-        p = tl.exp2(s - new_top[:, None])
-        shrink = tl.exp2(top - new_top)
-        total = total * shrink + tl.sum(p, 1)
+        p, shrink, total, top = softmax_step(s, top, total)
         if PER_HEAD:
             v_scales = tl.load(at_scale + V_SCALE_AT).to(tl.float32)
             if IS_SLOT:
@@ -317,7 +299,6 @@ def _byte_decode_kernel(
         low_acc = tl.dot(p, v_low, low_acc * shrink[:, None], input_precision="ieee")
         if HALVES == 2:
             high_acc = tl.dot(p, v_high, high_acc * shrink[:, None], input_precision="ieee")
-        top = new_top
     factor = v_scale / total
     if PER_HEAD:
         factor *= unit
@@ -333,7 +314,7 @@ def _byte_decode_kernel(
     finish_item(
         acc, total, top, out_ptr, part_ptr, lse_ptr, arrived_ptr, index, request,
         split, num_splits, row, head, heads, row_valid, dims, stride_o_t, stride_o_h,
-        stride_part_i, stride_part_h, stride_lse_i, D, ROWS, D, MAX_SPLITS, 1,
+        stride_part_i, stride_part_h, stride_lse_i, D, ROWS, D, MAX_SPLITS, 1, GROUP, GROUP_PAD,
     )  # fmt: skip
 
 
@@ -406,8 +387,9 @@ def byte_decode_attention(
         *cache.scale_strides, block_table.stride(0), part.stride(0), part.stride(1),
         lse.stride(0),
         WINDOW=window, HAS_SOFT_CAP=soft_cap > 0, HAS_ALIBI=alibi_slopes is not None,
-        HAS_SINKS=sinks is not None, GROUP=group, ROWS=max(16, triton.next_power_of_2(group)),
-        FIELDS=_FIELDS, D=head_size, PAGE=page, TILE=tile or (32 if page % 32 == 0 else 16),
+        HAS_SINKS=sinks is not None, GROUP=group, GROUP_PAD=triton.next_power_of_2(group),
+        ROWS=max(16, triton.next_power_of_2(group)), D=head_size, PAGE=page,
+        TILE=tile or (32 if page % 32 == 0 else 16),
         K_VEC=k_vec, V_VEC=v_vec, COMPUTE=tl.float16 if is_half else tl.float32,
         ASM=is_half and not interprets(),
         PREFETCH=prefetch and not interprets(), CONTENT=kv_cache.shape[3], MAX_SPLITS=MAX_SPLITS,

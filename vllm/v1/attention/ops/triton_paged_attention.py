@@ -31,10 +31,10 @@ from vllm.v1.attention.ops.triton_decode import (
     DecodePlan,
     decode_attention,
     plan_decodes,
-    score,
 )
 from vllm.v1.attention.ops.triton_formats import FormatArguments, layer_scales, scaled, widened
 from vllm.v1.attention.ops.triton_slot_codes import slot_constants, slot_keys, slot_values
+from vllm.v1.attention.ops.triton_softmax import open_softmax, score, softmax_step
 
 
 @triton.jit
@@ -109,10 +109,7 @@ def _attend(
             if WINDOW > 0:
                 seen = seen & (tokens[None, :] > positions_q[:, None] - WINDOW)
             s = tl.where(seen, s, -1.0e30)
-        new_top = tl.maximum(top, tl.max(s, 1))
-        p = tl.exp2(s - new_top[:, None])
-        shrink = tl.exp2(top - new_top)
-        total = total * shrink + tl.sum(p, 1)
+        p, shrink, total, top = softmax_step(s, top, total)
         if USE_TMA:
             v = kv_desc.load([block, head, begin % PAGE, D]).reshape(TILE, D)
         elif IS_SLOT:
@@ -150,8 +147,29 @@ def _attend(
         if IS_SLOT:
             acc += zero[:, None]
         acc = tl.dot(p.to(v.dtype), v, acc, input_precision=PRECISION)
-        top = new_top
     return acc, total, top
+
+
+@triton.jit
+def query_tile(query_start_ptr, num_requests, tile, TOKENS: tl.constexpr):
+    """Whose a tile of queries is: request, its first row, its rows, first token of the tile.
+
+    Request ``i`` owns the tiles from ``query_start[i] // TOKENS + i`` on: an upper bound of what
+    the requests before it need, so no prefix sum is wanted and some tiles have no work.
+    """
+    low = 0
+    high = num_requests
+    while low < high:
+        middle = (low + high) // 2
+        if tl.load(query_start_ptr + middle) // TOKENS + middle <= tile:
+            low = middle + 1
+        else:
+            high = middle
+    request = low - 1
+    first = tl.load(query_start_ptr + request)
+    query_len = tl.load(query_start_ptr + request + 1) - first
+    begin_q = (tile - (first // TOKENS + request)) * TOKENS
+    return request, first, query_len, begin_q
 
 
 @triton.jit(do_not_specialize=["num_requests"])
@@ -170,25 +188,12 @@ def _prefill_kernel(
 ):  # fmt: skip
     """One tile of ``TOKENS`` query tokens x ``GROUP`` heads against all its visible KV.
 
-    Row ``r`` of the tile is token ``r // GROUP`` and head ``r % GROUP``. Request ``i`` owns the
-    tiles from ``query_start[i] // TOKENS + i`` on: an upper bound of what the requests before
-    it need, so no prefix sum is wanted and some tiles have no work. The last tiles of a prompt
+    Row ``r`` of the tile is token ``r // GROUP`` and head ``r % GROUP``. The last tiles of a prompt
     see most KV, so tile numbers run backwards.
     """
     head = tl.program_id(0)
     tile = tl.num_programs(1) - 1 - tl.program_id(1)
-    low = 0
-    high = num_requests
-    while low < high:
-        middle = (low + high) // 2
-        if tl.load(query_start_ptr + middle) // TOKENS + middle <= tile:
-            low = middle + 1
-        else:
-            high = middle
-    request = low - 1
-    first = tl.load(query_start_ptr + request)
-    query_len = tl.load(query_start_ptr + request + 1) - first
-    begin_q = (tile - (first // TOKENS + request)) * TOKENS
+    request, first, query_len, begin_q = query_tile(query_start_ptr, num_requests, tile, TOKENS)
     # Requests with one query token are the decode kernel's.
     if (begin_q >= query_len) | (query_len == 1):
         return
@@ -207,15 +212,9 @@ def _prefill_kernel(
         q_ptr + at_q[:, None] * stride_q_t + heads[:, None] * stride_q_h + dims[None, :],
         mask=row_valid[:, None] & dim_valid[None, :], other=0.0,
     )  # fmt: skip
-    slopes = tl.zeros([ROWS], tl.float32)
-    if HAS_ALIBI:
-        slopes = tl.load(slopes_ptr + heads, mask=row_valid, other=0.0)
-    top = tl.full([ROWS], -1.0e30, tl.float32)
-    total = tl.zeros([ROWS], tl.float32)
-    if HAS_SINKS:
-        top = tl.load(sinks_ptr + heads, mask=row_valid, other=0.0).to(tl.float32)
-        top *= 1.4426950408889634
-        total += 1.0
+    slopes, top, total = open_softmax(
+        slopes_ptr, sinks_ptr, heads, row_valid, True, ROWS, HAS_ALIBI, HAS_SINKS
+    )
     acc = tl.zeros([ROWS, D_PAD], tl.float32)
     base = head.to(tl.int64) * stride_kv_h * UNIT
     scale_base = head.to(tl.int64) * stride_s_h
