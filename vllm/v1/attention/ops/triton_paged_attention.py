@@ -218,7 +218,7 @@ def _prefill_kernel(
     acc = tl.zeros([ROWS, D_PAD], tl.float32)
     base = head.to(tl.int64) * stride_kv_h * UNIT
     scale_base = head.to(tl.int64) * stride_s_h
-    table = block_table_ptr + request.to(tl.int64) * stride_bt  # type: ignore[attr-defined]
+    table = block_table_ptr + request.to(tl.int64) * stride_bt
     # Tokens [lowest, highest) are seen by some row; tiles in [full_start, full_end) by all.
     lowest = 0
     full_start = 0

@@ -179,7 +179,7 @@ def _prefix_prefill_kernel(
     acc = tl.zeros([ROWS, DV_PAD], tl.float32)
     k_base = k_ptr + head.to(tl.int64) * stride_k_h
     v_base = v_ptr + head.to(tl.int64) * stride_v_h
-    table = block_table_ptr + request.to(tl.int64) * stride_bt  # type: ignore[attr-defined]
+    table = block_table_ptr + request.to(tl.int64) * stride_bt
     # Tokens [lowest, highest) are seen by some row; tiles in [full_start, full_end) by all.
     lowest = 0
     full_start = 0
