@@ -20,6 +20,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.nixl.messages import (
     decode_payload,
 )
 from vllm.distributed.kv_transfer.kv_connector.v1.topology import TransferTopology
+from vllm.distributed.kv_transfer.mapped import MappedMemory
 from vllm.distributed.kv_transfer.plan import TransferPlan, plan_transfer
 from vllm.distributed.kv_transfer.staging import RingPair, RingShape, TableMovers
 from vllm.distributed.kv_transfer.transport.port import TransferPort
@@ -62,8 +63,8 @@ class PeerRank:
     local_ring: Any = None
     remote_ring: Any = None
     movers: list[TableMovers] = field(default_factory=list)
-    mapped: int | None = None
-    """Address here of the peer's cache, where its memory is mapped."""
+    mapped: MappedMemory | None = None
+    """The peer's cache, where it can be read here."""
     seen: Experience = field(default_factory=Experience)
     introduced: bool = False
     """It knows us, and what we take."""
@@ -243,7 +244,10 @@ class PeerBook:
             theirs[:, 0] += base
             rank.local = self._port.prepare(None, own)
             rank.remote = self._port.prepare(rank.agent, theirs)
-            rank.mapped = self._port.mapped(rank.agent, base)
+            place = self._port.mapped(rank.agent, base)
+            if place is not None:
+                own_base = local.descriptor.base
+                rank.mapped = MappedMemory(plan, rank.movers, place, own_base, device)
         if local.ring is not None and metadata.ring is not None:
             pair = RingPair(source=read_ring(metadata.ring), target=local.ring)
             rank.pair = pair

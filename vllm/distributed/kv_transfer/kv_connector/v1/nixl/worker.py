@@ -57,8 +57,11 @@ __all__ = ["TransferWorker"]
 
 logger = init_logger(__name__)
 
+_SHORTEST_WAIT = 0.00002
+_LONGEST_WAIT = 0.0005
+_WAITED_PART = 16
+"""Of the time that something has taken: so much later it may be noticed."""
 _ACTIVE_WAIT = 0.0002
-_STAGING_WAIT = 0.00002
 _LEASE_WAIT = 0.0003
 """Somebody may read at any time, and the transport answers small reads only when it is turned."""
 _IDLE_WAIT = 0.005
@@ -83,6 +86,8 @@ class _Load:
     receive: Receive
     deadline: float
     started: float
+    since: float
+    """When what is under way now was started: the copies, or the check after them."""
     copies: list[tuple[int, Any]] = field(default_factory=list)
     """(rank, transfer) still under way."""
     takes: list[Take] = field(default_factory=list)
@@ -234,11 +239,10 @@ class TransferWorker:
     def _loop(self) -> None:
         progress = 0
         while True:
-            busy = bool(self._loads or self._waiting or self._releases or self._held)
-            wait = _ACTIVE_WAIT if busy else _LEASE_WAIT if self._leases else _IDLE_WAIT
+            wait = self._wait()
             if self._giver.is_busy or self._taker.is_busy:
                 now = self._giver.progress + self._taker.progress
-                wait = _STAGING_WAIT if now == progress else 0.0
+                wait = _SHORTEST_WAIT if now == progress else 0.0
                 progress = now
             try:
                 # An idle agent is turned too: what peers read of us goes on only then.
@@ -250,6 +254,15 @@ class TransferWorker:
                 return
             self._take(metadata)
             self.turn()
+
+    def _wait(self) -> float:
+        """Seconds until the next turn."""
+        if self._loads:
+            age = self._clock() - max(load.since for load in self._loads.values())
+            return min(max(age / _WAITED_PART, _SHORTEST_WAIT), _LONGEST_WAIT)
+        if self._waiting or self._releases or self._held:
+            return _ACTIVE_WAIT
+        return _LEASE_WAIT if self._leases else _IDLE_WAIT
 
     def turn(self) -> None:
         """Do what can be done now, without waiting."""
@@ -306,7 +319,7 @@ class TransferWorker:
         for params in metadata.releases:
             self._releases.append((now + self._settings.handshake_timeout, params))
         for receive in metadata.receives:
-            load = _Load(receive, now + self._settings.transfer_timeout, now)
+            load = _Load(receive, now + self._settings.transfer_timeout, now, now)
             if metadata.after is None or metadata.after.query():
                 self._begin(load)
             else:
@@ -380,7 +393,8 @@ class TransferWorker:
             return
         load.num_descriptors += descriptors
         if way == "mapped":
-            load.copies.append((number, self._copy_mapped(rank, plan, units)))
+            assert rank.mapped is not None
+            load.copies.append((number, rank.mapped.copy(units)))
             return
         into, out_of = plan.indices(units, "target"), plan.indices(units, "source")
         load.copies.append((number, self._port.read(rank.local, into, rank.remote, out_of)))
@@ -415,20 +429,6 @@ class TransferWorker:
             mapped=mapped,
             seen=rank.seen,
         ).way
-
-    def _copy_mapped(self, rank: PeerRank, plan: TransferPlan, units: list[UnitBlocks]) -> Done:
-        """A kernel here reads the peer's blocks."""
-        assert self._backing is not None
-        assert rank.mapped is not None
-        base = self._backing.data_ptr()
-        for movers, table, own in zip(rank.movers, plan.tables, units, strict=True):
-            movers.copy.move(
-                rank.mapped,
-                base,
-                table.starts("source", own.source_blocks, own.source_parts),
-                table.starts("target", own.target_blocks, own.target_parts),
-            )
-        return Done(self._backing.device)
 
     def _advance(self, load: _Load) -> None:
         """Poll what is under way; go on to the check, and then to the end."""
@@ -469,6 +469,7 @@ class TransferWorker:
 
     def _start_checks(self, load: _Load) -> None:
         load.checking = True
+        load.since = self._clock()
         peer = self._book.peers.get(load.engine_id)
         if peer is None:
             load.error = "the peer was lost before its blocks could be confirmed"
@@ -509,24 +510,25 @@ class TransferWorker:
         request_id = load.receive.request_id
         del self._loads[request_id]
         self._releases.append((self._clock() + self._settings.handshake_timeout, load.params))
-        with self._lock:
-            assert self._results.finished_recving is not None
-            assert self._results.failed_recving is not None
-            if load.error is None and not load.given_up:
-                self._results.finished_recving.add(request_id)
-            else:
-                self._results.failed_recving.add(request_id)
-        if load.error is None and not load.given_up:
+        is_right = load.error is None and not load.given_up
+        if is_right:
             self._learn(load)
+            now = self._clock()
             self._count(
                 transfers=1,
                 transfer_bytes=load.num_bytes,
                 transfer_descriptors=load.num_descriptors,
-                transfer_seconds=self._clock() - load.started,
+                transfer_seconds=now - load.started,
+                transfer_check_seconds=now - load.since,
             )
         else:
             self._count(failed_transfers=1)
             logger.warning("Loading KV of request %s failed: %s", request_id, load.error)
+        with self._lock:
+            finished, failed = self._results.finished_recving, self._results.failed_recving
+            assert finished is not None
+            assert failed is not None
+            (finished if is_right else failed).add(request_id)
 
     def _learn(self, load: _Load) -> None:
         """How long it took, where one way brought everything."""

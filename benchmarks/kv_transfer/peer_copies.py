@@ -1,0 +1,164 @@
+"""How one GPU should copy blocks out of another's memory: kernel shapes, copy engines, both ways.
+
+    python benchmarks/kv_transfer/peer_copies.py [--output FILE] [--megabytes 1024]
+
+Needs two GPUs with peer access. 1 GiB of shuffled 16-token blocks of an 8B model's shape, as pages
+of 64 KiB a layer (layers outermost) and as runs of 2 MiB (blocks outermost), beside a plain peer
+copy. ``read``: the GPU that gets the bytes runs the copy; ``write``: the one that has them. Prints
+the quickest shape of the kernel for reading, which ``triton_movers.PEER`` holds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import datetime
+import json
+import platform
+import sys
+import time
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+import triton
+
+from vllm.distributed.kv_transfer.mapped import CopyEngines
+from vllm.v1.kv_cache.triton_movers import MoveShape, PieceTable
+
+LAYERS, PAGE = 32, 64 << 10
+REPEATS = 5
+SHAPES = [(words, warps) for words in (1024, 2048, 4096) for warps in (4, 8)]
+PROGRAMS_PER_SM = (0, 1, 2, 4, 8, 16)
+
+
+def cases(num_blocks: int) -> dict[str, tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """Pieces, starts there and starts here of each arrangement."""
+    rng = np.random.default_rng(1)
+    there, here = (rng.permutation(num_blocks) for _ in range(2))
+    layer = np.arange(LAYERS) * num_blocks * PAGE
+    pages = np.array([layer, layer, np.full(LAYERS, PAGE)]).T
+    block = np.array([[0, 0, LAYERS * PAGE]])
+    return {
+        "pages": (pages, there * PAGE, here * PAGE),
+        "blocks": (block, there * LAYERS * PAGE, here * LAYERS * PAGE),
+    }
+
+
+def enable_peer_access() -> None:
+    """Both ways; what is enabled already stays so."""
+    driver = ctypes.CDLL("libcuda.so.1")
+    contexts = []
+    for device in range(2):
+        context = ctypes.c_void_p()
+        driver.cuDevicePrimaryCtxRetain(ctypes.byref(context), device)
+        contexts.append(context)
+    for device in range(2):
+        with torch.cuda.device(device):
+            driver.cuCtxEnablePeerAccess(contexts[1 - device], 0)
+
+
+def seconds(device: int, copy: Callable[[], None]) -> float:
+    """The quickest of some, by the GPU's clock."""
+    with torch.cuda.device(device), torch.cuda.stream(torch.cuda.Stream()):
+        best = float("inf")
+        for _ in range(REPEATS + 1):
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin.record()
+            copy()
+            end.record()
+            end.synchronize()
+            best = min(best, begin.elapsed_time(end) / 1e3)
+    return best
+
+
+def measure(num_blocks: int) -> dict[str, Any]:
+    size = num_blocks * LAYERS * PAGE
+    memory = [torch.empty(size, dtype=torch.int8, device=f"cuda:{i}") for i in range(2)]
+    memory[0].view(torch.int64).random_()
+    for i in range(2):
+        memory[1 - i].copy_(memory[i])
+    enable_peer_access()
+    source, target = (own.data_ptr() for own in memory)
+    plain = size / seconds(1, lambda: memory[1].copy_(memory[0])) / 1e9
+    found: list[dict[str, Any]] = []
+
+    def note(what: dict[str, Any], took: float) -> None:
+        found.append(what | {"gb_per_second": size / took / 1e9})
+        print(json.dumps(found[-1]), flush=True)
+
+    engines = CopyEngines()
+    sms = torch.cuda.get_device_properties(1).multi_processor_count
+    for case, (pieces, there, here) in cases(num_blocks).items():
+        for device, way in ((1, "read"), (0, "write")):
+            lengths = np.repeat(pieces[:, 2], len(there))
+            runs_there = source + (pieces[:, :1] + there).ravel()
+            runs_here = target + (pieces[:, 1:2] + here).ravel()
+            begin = time.perf_counter()
+            took = seconds(device, partial(engines.copy, runs_there, runs_here, lengths))
+            host = (time.perf_counter() - begin) / (REPEATS + 1)
+            note({"case": case, "way": way, "by": "engines", "host_ms": round(host * 1e3, 2)}, took)
+            for words, warps in SHAPES:
+                # Half of the shapes tell whether writing is worth while.
+                if way == "write" and warps == 8:
+                    continue
+                for each in PROGRAMS_PER_SM:
+                    shape = MoveShape(words=words, warps=warps, programs=each * sms)
+                    with torch.cuda.device(device):
+                        table = PieceTable(pieces, torch.device("cuda", device), shape)
+                    took = seconds(device, partial(table.move, source, target, there, here))
+                    what = {"words": words, "warps": warps, "programs": each * sms}
+                    note({"case": case, "way": way, "by": "kernel", **what}, took)
+    check(memory, cases(num_blocks)["blocks"])
+    return {"plain_copy_gb_per_second": plain, "copies": found, "kernel": best_of(found)}
+
+
+def check(memory: list[torch.Tensor], case: tuple[np.ndarray, np.ndarray, np.ndarray]) -> None:
+    """What came last are blocks; they lie where they should."""
+    pieces, there, here = case
+    length = int(pieces[0, 2])
+    for start, to in zip(there[:16].tolist(), here[:16].tolist(), strict=True):
+        sent, came = memory[0][start : start + length], memory[1][to : to + length]
+        assert torch.equal(sent.cpu(), came.cpu()), "wrong bytes"
+
+
+def best_of(found: list[dict[str, Any]]) -> dict[str, int]:
+    """The shape whose slower arrangement is the quickest, reading."""
+    names = ("words", "warps", "programs")
+    speeds: dict[tuple[int, ...], list[float]] = {}
+    for row in found:
+        if row["by"] == "kernel" and row["way"] == "read":
+            shape = tuple(row[name] for name in names)
+            speeds.setdefault(shape, []).append(row["gb_per_second"])
+    best = max(speeds, key=lambda shape: min(speeds[shape]))
+    return dict(zip(names, best, strict=True))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--megabytes", type=int, default=1024)
+    parser.add_argument("--output")
+    options = parser.parse_args()
+    result = {
+        "date": datetime.date.today().isoformat(),
+        "device": f"2 x {torch.cuda.get_device_name(0)}",
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "triton": triton.__version__,
+        },
+        "command": " ".join(["python", *sys.argv]),
+        "bytes": options.megabytes << 20,
+        **measure((options.megabytes << 20) // (LAYERS * PAGE)),
+    }
+    print(f"plain copy {result['plain_copy_gb_per_second']:.1f} GB/s; best {result['kernel']}")
+    if options.output:
+        with open(options.output, "w") as file:
+            json.dump(result, file, indent=2)
+            file.write("\n")
+
+
+if __name__ == "__main__":
+    main()
