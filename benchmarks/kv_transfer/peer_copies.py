@@ -13,10 +13,10 @@ from __future__ import annotations
 import argparse
 import ctypes
 import datetime
+import itertools
 import json
 import platform
 import sys
-import time
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -30,8 +30,8 @@ from vllm.v1.kv_cache.triton_movers import MoveShape, PieceTable
 
 LAYERS, PAGE = 32, 64 << 10
 REPEATS = 5
-SHAPES = [(words, warps) for words in (1024, 2048, 4096) for warps in (4, 8)]
-PROGRAMS_PER_SM = (0, 1, 2, 4, 8, 16)
+SHAPES = (1024, 2048, 4096), (4, 8), (0, 1, 2, 4, 8, 16)
+"""Words of 8 bytes a program, its warps, programs an SM."""
 
 
 def cases(num_blocks: int) -> dict[str, tuple[np.ndarray, np.ndarray, np.ndarray]]:
@@ -74,54 +74,61 @@ def seconds(device: int, copy: Callable[[], None]) -> float:
     return best
 
 
-def measure(num_blocks: int) -> dict[str, Any]:
-    size = num_blocks * LAYERS * PAGE
-    memory = [torch.empty(size, dtype=torch.int8, device=f"cuda:{i}") for i in range(2)]
-    memory[0].view(torch.int64).random_()
-    for i in range(2):
-        memory[1 - i].copy_(memory[i])
-    enable_peer_access()
-    source, target = (own.data_ptr() for own in memory)
-    plain = size / seconds(1, lambda: memory[1].copy_(memory[0])) / 1e9
-    found: list[dict[str, Any]] = []
+class Measurement:
+    """Two GPUs' memory, and what was found of copies from the first to the second."""
 
-    def note(what: dict[str, Any], took: float) -> None:
-        found.append(what | {"gb_per_second": size / took / 1e9})
-        print(json.dumps(found[-1]), flush=True)
+    def __init__(self, num_blocks: int) -> None:
+        self.size = num_blocks * LAYERS * PAGE
+        self.memory = [
+            torch.empty(self.size, dtype=torch.int8, device=f"cuda:{i}") for i in range(2)
+        ]
+        self.memory[0].view(torch.int64).random_()
+        for i in range(2):
+            self.memory[1 - i].copy_(self.memory[i])
+        enable_peer_access()
+        self.cases = cases(num_blocks)
+        self.found: list[dict[str, Any]] = []
+        self.plain = self.size / seconds(1, lambda: self.memory[1].copy_(self.memory[0])) / 1e9
 
-    engines = CopyEngines()
-    sms = torch.cuda.get_device_properties(1).multi_processor_count
-    for case, (pieces, there, here) in cases(num_blocks).items():
-        for device, way in ((1, "read"), (0, "write")):
-            lengths = np.repeat(pieces[:, 2], len(there))
-            runs_there = source + (pieces[:, :1] + there).ravel()
-            runs_here = target + (pieces[:, 1:2] + here).ravel()
-            begin = time.perf_counter()
-            took = seconds(device, partial(engines.copy, runs_there, runs_here, lengths))
-            host = (time.perf_counter() - begin) / (REPEATS + 1)
-            note({"case": case, "way": way, "by": "engines", "host_ms": round(host * 1e3, 2)}, took)
-            for words, warps in SHAPES:
+    def _note(self, what: dict[str, Any], took: float) -> None:
+        self.found.append(what | {"gb_per_second": self.size / took / 1e9})
+        print(json.dumps(self.found[-1]), flush=True)
+
+    def kernels(self) -> None:
+        source, target = (own.data_ptr() for own in self.memory)
+        sms = torch.cuda.get_device_properties(1).multi_processor_count
+        for case, (pieces, there, here) in self.cases.items():
+            for words, warps, each in itertools.product(*SHAPES):
+                shape = MoveShape(words=words, warps=warps, programs=each * sms)
                 # Half of the shapes tell whether writing is worth while.
-                if way == "write" and warps == 8:
-                    continue
-                for each in PROGRAMS_PER_SM:
-                    shape = MoveShape(words=words, warps=warps, programs=each * sms)
+                for device, way in ((1, "read"), (0, "write"))[: 2 if warps == 4 else 1]:
                     with torch.cuda.device(device):
                         table = PieceTable(pieces, torch.device("cuda", device), shape)
                     took = seconds(device, partial(table.move, source, target, there, here))
                     what = {"words": words, "warps": warps, "programs": each * sms}
-                    note({"case": case, "way": way, "by": "kernel", **what}, took)
-    check(memory, cases(num_blocks)["blocks"])
-    return {"plain_copy_gb_per_second": plain, "copies": found, "kernel": best_of(found)}
+                    self._note({"case": case, "way": way, "by": "kernel", **what}, took)
+            check(self.memory, self.cases[case])
+
+    def engines(self) -> None:
+        source, target = (own.data_ptr() for own in self.memory)
+        engines = CopyEngines()
+        for case, (pieces, there, here) in self.cases.items():
+            lengths = np.repeat(pieces[:, 2], len(there))
+            runs_there = source + (pieces[:, :1] + there).ravel()
+            runs_here = target + (pieces[:, 1:2] + here).ravel()
+            for device, way in ((1, "read"), (0, "write")):
+                took = seconds(device, partial(engines.copy, runs_there, runs_here, lengths))
+                self._note({"case": case, "way": way, "by": "engines"}, took)
+            check(self.memory, self.cases[case])
 
 
 def check(memory: list[torch.Tensor], case: tuple[np.ndarray, np.ndarray, np.ndarray]) -> None:
-    """What came last are blocks; they lie where they should."""
     pieces, there, here = case
-    length = int(pieces[0, 2])
-    for start, to in zip(there[:16].tolist(), here[:16].tolist(), strict=True):
-        sent, came = memory[0][start : start + length], memory[1][to : to + length]
-        assert torch.equal(sent.cpu(), came.cpu()), "wrong bytes"
+    for offset, place, length in pieces[[0, -1]].tolist():
+        for start, to in zip(there[:8].tolist(), here[:8].tolist(), strict=True):
+            sent = memory[0][start + offset : start + offset + length]
+            came = memory[1][to + place : to + place + length]
+            assert torch.equal(sent.cpu(), came.cpu()), "wrong bytes"
 
 
 def best_of(found: list[dict[str, Any]]) -> dict[str, int]:
@@ -141,23 +148,28 @@ def main() -> None:
     parser.add_argument("--megabytes", type=int, default=1024)
     parser.add_argument("--output")
     options = parser.parse_args()
-    result = {
-        "date": datetime.date.today().isoformat(),
-        "device": f"2 x {torch.cuda.get_device_name(0)}",
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "triton": triton.__version__,
-        },
-        "command": " ".join(["python", *sys.argv]),
-        "bytes": options.megabytes << 20,
-        **measure((options.megabytes << 20) // (LAYERS * PAGE)),
-    }
-    print(f"plain copy {result['plain_copy_gb_per_second']:.1f} GB/s; best {result['kernel']}")
-    if options.output:
-        with open(options.output, "w") as file:
-            json.dump(result, file, indent=2)
-            file.write("\n")
+    measurement = Measurement((options.megabytes << 20) // (LAYERS * PAGE))
+    for step in (measurement.kernels, measurement.engines):
+        step()
+        result = {
+            "date": datetime.date.today().isoformat(),
+            "device": f"2 x {torch.cuda.get_device_name(0)}",
+            "versions": {
+                "python": platform.python_version(),
+                "torch": torch.__version__,
+                "triton": triton.__version__,
+            },
+            "command": " ".join(["python", *sys.argv]),
+            "bytes": measurement.size,
+            "plain_copy_gb_per_second": measurement.plain,
+            "copies": measurement.found,
+            "kernel": best_of(measurement.found),
+        }
+        if options.output:
+            with open(options.output, "w") as file:
+                json.dump(result, file, indent=2)
+                file.write("\n")
+    print(f"plain copy {measurement.plain:.1f} GB/s; best {result['kernel']}")
 
 
 if __name__ == "__main__":
