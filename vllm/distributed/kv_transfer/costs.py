@@ -81,8 +81,8 @@ NVLINK = TransportCosts(
     seconds_per_chunk=250e-6,
     seconds_to_start=400e-6,
     slot_bytes=32 << 20,
-    mapped_bytes_per_second=210e9,
-    mapped_seconds=1e-3,
+    mapped_bytes_per_second=300e9,
+    mapped_seconds=0.5e-3,
 )
 HOST_COPIES = TransportCosts(
     name="host",
@@ -116,14 +116,18 @@ class Experience:
 
     def __init__(self) -> None:
         self._factors: dict[Way, float] = {}
+        self._tried: set[Way] = set()
 
     def factor(self, way: Way) -> float:
         return self._factors.get(way, 1.0)
 
     def learn(self, way: Way, predicted: float, measured: float) -> None:
-        """What a transfer took."""
+        """What a transfer took. A way's first one tells nothing: it also builds kernels."""
         for other in self._factors.keys() - {way}:
             self._factors[other] **= self._FADES
+        if way not in self._tried:
+            self._tried.add(way)
+            return
         ratio = min(max(measured / predicted, 1 / self._MOST), self._MOST)
         self._factors[way] = self.factor(way) ** (1 - self._NEW) * ratio**self._NEW
 
