@@ -25,7 +25,6 @@ import numpy as np
 import torch
 import triton
 
-from vllm.distributed.kv_transfer.mapped import CopyEngines
 from vllm.v1.kv_cache.triton_movers import MoveShape, PieceTable
 
 LAYERS, PAGE = 32, 64 << 10
@@ -72,6 +71,54 @@ def seconds(device: int, copy: Callable[[], None]) -> float:
             end.synchronize()
             best = min(best, begin.elapsed_time(end) / 1e3)
     return best
+
+
+_STREAM_ORDER = 1
+_BESIDE_KERNELS = 1
+
+
+class _Attributes(ctypes.Structure):
+    """CUmemcpyAttributes; the hints are for managed memory."""
+
+    _fields_ = [
+        ("order", ctypes.c_int),
+        ("source_hint", ctypes.c_int * 2),
+        ("target_hint", ctypes.c_int * 2),
+        ("flags", ctypes.c_uint),
+    ]
+
+
+class CopyEngines:
+    """Many copies by one call of CUDA's driver.
+
+    Raises:
+        OSError, AttributeError: there is no driver, or one before CUDA 12.8.
+    """
+
+    def __init__(self) -> None:
+        self._call = ctypes.CDLL("libcuda.so.1").cuMemcpyBatchAsync
+        self._attributes = _Attributes(order=_STREAM_ORDER, flags=_BESIDE_KERNELS)
+        self._first = ctypes.c_size_t(0)
+
+    def copy(self, sources: np.ndarray, targets: np.ndarray, lengths: np.ndarray) -> None:
+        """Queue runs (addresses and bytes) on the current stream, which is not the default one.
+
+        Raises:
+            RuntimeError: CUDA refuses them.
+        """
+        arrays = [np.ascontiguousarray(own, np.uint64) for own in (targets, sources, lengths)]
+        failed = ctypes.c_size_t()
+        error = self._call(
+            *(ctypes.c_void_p(array.ctypes.data) for array in arrays),
+            ctypes.c_size_t(len(lengths)),
+            ctypes.byref(self._attributes),
+            ctypes.byref(self._first),
+            ctypes.c_size_t(1),
+            ctypes.byref(failed),
+            ctypes.c_void_p(torch.cuda.current_stream().cuda_stream),
+        )
+        if error:
+            raise RuntimeError(f"cuMemcpyBatchAsync: error {error} at run {failed.value}")
 
 
 class Measurement:

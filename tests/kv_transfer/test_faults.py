@@ -104,7 +104,6 @@ class Engine:
             settings,
             self.port,
             self.ask,
-            backing=self.cache.backing,
             ring=ring,
             pushes="push" in way,
             threaded=False,
@@ -306,8 +305,7 @@ class Campaign:
             self.turn()
         for engine in (self.p, self.d):
             assert engine.free_blocks() == NUM_BLOCKS - 1
-            assert not engine.worker._loads and not engine.worker._leases
-            assert not engine.worker._giver.is_busy and not engine.worker._taker.is_busy
+            assert engine.worker.is_idle
             assert engine.ring is None or engine.ring.num_free == engine.ring.shape.num_slots
             engine.scheduler.check_integrity()
 

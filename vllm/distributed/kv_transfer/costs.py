@@ -47,6 +47,8 @@ class TransportCosts:
     """Messages and launches of a chunk."""
     seconds_to_start: float
     """Asking the peer to gather, and its answer."""
+    num_slots: int
+    """Of the staging ring where nobody says."""
     slot_bytes: int
     """Of the staging ring where nobody says: hides a chunk's messages, or stays in the caches."""
     mapped_bytes_per_second: float = 0.0
@@ -78,10 +80,11 @@ NVLINK = TransportCosts(
     bytes_per_second=385e9,
     copy_bytes_per_second=1.5e12,
     copies_run_beside=True,
-    seconds_per_chunk=250e-6,
+    seconds_per_chunk=350e-6,
     seconds_to_start=400e-6,
-    slot_bytes=32 << 20,
-    mapped_bytes_per_second=300e9,
+    num_slots=4,
+    slot_bytes=64 << 20,
+    mapped_bytes_per_second=365e9,
     mapped_seconds=0.5e-3,
 )
 HOST_COPIES = TransportCosts(
@@ -93,6 +96,7 @@ HOST_COPIES = TransportCosts(
     copies_run_beside=False,
     seconds_per_chunk=60e-6,
     seconds_to_start=1e-3,
+    num_slots=8,
     slot_bytes=1 << 21,
 )
 TRANSPORTS: Mapping[str, TransportCosts] = MappingProxyType(

@@ -191,25 +191,6 @@ class TransferTable:
             for length, count in Counter(lane.length for lane in self.lanes).items()
         )
 
-    def runs(self, units: UnitBlocks) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Source offsets, target offsets and lengths of what moves, with neighbours joined."""
-        found: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
-        starts = self._both_starts(units)
-        for length in {lane.length for lane in self.lanes} if len(units) else ():
-            lanes = [lane for lane in self.lanes if lane.length == length]
-            gap = np.ones(len(units), dtype=bool)
-            gap[1:] = (np.diff(starts[0]) != length) | (np.diff(starts[1]) != length)
-            first = np.flatnonzero(gap)
-            lengths = np.diff(np.append(first, len(units))) * length
-            sources = np.array([lane.source for lane in lanes])[:, None] + starts[0][first]
-            targets = np.array([lane.target for lane in lanes])[:, None] + starts[1][first]
-            found.append((sources.ravel(), targets.ravel(), np.tile(lengths, len(lanes))))
-        if not found:
-            none = np.empty(0, dtype=np.int64)
-            return none, none, none
-        sources, targets, lengths = (np.concatenate(part) for part in zip(*found, strict=True))
-        return sources, targets, lengths
-
     def _both_starts(self, units: UnitBlocks) -> tuple[np.ndarray, np.ndarray]:
         return (
             _starts(self.source, units.source_blocks, units.source_parts),

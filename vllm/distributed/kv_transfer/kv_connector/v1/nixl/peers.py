@@ -23,6 +23,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.topology import TransferTopolo
 from vllm.distributed.kv_transfer.mapped import MappedMemory
 from vllm.distributed.kv_transfer.plan import TransferPlan, plan_transfer
 from vllm.distributed.kv_transfer.staging import RingPair, RingShape, TableMovers
+from vllm.distributed.kv_transfer.transport.peer_process import PeerProcess
 from vllm.distributed.kv_transfer.transport.port import TransferPort
 from vllm.errors import ConfigError, KVTransferError
 from vllm.v1.kv_cache.descriptors import CacheDescriptor
@@ -69,6 +70,10 @@ class PeerRank:
     introduced: bool = False
     """It knows us, and what we take."""
     lease_table: Any = None
+    lease_address: int = 0
+    """Of its lease table, in its process."""
+    process: PeerProcess | None = None
+    """By which the table is read where that can be."""
     num_leases: int = 0
 
 
@@ -229,6 +234,8 @@ class PeerBook:
         table = np.array([[metadata.lease_table, 8, 8, metadata.num_leases]], dtype=np.int64)
         found.lease_table = self._port.prepare(found.agent, table, on_host=True)
         found.num_leases = metadata.num_leases
+        found.lease_address = metadata.lease_table
+        found.process = self._port.process(found.agent)
         return found
 
     def _prepare(
