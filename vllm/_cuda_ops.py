@@ -20,6 +20,7 @@ from vllm.utils.dependent_launch import await_previous, is_hopper, options, rele
 
 __all__ = [
     "SkinnyConfig",
+    "embedding_part",
     "fused_add_rms_norm",
     "gate_up_silu",
     "linear",
@@ -110,7 +111,7 @@ def _silu_and_mul_kernel(
     tl.store(out_ptr + row * stride_o + at, gate / (1 + tl.exp(-gate)) * up, mask=valid)
 
 
-_SILU_BLOCK = 1024
+_COLUMNS = 1024
 
 
 def silu_and_mul(x: torch.Tensor) -> torch.Tensor:
@@ -118,9 +119,37 @@ def silu_and_mul(x: torch.Tensor) -> torch.Tensor:
     rows, width = x.shape
     out = torch.empty((rows, width // 2), dtype=x.dtype, device=x.device)
     if rows:
-        _silu_and_mul_kernel[(rows, triton.cdiv(width // 2, _SILU_BLOCK))](
-            x, out, width // 2, x.stride(0), out.stride(0), BLOCK=_SILU_BLOCK, num_warps=4,
+        _silu_and_mul_kernel[(rows, triton.cdiv(width // 2, _COLUMNS))](
+            x, out, width // 2, x.stride(0), out.stride(0), BLOCK=_COLUMNS, num_warps=4,
             **options(x.device),
+        )  # fmt: skip
+    return out
+
+
+@triton.jit
+def _embedding_part_kernel(
+    ids_ptr, table_ptr, out_ptr, first, count, size, stride_ids, stride_table, stride_o,
+    BLOCK: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    release(PDL)
+    await_previous(PDL)
+    row = tl.program_id(0).to(tl.int64)
+    at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    valid = at < size
+    local = tl.load(ids_ptr + row * stride_ids).to(tl.int64) - first
+    here = (local >= 0) & (local < count)
+    x = tl.load(table_ptr + local * stride_table + at, mask=valid & here, other=0)
+    tl.store(out_ptr + row * stride_o + at, x, mask=valid)
+
+
+def embedding_part(ids: torch.Tensor, weight: torch.Tensor, first: int) -> torch.Tensor:
+    """Rows ``ids - first`` of ``weight`` (n, k), zeros for those it lacks; (T,) -> (T, k)."""
+    (rows,), (count, size) = ids.shape, weight.shape
+    out = torch.empty((rows, size), dtype=weight.dtype, device=weight.device)
+    if rows:
+        _embedding_part_kernel[(rows, triton.cdiv(size, _COLUMNS))](
+            ids, weight, out, first, count, size, ids.stride(0), weight.stride(0), out.stride(0),
+            BLOCK=_COLUMNS, num_warps=4, **options(weight.device),
         )  # fmt: skip
     return out
 

@@ -38,6 +38,7 @@ __all__ = [
     "PackedWeight",
     "argmax",
     "embedding",
+    "embedding_part",
     "experts_gate_up_silu",
     "experts_linear",
     "fused_add_rms_norm",
@@ -426,6 +427,21 @@ def embedding(ids: torch.Tensor, weight: PackedWeight | torch.Tensor) -> torch.T
             return out
         weight = weight.plain
     return F.embedding(ids, weight)
+
+
+def embedding_part(
+    ids: torch.Tensor, weight: PackedWeight | torch.Tensor, first: int, count: int
+) -> torch.Tensor:
+    """Rows ``ids - first`` of ``weight`` (count, k), and zeros for ids that are not among them.
+
+    Ids: (T,) integers of a table that several hold a part of -> (T, k).
+    """
+    if ids.is_cuda and ids.dim() == 1 and isinstance(weight, torch.Tensor):
+        return _cuda_ops.embedding_part(ids, weight, first)
+    local = ids - first
+    elsewhere = (local < 0) | (local >= count)
+    output = embedding(local.masked_fill(elsewhere, 0), weight)
+    return output.masked_fill_(elsewhere.unsqueeze(-1), 0)
 
 
 def _rows_of(x: torch.Tensor) -> tuple[int, int, int, int] | None:

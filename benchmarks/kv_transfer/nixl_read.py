@@ -65,6 +65,7 @@ SHAPES = {
     "cpu": Shape(heads=4, head_size=64, megabytes=256, repeats=7),
     "cuda": Shape(heads=8, head_size=128, megabytes=1024, repeats=12),
 }
+SECRET = b"of both sides"
 SEEDS = {"p": 1, "d": 100}
 
 
@@ -138,6 +139,7 @@ def make_side(
     local = LocalSide(
         engine_id=engine_id,
         session="s",
+        secret=SECRET,
         shard=shard,
         descriptor=descriptor,
         total_heads={layer.name: case.shape.heads for layer in descriptor.layers},
@@ -192,6 +194,7 @@ def receive_of(case: Case, number: int, there: list[int], here: list[int]) -> Re
         remote_num_tokens=num_tokens,
         remote_lease_slot=number,
     )
+    params.remote_seal = params.sealed_by(SECRET)
     return Receive(
         request_id=f"r{number}",
         params=params,

@@ -65,3 +65,19 @@ def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
     made = Fleet(tmp_path_factory.mktemp("fleet"))
     yield made
     made.close()
+
+
+@pytest.fixture(scope="module")
+def mooncake_fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
+    """Servers in a network of their own, as long as a module's tests run."""
+    from tests.kv_transfer.harness import Fleet
+    from tests.kv_transfer.mooncake import own_network, require_mooncake
+
+    require_mooncake()
+    with pytest.MonkeyPatch.context() as patch, own_network():
+        patch.setenv("GLOG_minloglevel", "2")
+        made = Fleet(tmp_path_factory.mktemp("mooncake"))
+        try:
+            yield made
+        finally:
+            made.close()

@@ -1,4 +1,8 @@
-"""Stands between a decoder and the handshake port of a prefill server, and spoils messages."""
+"""Stands between a decoder and a port of a prefill server, and spoils messages.
+
+That port takes handshakes (NIXL) or questions (Mooncake). Who asks has one socket where answers do
+not say for whom they are.
+"""
 
 from __future__ import annotations
 
@@ -32,6 +36,7 @@ class SideChannelProxy:
         self._back = self._context.socket(zmq.DEALER)
         self._back.connect(f"tcp://127.0.0.1:{target}")
         self._held: list[tuple[float, list[bytes]]] = []
+        self._asker: list[bytes] = []
         self.num_spoiled = 0
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name="proxy", daemon=True)
@@ -44,6 +49,10 @@ class SideChannelProxy:
         self._stopping.set()
         self._thread.join()
         self._context.destroy(linger=0)
+
+    def be_honest(self) -> None:
+        """Pass on everything from now."""
+        self._fault = None
 
     def _run(self) -> None:
         poller = zmq.Poller()
@@ -62,6 +71,7 @@ class SideChannelProxy:
                 self._front.send_multipart(frames)
 
     def _request(self, frames: list[bytes]) -> None:
+        self._asker = frames[:-1]
         if self._fault == "lose request":
             self.num_spoiled += 1
             return
@@ -75,6 +85,8 @@ class SideChannelProxy:
 
     def _answer(self, frames: list[bytes]) -> None:
         wait = 0.0
+        if len(frames) == 1:
+            frames = [*self._asker, *frames]
         if self._fault == "lose answer":
             self.num_spoiled += 1
             return
@@ -95,6 +107,7 @@ class SideChannelProxy:
     def _spoil(self, answer: bytes) -> bytes:
         rng = self._rng
         kind = rng.choice(("noise", "short", "bits", "types", "inside"))
+        outer = _fields(answer)
         if kind == "noise":
             return rng.randbytes(rng.randint(0, 5000))
         if kind == "short":
@@ -102,8 +115,7 @@ class SideChannelProxy:
         if kind == "types":
             payload = rng.choice([None, 5, "text", [answer], b"\xc1", b""])
             return msgspec.msgpack.encode({"payload": payload, "error": None})
-        outer = msgspec.msgpack.decode(answer)
-        if kind == "inside" and outer["payload"] is not None:
+        if kind == "inside" and outer.get("payload") is not None:
             inner = msgspec.msgpack.decode(outer["payload"])
             metadata = bytearray(inner["agent_metadata_bytes"])
             metadata[rng.randrange(len(metadata))] ^= 1 << rng.randrange(8)
@@ -114,3 +126,12 @@ class SideChannelProxy:
         for _ in range(rng.randint(1, 8)):
             spoilt[rng.randrange(len(spoilt))] ^= 1 << rng.randrange(8)
         return bytes(spoilt)
+
+
+def _fields(answer: bytes) -> dict[str, Any]:
+    """Of a handshake; none of another answer."""
+    try:
+        found = msgspec.msgpack.decode(answer)
+    except (msgspec.DecodeError, UnicodeDecodeError):
+        return {}
+    return found if isinstance(found, dict) else {}

@@ -12,7 +12,8 @@ import zmq
 
 from tests.core.helpers import make_request
 from tests.entrypoints.server import free_port
-from tests.kv_transfer.test_faults import Clock, Engine
+from tests.kv_transfer.campaigns import Clock
+from tests.kv_transfer.test_faults import PullEngine
 from vllm.distributed.kv_transfer.kv_connector.v1.nixl.messages import (
     AgentMetadata,
     HandshakePayload,
@@ -34,7 +35,7 @@ NONSENSE = [None, -1, 0, 1, 2, 1 << 31, 1 << 62, "x", "", [], {}, 0.5, 1e308, Tr
 def engines():
     fabric, clock = MemoryFabric(), Clock()
     p, d = (
-        Engine(fabric, clock, name, role, "fail", "BHLNC")
+        PullEngine(fabric, clock, name, role, "fail", "BHLNC")
         for name, role in (("p", "kv_producer"), ("d", "kv_consumer"))
     )
     d.others["p-host"] = p

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from tests.core.helpers import make_request
-from tests.kv_transfer.test_faults import Clock, Engine, expected_tokens
+from tests.kv_transfer.campaigns import Clock, expected_tokens
+from tests.kv_transfer.test_faults import PullEngine
 from vllm.distributed.kv_transfer.transport.memory import MemoryFabric
 from vllm.v1.engine import FinishReason
 from vllm.v1.request import RequestStatus
@@ -21,8 +22,8 @@ class Hosts:
         fabric = MemoryFabric()
         self.clocks = Clock(), Clock()
         self.clocks[1].now += offset
-        self.p = Engine(fabric, self.clocks[0], "p", "kv_producer", "fail", "BHLNC")
-        self.d = Engine(fabric, self.clocks[1], "d", "kv_consumer", "fail", "LBHNC", 32)
+        self.p = PullEngine(fabric, self.clocks[0], "p", "kv_producer", "fail", "BHLNC")
+        self.d = PullEngine(fabric, self.clocks[1], "d", "kv_consumer", "fail", "LBHNC", 32)
         self.d.others["p-host"] = self.p
 
     def turn(self, seconds=0.02, *engines):

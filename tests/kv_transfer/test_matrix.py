@@ -75,7 +75,11 @@ def test_every_pair_of_values_is_in_the_set():
     assert len(COVERING) <= 24
 
 
-def setup(combination: Combination, side: str) -> Setup:
+def name_of(combination: Combination) -> str:
+    return "-".join(str(value).replace(" ", "_") for value in combination.values())
+
+
+def setup(combination: Combination, side: str, **more: Any) -> Setup:
     model = combination["model"]
     # A convolution's state is cut by channels where a channel's rows lie together.
     environment = (("VLLM_SSM_CONV_STATE_LAYOUT", "DS"),) if model in STATEFUL else ()
@@ -85,16 +89,13 @@ def setup(combination: Combination, side: str) -> Setup:
         block_size=combination[f"{side} block size"],
         layout=combination[f"{side} layout"],
         environment=environment,
+        **more,
     )
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize(
-    "combination",
-    COVERING,
-    ids=lambda one: "-".join(str(v).replace(" ", "_") for v in one.values()),
-)
+@pytest.mark.parametrize("combination", COVERING, ids=name_of)
 def test_servers_that_differ_write_the_tokens_of_one(fleet, combination):
     theirs, ours = setup(combination, "their"), setup(combination, "our")
     compare(fleet, theirs, ours, make_prompts(5, seed=len(combination["model"])))

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 from tests.core.helpers import make_request
-from tests.kv_transfer.test_mooncake_faults import PushEngine, calm
+from tests.kv_transfer.test_mooncake_faults import PushCampaign, PushEngine
 from vllm.distributed.kv_transfer.kv_connector.v1.mooncake.bootstrap import (
     BootstrapServer,
     Registration,
@@ -36,9 +36,9 @@ from vllm.distributed.kv_transfer.kv_connector.v1.mooncake.messages import (
     Wanted,
     Withdrawal,
     decode_sealed,
-    prompt_digest,
     sealed,
 )
+from vllm.distributed.kv_transfer.kv_connector.v1.seals import prompt_digest
 from vllm.distributed.kv_transfer.transport.channel import ZmqChannel
 from vllm.distributed.kv_transfer.transport.memory import MemoryChannel
 from vllm.errors import ConfigError, KVTransferError
@@ -51,7 +51,7 @@ class Stranger:
     """A prefill engine with one prompt that waits, and somebody who writes to it by hand."""
 
     def __init__(self):
-        self.campaign = calm("fail")
+        self.campaign = PushCampaign.calm("fail")
         self.p, self.d = self.campaign.p, self.campaign.d
         self.channel = MemoryChannel(self.p.fabric, "stranger")
         self.layout = self.d.worker.receiver._layout
@@ -305,7 +305,7 @@ def test_more_questions_than_may_wait_are_refused():
 
 
 def test_answers_of_strangers_mean_nothing_to_a_decoder():
-    campaign = calm("fail")
+    campaign = PushCampaign.calm("fail")
     p, d = campaign.p, campaign.d
     second = make_request("r-d", PROMPT, max_tokens=3)
     second.kv_transfer_params = {

@@ -8,20 +8,16 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import random
 import signal
 import time
-from collections import Counter
-from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
-import httpx
 import msgspec
 import pytest
 
 from tests.entrypoints.server import free_port
 from tests.kv_transfer.harness import Engine, Fleet, Setup
+from tests.kv_transfer.real_campaign import RealCampaign, schedule
 from tests.kv_transfer.side_channel_proxy import FAULTS, SideChannelProxy
 from vllm.distributed.kv_transfer.kv_connector.v1.nixl.messages import (
     AgentMetadata,
@@ -40,7 +36,6 @@ EXTRA = {
     "handshake_timeout": HANDSHAKE,
     "transfer_timeout": TRANSFER,
 }
-SERVES_WITHIN = 2.0
 KINDS = {
     "kill the prefill server before the fetch": 4,
     "kill the prefill server within requests": 4,
@@ -57,99 +52,28 @@ KINDS = {
     "side channel: garbage": 6,
 }
 """How often each occurs in the campaign: 55 in all."""
-Outcome = tuple[int, Any]
 
 
-class Campaign:
-    """One prefill and one decode server, and what happens to them, by seed.
-
+class Campaign(RealCampaign):
+    """
     Args:
-        policy: ``kv_load_failure_policy`` of the decoder.
         corrupt: change the prefill server's cache before it is read.
     """
 
     def __init__(self, fleet: Fleet, seed: int, policy: str, corrupt: bool = False) -> None:
-        self.fleet, self.policy, self.corrupt = fleet, policy, corrupt
-        self.rng = random.Random(seed)
+        self.corrupt = corrupt
         side = ("VLLM_NIXL_SIDE_CHANNEL_PORT", str(free_port()))
         # What changes bytes behind a server's back would be noticed by its debugger.
         debug = (("VLLM_KV_CACHE_DEBUG", "0"),) if corrupt else ()
         common = {"model": "llama", "extra": json.dumps(EXTRA)}
-        name = f"p{seed}"
-        self.prefill_setup = Setup(
-            role="kv_producer", name=name, environment=(side, *debug), **common
-        )
+        prefill = Setup(role="kv_producer", name=f"p{seed}", environment=(side, *debug), **common)
         # Its prefix cache is emptied in between.
         dev = ("VLLM_SERVER_DEV_MODE", "1")
-        self.decode_setup = Setup(
+        decode = Setup(
             role="kv_consumer", policy=policy, name=f"d{seed}", environment=(dev,), **common
         )
-        self.plain_setup = Setup(model="llama")
-        self.outcomes: Counter[str] = Counter()
-        self.by_kind: dict[str, Counter[str]] = {}
-        self.slowest = 0.0
-
-    @property
-    def p(self) -> Engine:
-        return self.fleet.get(self.prefill_setup)
-
-    @property
-    def d(self) -> Engine:
-        return self.fleet.get(self.decode_setup)
-
-    def prompts(self, count: int) -> list[list[int]]:
-        rng = self.rng
-        return [[rng.randrange(3, 190) for _ in range(rng.randint(20, 200))] for _ in range(count)]
-
-    def run(self, kinds: Iterator[str] | list[str]) -> None:
-        for kind in kinds:
-            # A lease would not outlast a start.
-            self.fleet.all_of(self.prefill_setup, self.decode_setup, self.plain_setup)
-            what, _, detail = kind.partition(": ")
-            fault = getattr(self, what.replace(" ", "_"))
-            prompts = self.prompts(self.rng.randint(1, 4))
-            outcomes = fault(prompts, *([detail] if detail else []))
-            self.judge(kind, prompts, outcomes)
-            self.survivors_serve(kind)
-
-    def judge(self, kind: str, prompts: list[list[int]], outcomes: list[Outcome | None]) -> None:
-        plain = self.fleet.get(self.plain_setup)
-        for prompt, outcome in zip(prompts, outcomes, strict=True):
-            if outcome is None:
-                self.count(kind, "gone")
-                continue
-            status, body = outcome
-            if status == 200:
-                expected = plain.tokens(prompt)
-                got = body["choices"][0]["token_ids"]
-                assert got == expected, f"{kind}: wrong tokens for {len(prompt)} tokens"
-                self.count(kind, "right")
-                continue
-            assert status in (400, 500, 502, 503), f"{kind}: {status} {body}"
-            assert body["error"]["message"], f"{kind}: an error that says nothing"
-            self.count(kind, "error")
-
-    def count(self, kind: str, outcome: str) -> None:
-        self.outcomes[outcome] += 1
-        self.by_kind.setdefault(kind, Counter())[outcome] += 1
-
-    def survivors_serve(self, kind: str) -> None:
-        """At once, and with every block given back."""
-        (prompt,) = self.prompts(1)
-        expected = self.fleet.get(self.plain_setup).tokens(prompt)
-        ours = (self.prefill_setup, self.decode_setup)
-        running = [self.fleet.running[setup] for setup in ours if setup in self.fleet.running]
-        alive = [engine for engine in running if engine.alive]
-        for engine in alive:
-            begin = time.monotonic()
-            response = engine.complete(prompt, timeout=SERVES_WITHIN)
-            self.slowest = max(self.slowest, time.monotonic() - begin)
-            assert response.status_code == 200, f"{kind}: {response.text}"
-            assert response.json()["choices"][0]["token_ids"] == expected, kind
-        for engine in alive:
-            engine.wait_until_empty(LEASE + HANDSHAKE + TRANSFER + 10)
-
-    # Requests
+        limit = LEASE + HANDSHAKE + TRANSFER + 10
+        super().__init__(fleet, seed, policy, prefill, decode, limit)
 
     def fetch(self, prompts: list[list[int]], **change: Any) -> list[dict[str, Any]]:
         """Prefill, one after the other; the parameters of each."""
@@ -161,38 +85,8 @@ class Campaign:
             answers.append(params | change)
         return answers
 
-    def decode(
-        self, prompts: list[list[int]], answers: list[dict[str, Any]], timeout: float = 30
-    ) -> list[Future[Outcome | None]]:
-        """Started, all at the same time; None is for a connection that broke."""
-        d = self.d
-
-        def ask(prompt: list[int], params: dict[str, Any]) -> Outcome | None:
-            try:
-                with httpx.Client(base_url=d.url, timeout=timeout) as client:
-                    body = {**completion(prompt), "kv_transfer_params": params}
-                    response = client.post("/v1/completions", json=body)
-            except httpx.TransportError:
-                return None
-            return response.status_code, response.json()
-
-        pool = ThreadPoolExecutor(len(prompts))
-        futures = [pool.submit(ask, *pair) for pair in zip(prompts, answers, strict=True)]
-        pool.shutdown(wait=False)
-        return futures
-
     def answered(self, prompts: list[list[int]], answers: list[dict[str, Any]]) -> list[Any]:
-        """All must be: nobody has hurt the decoder."""
-        outcomes = [future.result() for future in self.decode(prompts, answers)]
-        assert None not in outcomes, "the decode server broke off an answer"
-        return outcomes
-
-    def kill(self, engine: Engine) -> None:
-        engine.signal(signal.SIGKILL)
-        engine.process.wait()
-
-    def pause(self) -> None:
-        time.sleep(self.rng.choice((0.0, 0.01, 0.03, 0.1)))
+        return self.all_answered(self.decode(prompts, answers))
 
     # Faults
 
@@ -206,9 +100,7 @@ class Campaign:
         futures = self.decode(prompts, answers)
         self.pause()
         self.kill(self.p)
-        outcomes = [future.result() for future in futures]
-        assert None not in outcomes
-        return outcomes
+        return self.all_answered(futures)
 
     def kill_the_decode_server_within_requests(self, prompts):
         answers = self.fetch(prompts)
@@ -242,9 +134,7 @@ class Campaign:
         self.p.signal(signal.SIGSTOP)
         time.sleep(0.5)
         self.p.signal(signal.SIGCONT)
-        outcomes = [future.result() for future in futures]
-        assert None not in outcomes
-        return outcomes
+        return self.all_answered(futures)
 
     def freeze_the_decode_server_beyond_the_lease(self, prompts):
         answers = self.fetch(prompts)
@@ -309,16 +199,6 @@ class Campaign:
         return outcomes
 
 
-def completion(prompt: list[int]) -> dict[str, Any]:
-    return {
-        "prompt": prompt,
-        "max_tokens": 12,
-        "temperature": 0,
-        "ignore_eos": True,
-        "return_token_ids": True,
-    }
-
-
 def spoil_cache(p: Engine, params: dict[str, Any]) -> None:
     """Change the sign of everything in a prompt's first block, in the server's own memory."""
     encoded = ask_handshake("127.0.0.1", p.side_port, 0, 5)
@@ -336,12 +216,6 @@ def spoil_cache(p: Engine, params: dict[str, Any]) -> None:
                     content[3::4] = bytes(byte ^ 0x80 for byte in content[3::4])
                     memory.seek(-layer.content_bytes, 1)
                     memory.write(content)
-
-
-def schedule(seed: int) -> list[str]:
-    kinds = [kind for kind, count in KINDS.items() for _ in range(count)]
-    random.Random(seed).shuffle(kinds)
-    return kinds
 
 
 @pytest.fixture
@@ -366,17 +240,15 @@ def test_requests_end_right_or_with_an_error_whatever_happens(campaign_of, polic
     """Half of the faults with either policy; together more than 50."""
     campaign = campaign_of(1 if policy == "fail" else 2, policy)
     half = 0 if policy == "fail" else 1
-    campaign.run(schedule(7)[half::2])
-    print(policy, dict(campaign.outcomes), f"slowest survivor {campaign.slowest:.3f} s")
-    for kind, outcomes in sorted(campaign.by_kind.items()):
-        print(f"  {kind}: {dict(outcomes)}")
+    campaign.run(schedule(KINDS, 7)[half::2])
+    campaign.report()
     assert campaign.outcomes["right"] > 10
     if policy == "fail":
         assert campaign.outcomes["error"] > 5
 
 
 def test_there_are_at_least_fifty_faults():
-    assert len(schedule(7)) >= 50
+    assert len(schedule(KINDS, 7)) >= 50
 
 
 @pytest.mark.slow

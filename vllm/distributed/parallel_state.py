@@ -69,10 +69,21 @@ class GroupCoordinator:
             dist.all_reduce(tensor, group=self.group)
         return tensor
 
+    def add_rms_norm(
+        self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
+    ) -> bool:
+        """In place and in one kernel: ``residual += sum of x``, then ``x = rms_norm(residual)``.
+
+        False, with nothing done, where there is no such kernel for these tensors.
+        """
+        return self.symmetric is not None and self.symmetric.add_rms_norm(x, residual, weight, eps)
+
     def all_gather(self, tensor: torch.Tensor, dim: int = -1) -> torch.Tensor:
         """Every rank's tensor, concatenated along ``dim`` in rank order; equal shapes."""
         if self.group is None:
             return tensor
+        if self.symmetric is not None and self.symmetric.joins(tensor, dim):
+            return self.symmetric.all_gather(tensor)
         parts = [torch.empty_like(tensor) for _ in self.ranks]
         dist.all_gather(parts, tensor.contiguous(), group=self.group)
         return torch.cat(parts, dim=dim)

@@ -1,7 +1,8 @@
 """Sums over the GPUs of one host through memory that all of them see.
 
-Small sums, as decodes have, take one kernel in which every GPU reads the others' parts; NCCL needs
-several times as long for them. Large ones are NCCL's business. NVLink multicast is not used.
+The sums of decodes take one kernel that writes into the others' memory (``peer_words``), those of
+some hundred rows more one in which every GPU reads the others' parts; NCCL needs several times as
+long for them. Large ones are NCCL's business. NVLink multicast is not used.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import torch.distributed as dist
 import torch.distributed._symmetric_memory as symmetric_memory
 
 import vllm.envs as envs
+from vllm.distributed.device_communicators.peer_words import AREA_BYTES, PeerWords
 from vllm.logger import init_logger
 
 __all__ = ["SymmetricAllReduce", "make_symmetric_all_reduce"]
@@ -26,8 +28,8 @@ _DTYPES = (torch.bfloat16, torch.float32)
 _ALIGN_BYTES = 16
 
 
-class SymmetricAllReduce:
-    """In-place sums of up to 4 MiB over the ranks of ``group``.
+class _PeerReads:
+    """In-place sums of up to 4 MiB by torch's operators.
 
     Two ranks read each other's whole input. More of them sum a share each, so that all see the
     same bits whatever the order of their sums.
@@ -50,7 +52,6 @@ class SymmetricAllReduce:
         )
 
     def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Sum ``tensor``, which ``takes`` accepts, in place; it comes back."""
         place = self._buffer[: tensor.nbytes].view(tensor.dtype).view(tensor.shape)
         if self._reads_all:
             return torch.ops.symm_mem.one_shot_all_reduce_copy_out(
@@ -59,6 +60,56 @@ class SymmetricAllReduce:
         place.copy_(tensor)
         torch.ops.symm_mem.two_shot_all_reduce_(place, "sum", self._name)
         return tensor.copy_(place)
+
+
+def _make_peer_words(group: dist.ProcessGroup, device: torch.device) -> PeerWords:
+    area = symmetric_memory.empty(AREA_BYTES // 8, dtype=torch.int64, device=device)
+    area.zero_()
+    # No rank writes into another's area before that is zero: all meet in the rendezvous.
+    torch.cuda.synchronize(device)
+    handle = symmetric_memory.rendezvous(area, group)
+    areas = [handle.get_buffer(rank, area.shape, area.dtype) for rank in range(group.size())]
+    areas[group.rank()] = area
+    return PeerWords.of(group.rank(), areas)
+
+
+class SymmetricAllReduce:
+    """In-place sums over the ranks of ``group``, each in the way that is fastest for its size, and
+    what else ``peer_words`` does.
+    """
+
+    def __init__(self, group: dist.ProcessGroup, device: torch.device) -> None:
+        self._words = _make_peer_words(group, device)
+        self._reads = _PeerReads(group, device)
+
+    def ways(self) -> dict[str, PeerWords | _PeerReads]:
+        """By name, the fastest for small tensors first; each ``takes`` some and sums them."""
+        return {"words": self._words, "reads": self._reads}
+
+    def takes(self, tensor: torch.Tensor) -> bool:
+        return self._words.takes(tensor) or self._reads.takes(tensor)
+
+    def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Sum ``tensor``, which ``takes`` accepts, in place; it comes back."""
+        way = self._words if self._words.takes(tensor) else self._reads
+        return way.all_reduce(tensor)
+
+    def add_rms_norm(
+        self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
+    ) -> bool:
+        """See ``GroupCoordinator.add_rms_norm``."""
+        takes = self._words.takes_norm(x, residual, weight)
+        if takes:
+            self._words.add_rms_norm(x, residual, weight, eps)
+        return takes
+
+    def joins(self, tensor: torch.Tensor, dim: int) -> bool:
+        """Whether ``all_gather`` takes ``tensor``."""
+        return dim in (-1, 1) and self._words.takes_join(tensor)
+
+    def all_gather(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Every rank's (T, n), side by side in rank order."""
+        return self._words.all_gather(tensor)
 
 
 def make_symmetric_all_reduce(

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from vllm import _custom_ops as ops
+from vllm.distributed.parallel_state import get_tp_group
 from vllm.model_executor.layers.weight_loading import make_parameter
 
 __all__ = ["GemmaRMSNorm", "RMSNorm"]
@@ -36,6 +37,9 @@ class RMSNorm(nn.Module):
         nn.init.ones_(weight)
         self.register_parameter("weight", weight if has_weight else None)
         self.weight_data = weight.data
+        self.sums_ranks = False
+        """Before it is added to a residual, ``x`` is summed over the tensor-parallel ranks: the
+        layer that makes it leaves that to this one."""
 
     def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> Any:
         """The norm of ``x`` (..., h); with ``residual`` (T, h): (norm of the sum, the sum).
@@ -44,6 +48,11 @@ class RMSNorm(nn.Module):
         """
         if residual is None:
             return ops.rms_norm(x, self.weight_data, self.variance_epsilon)
+        if self.sums_ranks:
+            group = get_tp_group()
+            if group.add_rms_norm(x, residual, self.weight_data, self.variance_epsilon):
+                return x, residual
+            x = group.all_reduce(x)
         ops.fused_add_rms_norm(x, residual, self.weight_data, self.variance_epsilon)
         return x, residual
 

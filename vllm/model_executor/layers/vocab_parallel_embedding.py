@@ -77,11 +77,10 @@ class VocabParallelEmbedding(nn.Module):
         """Ids (T,) -> (T, hidden)."""
         if self.tp_size == 1:
             return ops.embedding(input_ids, self.packed_weight)
-        local = input_ids - self.first_id
-        elsewhere = (local < 0) | (local >= self.num_embeddings_per_partition)
-        output = ops.embedding(local.masked_fill(elsewhere, 0), self.packed_weight)
-        output.masked_fill_(elsewhere.unsqueeze(-1), 0)
-        return get_tp_group().all_reduce(output)
+        part = ops.embedding_part(
+            input_ids, self.packed_weight, self.first_id, self.num_embeddings_per_partition
+        )
+        return get_tp_group().all_reduce(part)
 
     def project(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Logits of this rank's part of the vocabulary: (T, hidden) -> (T, rows)."""

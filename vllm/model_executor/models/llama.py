@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from vllm.config import VllmConfig
+from vllm.distributed.parallel_state import get_tensor_model_parallel_world_size
 from vllm.errors import UnsupportedError
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.fused_decoder_layer import FusedDecoderLayer, FusedDecoderStack
@@ -303,6 +304,30 @@ class LlamaModel(HotModule):
         self.norm = self.norm_cls(config.hidden_size, eps=config.rms_norm_eps)
         self.fused: FusedDecoderStack | None = None
         self.fused_at = -1
+        if get_tensor_model_parallel_world_size() > 1 and type(self).forward is LlamaModel.forward:
+            self.leave_sums_to_norms()
+
+    def leave_sums_to_norms(self) -> None:
+        """Have branches summed over the ranks by the norms behind them, where one kernel does both.
+
+        Only in layers of the plain form: nothing else reads a branch before its norm.
+        """
+        following = [*(getattr(layer, "input_layernorm", None) for layer in self.layers), self.norm]
+        for layer, next_norm in zip(self.layers, following[1:], strict=True):
+            if (
+                not isinstance(layer, LlamaDecoderLayer)
+                or type(layer).forward is not LlamaDecoderLayer.forward
+            ):
+                continue
+            attention, mlp = layer.self_attn, layer.mlp
+            branches: list[tuple[RowParallelLinear, Any]] = []
+            if type(attention).forward is attention.fused_forward:
+                branches.append((attention.o_proj, layer.post_attention_layernorm))
+            if type(mlp) is LlamaMLP:
+                branches.append((mlp.down_proj, next_norm))
+            for projection, norm in branches:
+                if type(norm) is RMSNorm and projection.reduce_results:
+                    projection.reduce_results, norm.sums_ranks = False, True
 
     def fuse(self) -> FusedDecoderStack | None:
         """The layers as one kernel; None unless every one of them is what the kernel knows."""

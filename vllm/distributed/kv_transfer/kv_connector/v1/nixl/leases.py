@@ -66,6 +66,11 @@ class Leases:
         self._early: OrderedDict[str, dict[str, int]] = OrderedDict()
         self._ended: OrderedDict[str, None] = OrderedDict()
 
+    @property
+    def held(self) -> set[str]:
+        """Requests whose blocks may be read."""
+        return set(self._held)
+
     def __len__(self) -> int:
         return len(self._held)
 

@@ -183,6 +183,11 @@ class Loads:
         try:
             if peer.session != load.params.remote_session:
                 raise PeerLostError("the engine has restarted since it computed this prompt")
+            if not peer.believes(load.params):
+                raise KVTransferError(
+                    "its kv_transfer_params are not what the prefill engine has answered, or "
+                    "belong to another prompt"
+                )
             self._post(load, peer)
             load.posted = self._clock()
         except PeerLostError as error:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable
 from vllm.distributed.kv_transfer.kv_connector.v1.nixl.messages import NixlSettings, RemoteParams
 from vllm.distributed.kv_transfer.kv_connector.v1.nixl.outcomes import Outcomes
 from vllm.distributed.kv_transfer.kv_connector.v1.nixl.peers import PeerBook
+from vllm.distributed.kv_transfer.kv_connector.v1.nixl.readers import Readers
 from vllm.distributed.kv_transfer.transport.port import PeerLostError, PortError, TransferPort
 from vllm.logger import init_logger
 
@@ -39,7 +40,13 @@ class Notices:
         self._clock = clock
         self._tp_size = tp_size
         self._releases: list[tuple[float, RemoteParams]] = []
+        self._readers = Readers()
         self._expected: dict[str, RemoteParams] = {}
+
+    @property
+    def expected(self) -> set[str]:
+        """Requests whose leases are kept alive until they are fetched."""
+        return set(self._expected)
 
     @property
     def is_waiting(self) -> bool:
@@ -56,8 +63,9 @@ class Notices:
         self._expected.pop(request_id, None)
 
     def release(self, params: RemoteParams) -> None:
-        """Tell the owner that its blocks may go."""
-        self._releases.append((self._clock() + self._settings.handshake_timeout, params))
+        """A request here needs the owner's blocks no more; the last one's tells the owner."""
+        if self._readers.is_last(params):
+            self._releases.append((self._clock() + self._settings.handshake_timeout, params))
 
     def forget(self, engine_id: str) -> None:
         """An engine that cannot be reached is told nothing."""
@@ -88,6 +96,10 @@ class Notices:
         """Done messages; one that cannot be sent in time is left to the peer's lease."""
         now, left = self._clock(), []
         for deadline, params in self._releases:
+            peer = self._book.peers.get(str(params.remote_engine_id))
+            if peer is not None and not peer.believes(params):
+                # Whoever has made them up must not end the leases of others.
+                continue
             if self._notify(params, f"{params.remote_request_id}:{self._tp_size}"):
                 continue
             if now < deadline:
@@ -107,5 +119,7 @@ class Notices:
             if peer is None or now < peer.heartbeat_at:
                 continue
             peer.heartbeat_at = now + peer.lease_seconds / _HEARTBEATS_A_LEASE
-            names = ",".join(sorted({str(params.remote_request_id) for params in requests}))
-            self._notify(requests[0], f"HB:{names}")
+            known = [params for params in requests if peer.believes(params)]
+            if known:
+                names = ",".join(sorted({str(params.remote_request_id) for params in known}))
+                self._notify(known[0], f"HB:{names}")

@@ -87,7 +87,7 @@ class TransferWorker:
 
         self._inbox: queue.SimpleQueue[NixlStepMetadata | None] = queue.SimpleQueue()
         self._outcomes = Outcomes()
-        self._book = PeerBook(port, local, settings, ask)
+        self._book = PeerBook(port, local, settings, ask, now)
         lasts = settings.push_registration_timeout if pushes else settings.kv_lease_duration
         self.leases = Leases(
             local, settings, lease_table, self._outcomes, now,
@@ -95,11 +95,9 @@ class TransferWorker:
         )  # fmt: skip
         self._giver = Giver(port, local, ring, self.leases.view)
         self._taker = Taker(port, ring, hello, now)
-        self._notices = Notices(
-            port, self._book, settings, self._outcomes, now, local.shard.tp_size
-        )
+        self.notices = Notices(port, self._book, settings, self._outcomes, now, local.shard.tp_size)
         self.loads = Loads(
-            port, self._book, self._taker, self._notices, settings, scratch, self._outcomes, now,
+            port, self._book, self._taker, self.notices, settings, scratch, self._outcomes, now,
             device=local.device, pushes=pushes,
         )  # fmt: skip
         self._broken: Exception | None = None
@@ -183,7 +181,7 @@ class TransferWorker:
         wait = self.loads.wait()
         if wait is not None:
             return wait
-        if self._notices.is_waiting:
+        if self.notices.is_waiting:
             return _RELEASE_WAIT
         return _LEASE_WAIT if self.leases else _IDLE_WAIT
 
@@ -203,8 +201,8 @@ class TransferWorker:
         self._taker.turn()
         self.loads.advance()
         self.loads.give_up_late()
-        self._notices.send_releases()
-        self._notices.beat(self.loads.wanted)
+        self.notices.send_releases()
+        self.notices.beat(self.loads.wanted)
         self.leases.expire()
         self._book.sweep(self.loads.engines)
 
@@ -214,12 +212,12 @@ class TransferWorker:
             self._giver.lease_is_there(request_id)
             self.leases.hear_early(request_id)
         for request_id in metadata.unexpected:
-            self._notices.expect_no_more(request_id)
+            self.notices.expect_no_more(request_id)
         for request_id, params in metadata.expected.items():
             if request_id not in metadata.unexpected:
-                self._notices.expect(request_id, params)
+                self.notices.expect(request_id, params)
         for params in metadata.releases:
-            self._notices.release(params)
+            self.notices.release(params)
         for receive in metadata.receives:
             self.loads.add(receive, metadata.after)
 
