@@ -14,8 +14,8 @@ import numpy as np
 
 from vllm.distributed.kv_transfer.kv_connector.v1.nixl.giving import LeaseView
 from vllm.distributed.kv_transfer.kv_connector.v1.nixl.messages import LeaseStart, NixlSettings
-from vllm.distributed.kv_transfer.kv_connector.v1.nixl.outcomes import Outcomes
 from vllm.distributed.kv_transfer.kv_connector.v1.nixl.peers import LocalSide
+from vllm.distributed.kv_transfer.kv_connector.v1.reports import Reports
 from vllm.distributed.kv_transfer.kv_connector.v1.topology import TransferTopology
 from vllm.logger import init_logger
 
@@ -49,7 +49,7 @@ class Leases:
         local: LocalSide,
         settings: NixlSettings,
         table: np.ndarray,
-        outcomes: Outcomes,
+        reports: Reports,
         clock: Callable[[], float],
         *,
         seconds: float,
@@ -58,7 +58,7 @@ class Leases:
         self._local = local
         self._settings = settings
         self._table = table
-        self._outcomes = outcomes
+        self._reports = reports
         self._clock = clock
         self._seconds = seconds
         self._has_ended = has_ended
@@ -138,14 +138,14 @@ class Leases:
         self._ended[request_id] = None
         while len(self._ended) > _MOST_EARLY:
             self._ended.popitem(last=False)
-        self._outcomes.sent(request_id)
+        self._reports.sent(request_id)
 
     def expire(self) -> None:
         """End what nobody has fetched in time."""
         now = self._clock()
         for request_id, lease in list(self._held.items()):
             if now > lease.deadline:
-                self._outcomes.count(expired_leases=1)
+                self._reports.count(expired_leases=1)
                 logger.warning(
                     "Nobody fetched the KV of request %s within its lease; its blocks are freed",
                     request_id,

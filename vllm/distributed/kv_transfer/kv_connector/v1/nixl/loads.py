@@ -27,9 +27,9 @@ from vllm.distributed.kv_transfer.kv_connector.v1.nixl.messages import (
     RemoteParams,
 )
 from vllm.distributed.kv_transfer.kv_connector.v1.nixl.notices import Notices
-from vllm.distributed.kv_transfer.kv_connector.v1.nixl.outcomes import Outcomes
 from vllm.distributed.kv_transfer.kv_connector.v1.nixl.peers import Peer, PeerBook, PeerRank
 from vllm.distributed.kv_transfer.kv_connector.v1.nixl.taking import Take, Taker
+from vllm.distributed.kv_transfer.kv_connector.v1.reports import Reports
 from vllm.distributed.kv_transfer.plan import TransferPlan, UnitBlocks
 from vllm.distributed.kv_transfer.staging import Done
 from vllm.distributed.kv_transfer.transport.port import PeerLostError, PortError, TransferPort
@@ -98,7 +98,7 @@ class Loads:
         notices: Notices,
         settings: NixlSettings,
         scratch: np.ndarray,
-        outcomes: Outcomes,
+        reports: Reports,
         clock: Callable[[], float],
         *,
         device: str,
@@ -109,7 +109,7 @@ class Loads:
         self._taker = taker
         self._notices = notices
         self._settings = settings
-        self._outcomes = outcomes
+        self._reports = reports
         self._clock = clock
         self._pushes = pushes
         self._scratch = scratch
@@ -235,7 +235,7 @@ class Loads:
         way = self._way(rank, plan, descriptors, plan.num_bytes(units))
         load.chosen.append((rank, way, descriptors, plan.num_bytes(units)))
         self.ways_taken[way] = self.ways_taken.get(way, 0) + 1
-        self._outcomes.count(**{f"transfers_by_{way}": 1})
+        self._reports.count(**{f"transfers_by_{way}": 1})
         if way == "staging" or self._pushes:
             if way == "staging":
                 code = PUSH_STAGED if self._pushes else PULL_STAGED
@@ -368,7 +368,7 @@ class Loads:
     def _compare(self, load: _Load, found: int) -> None:
         wanted = load.params.remote_lease_generation
         if found != wanted:
-            self._outcomes.count(late_reads=1)
+            self._reports.count(late_reads=1)
             load.error = load.error or (
                 f"the peer gave the blocks back before they were read (lease generation {found}, "
                 f"promised {wanted})"
@@ -382,7 +382,7 @@ class Loads:
         if is_right:
             self._learn(load)
             now = self._clock()
-            self._outcomes.count(
+            self._reports.count(
                 transfers=1,
                 transfer_bytes=load.num_bytes,
                 transfer_descriptors=load.num_descriptors,
@@ -391,9 +391,9 @@ class Loads:
                 transfer_check_seconds=now - load.copied,
             )
         else:
-            self._outcomes.count(failed_transfers=1)
+            self._reports.count(failed_transfers=1)
             logger.warning("Loading KV of request %s failed: %s", request_id, load.error)
-        self._outcomes.received(request_id, is_right=is_right)
+        self._reports.received(request_id, failed=not is_right)
 
     def _learn(self, load: _Load) -> None:
         """How long it took, where one way brought everything."""
@@ -418,8 +418,8 @@ class Loads:
                     f"not complete after {self._settings.transfer_timeout:g} s (transfer_timeout)"
                 )
                 blocks = sum(len(row) for row in load.receive.block_ids)
-                self._outcomes.count(quarantined_blocks=blocks)
-                self._outcomes.is_stuck(load.receive.request_id)
+                self._reports.count(quarantined_blocks=blocks)
+                self._reports.stuck(load.receive.request_id)
         for engine_id, waiting in list(self._waiting.items()):
             late = [load for load in waiting if now > load.deadline]
             self._fail_waiting(engine_id, late, "no handshake in time")
@@ -437,11 +437,11 @@ class Loads:
     def settle_handshakes(self) -> None:
         for engine_id, answer in self._book.settle().items():
             if isinstance(answer, Peer):
-                self._outcomes.count(handshakes=1)
+                self._reports.count(handshakes=1)
                 for load in self._waiting.pop(engine_id, []):
                     self._begin(load)
                 continue
-            self._outcomes.count(failed_handshakes=1)
+            self._reports.count(failed_handshakes=1)
             logger.warning("Handshake with engine %s failed: %s", engine_id, answer)
             self._notices.forget(engine_id)
             self._fail_waiting(engine_id, list(self._waiting.get(engine_id, ())), str(answer))

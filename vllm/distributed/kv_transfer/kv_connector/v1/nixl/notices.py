@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 
 from vllm.distributed.kv_transfer.kv_connector.v1.nixl.messages import NixlSettings, RemoteParams
-from vllm.distributed.kv_transfer.kv_connector.v1.nixl.outcomes import Outcomes
 from vllm.distributed.kv_transfer.kv_connector.v1.nixl.peers import PeerBook
 from vllm.distributed.kv_transfer.kv_connector.v1.nixl.readers import Readers
+from vllm.distributed.kv_transfer.kv_connector.v1.reports import Reports
 from vllm.distributed.kv_transfer.transport.port import PeerLostError, PortError, TransferPort
 from vllm.logger import init_logger
 
@@ -29,14 +29,14 @@ class Notices:
         port: TransferPort,
         book: PeerBook,
         settings: NixlSettings,
-        outcomes: Outcomes,
+        reports: Reports,
         clock: Callable[[], float],
         tp_size: int,
     ) -> None:
         self._port = port
         self._book = book
         self._settings = settings
-        self._outcomes = outcomes
+        self._reports = reports
         self._clock = clock
         self._tp_size = tp_size
         self._releases: list[tuple[float, RemoteParams]] = []
@@ -85,7 +85,7 @@ class Notices:
             try:
                 self._port.notify(rank.agent, message.encode())
             except PortError as error:
-                self._outcomes.count(failed_notifications=1)
+                self._reports.count(failed_notifications=1)
                 logger.debug("Notification to %s failed: %s", rank.agent, error)
                 if isinstance(error, PeerLostError):
                     self._book.retire(params.remote_engine_id)

@@ -25,13 +25,13 @@ from vllm.distributed.kv_transfer.kv_connector.v1.nixl.messages import (
     decode_payload,
 )
 from vllm.distributed.kv_transfer.kv_connector.v1.nixl.notices import Notices
-from vllm.distributed.kv_transfer.kv_connector.v1.nixl.outcomes import Outcomes
 from vllm.distributed.kv_transfer.kv_connector.v1.nixl.peers import (
     AskHandshake,
     LocalSide,
     PeerBook,
 )
 from vllm.distributed.kv_transfer.kv_connector.v1.nixl.taking import Taker
+from vllm.distributed.kv_transfer.kv_connector.v1.reports import Reports
 from vllm.distributed.kv_transfer.staging import StagingRing
 from vllm.distributed.kv_transfer.transport.port import PortError, TransferPort
 from vllm.errors import KVTransferError
@@ -86,18 +86,18 @@ class TransferWorker:
             return self._clock()
 
         self._inbox: queue.SimpleQueue[NixlStepMetadata | None] = queue.SimpleQueue()
-        self._outcomes = Outcomes()
+        self._reports = Reports()
         self._book = PeerBook(port, local, settings, ask, now)
         lasts = settings.push_registration_timeout if pushes else settings.kv_lease_duration
         self.leases = Leases(
-            local, settings, lease_table, self._outcomes, now,
+            local, settings, lease_table, self._reports, now,
             seconds=lasts, has_ended=lambda request_id: self._giver.lease_has_ended(request_id),
         )  # fmt: skip
         self._giver = Giver(port, local, ring, self.leases.view)
         self._taker = Taker(port, ring, hello, now)
-        self.notices = Notices(port, self._book, settings, self._outcomes, now, local.shard.tp_size)
+        self.notices = Notices(port, self._book, settings, self._reports, now, local.shard.tp_size)
         self.loads = Loads(
-            port, self._book, self._taker, self.notices, settings, scratch, self._outcomes, now,
+            port, self._book, self._taker, self.notices, settings, scratch, self._reports, now,
             device=local.device, pushes=pushes,
         )  # fmt: skip
         self._broken: Exception | None = None
@@ -120,14 +120,14 @@ class TransferWorker:
         """
         if self._broken is not None:
             raise KVTransferError("the KV transfer thread has ended") from self._broken
-        return self._outcomes.take_results()
+        return self._reports.take_results()
 
     def set_scales(self, scales: dict[str, tuple[float, float]]) -> None:
         """Of layers with one scale a side: (K, V); before the first load."""
         self._book.scales = scales
 
     def take_stats(self) -> dict[str, float] | None:
-        return self._outcomes.take_stats()
+        return self._reports.take_stats()
 
     @property
     def is_idle(self) -> bool:
@@ -231,7 +231,7 @@ class TransferWorker:
             return
         for sender, message in messages:
             if not self._understand(sender, message):
-                self._outcomes.count(refused_notifications=1)
+                self._reports.count(refused_notifications=1)
 
     def _understand(self, sender: str, message: bytes) -> bool:
         """Act on a message; False where it is none of ours."""
