@@ -68,7 +68,7 @@ _CHUNKS = [
     ChunkConfig(tokens=64, warps=8, stages=2, narrow=True),
 ]
 CHUNKS = {
-    "gated": _CHUNKS,
+    "gated": _CHUNKS[:3],
     "lightning": _CHUNKS,
     "kimi": [ChunkConfig(tokens=16, warps=warps, stages=2, narrow=True) for warps in (4, 8)],
 }
