@@ -65,6 +65,8 @@ class Absorbed:
     """(n,) int32."""
     block_table: torch.Tensor
     """(n, max blocks) int32."""
+    host_lens: np.ndarray
+    """(n,) ``seq_lens`` in host memory."""
     library_plans: dict[Any, Any] = field(default_factory=dict)
     """What a library has planned for this step, by what it has planned with."""
 
@@ -93,7 +95,7 @@ class TritonMLAMetadata(PagedAttentionMetadata):
     def split(self, expand_from: int) -> tuple[Absorbed | None, Expanded | None]:
         """The tokens of requests with fewer new ones than ``expand_from``, and the others."""
         if expand_from not in self._splits and self.plan is not None:
-            everything = self.query_start_loc, self.seq_lens, self.block_table
+            everything = self.query_start_loc, self.seq_lens, self.block_table, self.host_lens
             self._splits[expand_from] = Absorbed(None, self.plan, *everything), None
         if expand_from not in self._splits:
             counts = np.diff(self.host_starts)
@@ -124,6 +126,7 @@ class TritonMLAMetadata(PagedAttentionMetadata):
             query_start_loc=starts,
             seq_lens=seq_lens,
             block_table=self.block_table[on_device[2]],
+            host_lens=lens,
         )
 
     def _expanded(self, requests: np.ndarray, counts: np.ndarray) -> Expanded | None:

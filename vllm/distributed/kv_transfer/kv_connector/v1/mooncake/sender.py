@@ -39,7 +39,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.mooncake.messages import (
 from vllm.distributed.kv_transfer.kv_connector.v1.mooncake.results import Reports
 from vllm.distributed.kv_transfer.kv_connector.v1.nixl.peers import LocalSide
 from vllm.distributed.kv_transfer.kv_connector.v1.topology import TransferTopology
-from vllm.distributed.kv_transfer.plan import TransferPlan, check_descriptor, plan_transfer
+from vllm.distributed.kv_transfer.plan import TransferPlan, plan_transfer
 from vllm.distributed.kv_transfer.transport.channel import Channel
 from vllm.distributed.kv_transfer.transport.port import CopyPort, PortError
 from vllm.errors import ConfigError, KVTransferError
@@ -55,7 +55,6 @@ _PROLONGS_BY = 2 / 3
 _SIGNS_A_SILENCE = 4
 _MOST_REMEMBERED = 16384
 _MOST_DECODERS = 1024
-_LARGEST_COUNT = 1 << 20
 _DISCARDED = "its request has failed elsewhere"
 
 _Key = tuple[str, int, str]
@@ -81,8 +80,10 @@ class _Prefill:
     offer: Offer | None = None
     session: str | None = None
     """Of the decoder that it is for: the first that asked."""
-    done: set[int] = field(default_factory=set)
-    """Ranks of the decoder that need nothing more."""
+    done: dict[int, set[str]] = field(default_factory=dict)
+    """By rank of the decoder, its requests that need nothing more."""
+    num_readers: int = 1
+    """Requests of the decoder that must say so."""
     tp_size: int = 0
     is_discarded: bool = False
 
@@ -246,7 +247,7 @@ class Sender:
             if key in self._wishes:
                 continue
             self._conclude(key, who, _failure(request_id, why))
-            self._rank_is_done(wanted.transfer_id, key[0], key[1], question.remote_tp_size)
+            self._is_done(key, wanted.transfer_id, question.remote_tp_size, wanted.num_readers)
 
     def _wish(self, who: Any, key: _Key, wanted: Wanted, decoder: _Decoder) -> None:
         answered = self._answered.get(key)
@@ -290,7 +291,7 @@ class Sender:
                 continue
             self._wishes.pop(key, None)
             self._conclude(key, who, _failure(request_id, "withdrawn by the decoder"))
-            self._rank_is_done(transfer_id, key[0], key[1], question.remote_tp_size)
+            self._is_done(key, transfer_id, question.remote_tp_size, question.num_readers)
 
     # Decoders
 
@@ -320,8 +321,6 @@ class Sender:
                 f"{local.shard.rank} of {local.shard.tp_size}"
             )
         target = CacheDescriptor.from_json(layout.descriptor)
-        check_descriptor(target)
-        _check_sizes(target)
         there = Shard(tp_size=layout.tp_size, rank=layout.tp_rank)
         plan = plan_transfer(local.descriptor, target, local.shard, there, local.total_heads)
         decoder = _Decoder(layout, self._port.connect(layout.agent), plan)
@@ -462,7 +461,8 @@ class Sender:
     def _end_wish(self, wish: _Wish, response: MooncakeXferResponse) -> None:
         del self._wishes[wish.key]
         self._conclude(wish.key, wish.who, response)
-        self._rank_is_done(wish.wanted.transfer_id, wish.key[0], wish.key[1], wish.tp_size)
+        wanted = wish.wanted
+        self._is_done(wish.key, wanted.transfer_id, wish.tp_size, wanted.num_readers)
 
     def _conclude(self, key: _Key, who: Any, response: MooncakeXferResponse) -> None:
         self._answered[key] = self._say(who, response)
@@ -471,14 +471,17 @@ class Sender:
 
     # Blocks
 
-    def _rank_is_done(self, transfer_id: str, session: str, rank: int, tp_size: int) -> None:
+    def _is_done(self, key: _Key, transfer_id: str, tp_size: int, num_readers: int) -> None:
+        """A request of a rank of a decoder needs nothing more."""
         if transfer_id in self._over:
             return
+        session, rank, request_id = key
         prefill = self._prefill_or_early(transfer_id)
         if prefill.session is None:
             self._claim(prefill, session, tp_size)
         if (prefill.session, prefill.tp_size) == (session, tp_size):
-            prefill.done.add(rank)
+            prefill.done.setdefault(rank, set()).add(request_id)
+            prefill.num_readers = max(prefill.num_readers, num_readers)
             self._end_if_done(transfer_id)
 
     def _prefill_or_early(self, transfer_id: str) -> _Prefill:
@@ -499,7 +502,7 @@ class Sender:
         except ConfigError:
             # Nobody of that kind has been let in: the lease ends it.
             return
-        if prefill.done.issuperset(consumers):
+        if all(len(prefill.done.get(rank, ())) >= prefill.num_readers for rank in consumers):
             self._forget(transfer_id, "it has been fetched already")
 
     def _forget(self, transfer_id: str, why: str) -> None:
@@ -531,20 +534,6 @@ class Sender:
             self._forget(transfer_id, "the prefill engine has ended")
         while self._decoders:
             self._let_go(self._decoders.popitem()[1])
-
-
-def _check_sizes(cache: CacheDescriptor) -> None:
-    """A plan takes time and memory by these, and addresses must be such.
-
-    Raises:
-        KVTransferError: no cache is like that.
-    """
-    for layer in cache.layers:
-        counts = layer.tokens_per_block, layer.kernel_blocks_per_block, layer.num_head_slots
-        if max(*counts, layer.num_states) > _LARGEST_COUNT:
-            raise KVTransferError(f"{layer.name}: counts {counts} above {_LARGEST_COUNT}")
-    if cache.num_blocks > 1 << 40 or cache.base + cache.size_bytes >= 1 << 62:
-        raise KVTransferError("the cache of the decoder ends beyond all addresses")
 
 
 def _failure(request_id: str, why: str) -> MooncakeXferResponse:
