@@ -66,6 +66,7 @@ SHAPES = {
     "cuda": Shape(heads=8, head_size=128, megabytes=1024, repeats=12),
 }
 LAYOUTS = ("LBHNC", "LBNHC", "BLHNC", "BHLNC")
+SECRET = b"of both sides"
 
 
 def make_config(shape: Shape, layout: str, num_blocks: int) -> KVCacheConfig:
@@ -109,6 +110,7 @@ def make_side(
     local = LocalSide(
         engine_id="p" if seed == 1 else "d",
         session="s",
+        secret=SECRET,
         shard=Shard(),
         descriptor=descriptor,
         total_heads=dict(heads),
@@ -173,6 +175,7 @@ def measure(devices: tuple[str, str], layout: str, path: str, shape: Shape) -> d
             remote_num_tokens=num_used * BLOCK,
             remote_lease_slot=repeat,
         )
+        params.remote_seal = params.sealed_by(SECRET)
         receive = Receive(
             request_id=f"r{repeat}",
             params=params,

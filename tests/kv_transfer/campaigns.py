@@ -20,6 +20,7 @@ from tests.kv_cache.helpers import full, placed
 from vllm.config import KVTransferConfig
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorRole
 from vllm.distributed.kv_transfer.kv_connector.v1.nixl.peers import LocalSide
+from vllm.distributed.kv_transfer.kv_connector.v1.seals import engine_secret, public_session
 from vllm.distributed.kv_transfer.transport.memory import Faults, MemoryFabric, MemoryPort
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.engine import FinishReason
@@ -80,7 +81,8 @@ class MemoryEngine(ABC):
     def local_side(self, **more):
         return LocalSide(
             engine_id=self.name,
-            session=self.vllm_config.instance_id,
+            session=public_session(self.vllm_config.instance_id),
+            secret=engine_secret(self.vllm_config.instance_id),
             shard=Shard(),
             descriptor=describe(self.config, self.cache.backing.data_ptr()),
             total_heads=dict.fromkeys(LAYERS, 2),

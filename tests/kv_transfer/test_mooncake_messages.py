@@ -36,9 +36,9 @@ from vllm.distributed.kv_transfer.kv_connector.v1.mooncake.messages import (
     Wanted,
     Withdrawal,
     decode_sealed,
-    prompt_digest,
     sealed,
 )
+from vllm.distributed.kv_transfer.kv_connector.v1.seals import prompt_digest
 from vllm.distributed.kv_transfer.transport.channel import ZmqChannel
 from vllm.distributed.kv_transfer.transport.memory import MemoryChannel
 from vllm.errors import ConfigError, KVTransferError

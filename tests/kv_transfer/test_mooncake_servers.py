@@ -50,12 +50,11 @@ def test_a_stream_a_refusal_and_several_answers_pass_through(mooncake_fleet, tmp
         # Both would refuse a prompt that is too long; the decoder does not wait for nothing.
         assert cluster.router.complete([5] * 400).status_code == 400
         before = cluster.d.metric("vllm:kv_transfers_total")
-        several = cluster.router.http.post(
-            "/v1/completions", json={**body_of(prompt, 4), "n": 2, "temperature": 0}
-        ).json()
+        several = cluster.router.complete(prompt, 4, n=2).json()
         both = [choice["token_ids"] for choice in several["choices"]]
         assert both == [cluster.plain.tokens(prompt, 4)] * 2
-        assert cluster.d.metric("vllm:kv_transfers_total") == before
+        assert cluster.d.metric("vllm:kv_transfers_total") == before + 2
+        assert cluster.p.metric("vllm:kv_failed_sends_total") == 0
         cluster.settle()
 
 

@@ -138,6 +138,46 @@ def test_streams_and_chats_pass_through(cluster):
     assert ids_of(events[:-1]) == plain.tokens(prompt(3), 5)
 
 
+def test_several_answers_share_one_prefill(cluster):
+    router, p, d, plain = cluster
+    before = d.metric("vllm:kv_transfers_total"), p.metric("vllm:kv_expired_leases_total")
+    text = [7, *prompt(5)]
+    choices = router.complete(text, 4, n=3).json()["choices"]
+    assert [choice["token_ids"] for choice in choices] == [plain.tokens(text, 4)] * 3
+    assert d.metric("vllm:kv_transfers_total") == before[0] + 3
+    # Nobody waits for the end of the lease.
+    p.wait_until_empty(10)
+    assert p.metric("vllm:kv_expired_leases_total") == before[1]
+
+
+def test_a_decoder_computes_several_prompts_by_itself(cluster):
+    """KV of one would be the wrong one for the others."""
+    router, p, d, plain = cluster
+    before = d.metric("vllm:kv_transfers_total")
+    texts = [[9, *prompt(index)] for index in (2, 3)]
+    for given in (texts, ["the quick brown fox", "jumps over a lazy dog"]):
+        body = {**body_of([], 4), "prompt": given}
+        got = router.http.post("/v1/completions", json=body).json()["choices"]
+        right = plain.post("/v1/completions", body).json()["choices"]
+        assert [one["token_ids"] for one in got] == [one["token_ids"] for one in right]
+    assert d.metric("vllm:kv_transfers_total") == before
+    for server, params in ((p, {"do_remote_decode": True}), (d, p.prefill(texts[0]))):
+        body = {**body_of([], 4), "prompt": texts, "kv_transfer_params": params}
+        response = server.post("/v1/completions", body)
+        assert response.status_code == 400 and "request of its own" in response.text
+
+
+def test_what_clients_say_of_kv_does_not_reach_a_decoder(cluster):
+    router, p, d, plain = cluster
+    theirs = p.prefill([11, *prompt(4)])
+    answer = router.complete(prompt(1), 4, kv_transfer_params=theirs)
+    assert tokens_of(answer) == plain.tokens(prompt(1), 4)
+    # To the decoder itself: the blocks are not those of this prompt.
+    refused = d.complete(prompt(6), params=theirs)
+    assert refused.status_code == 500 and "could not be loaded" in refused.text
+    assert "belong to another prompt" in d.log()
+
+
 def test_what_a_server_refuses_reaches_the_client(cluster):
     router = cluster[0]
     body = {"prompt": "x", "max_tokens": -1}

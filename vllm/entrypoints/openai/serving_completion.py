@@ -87,6 +87,20 @@ def split_prompts(prompt: object) -> Sequence[str | list[int]]:
     return [prompt] if isinstance(prompt[0], int) else prompt
 
 
+def _check_transfer(params: dict[str, Any] | None, num_prompts: int) -> None:
+    """
+    Raises:
+        VLLMValidationError: KV of one prompt is meant for several.
+    """
+    asked = params and (params.get("do_remote_prefill") or params.get("do_remote_decode"))
+    if asked and num_prompts > 1:
+        raise VLLMValidationError(
+            f"kv_transfer_params belong to one prompt, and there are {num_prompts}: send each in a "
+            "request of its own",
+            parameter="kv_transfer_params",
+        )
+
+
 class OpenAIServingCompletion(OpenAIServing):
     async def create_completion(self, request: CompletionRequest, raw: Request) -> Response:
         """Answer a request, as a stream or whole; raises what the HTTP edge turns into errors."""
@@ -109,6 +123,7 @@ class OpenAIServingCompletion(OpenAIServing):
             else:
                 tokenized = TokenizedPrompt(prompt, None, None)
             prompts.append(self.truncate(tokenized, request))
+        _check_transfer(request.kv_transfer_params, len(prompts))
         constraint = request.constraint()
         params = [
             request.sampling_params(

@@ -30,7 +30,15 @@ from vllm.errors import ConfigError
 if TYPE_CHECKING:
     from vllm.entrypoints.cli.router import RouterArgs
 
-__all__ = ["FailedError", "RefusedError", "Router", "make_app", "prefill_body", "serve"]
+__all__ = [
+    "FailedError",
+    "RefusedError",
+    "Router",
+    "has_several_prompts",
+    "make_app",
+    "prefill_body",
+    "serve",
+]
 
 logger = logging.getLogger("vllm.entrypoints.router")
 
@@ -168,6 +176,8 @@ class Router:
 
     async def answer(self, path: str, body: dict[str, Any], headers: dict[str, str]) -> Response:
         """Prefill somewhere, decode elsewhere; the decoder's answer."""
+        # What a decoder fetches, and from where, is not the client's to say.
+        body.pop("kv_transfer_params", None)
         avoided: set[str] = set()
         failure: FailedError | None = None
         with self.first_byte_seconds.time():
@@ -194,6 +204,8 @@ class Router:
             FailedError: a server is missing, or failed; it is in ``avoided`` now.
             RefusedError: the request is wrong.
         """
+        if has_several_prompts(body):
+            return await self._decode(path, body, headers, avoided)
         params = await self._prefill(path, body, headers, avoided)
         wanted = {**body, "kv_transfer_params": params} if params else body
         return await self._decode(path, wanted, headers, avoided)
@@ -351,12 +363,18 @@ class Router:
                 yield rest
 
 
+def has_several_prompts(body: dict[str, Any]) -> bool:
+    """Each would need a prefill and a lease of its own: a decoder computes them by itself."""
+    prompt = body.get("prompt")
+    return isinstance(prompt, list) and len(prompt) > 1 and not isinstance(prompt[0], int)
+
+
 def prefill_body(body: dict[str, Any], params: dict[str, Any]) -> dict[str, Any]:
-    """What a prefill server is asked: one token, in one piece."""
-    short = {**body, "max_tokens": 1, "stream": False, "kv_transfer_params": params}
+    """What a prefill server is asked: one token of one answer, in one piece."""
+    short = {**body, "max_tokens": 1, "n": 1, "stream": False, "kv_transfer_params": params}
     if "max_completion_tokens" in short:
         short["max_completion_tokens"] = 1
-    for name in ("stream_options", "min_tokens"):
+    for name in ("stream_options", "min_tokens", "best_of"):
         short.pop(name, None)
     return short
 

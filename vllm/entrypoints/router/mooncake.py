@@ -19,7 +19,12 @@ import msgspec
 from fastapi import Response
 
 import vllm.envs as envs
-from vllm.entrypoints.router.app import RefusedError, Router, prefill_body
+from vllm.entrypoints.router.app import (
+    RefusedError,
+    Router,
+    has_several_prompts,
+    prefill_body,
+)
 from vllm.entrypoints.router.pool import Pool, Server, checked_url
 from vllm.errors import ConfigError
 
@@ -92,8 +97,7 @@ class MooncakeRouter(Router):
     async def _attempt(
         self, path: str, body: dict[str, Any], headers: dict[str, str], avoided: set[str]
     ) -> Response:
-        if _asks_for_several(body):
-            # They would share a transfer id; one decoder computes their prompts just once.
+        if has_several_prompts(body):
             return await self._decode(path, body, headers, avoided)
         server = self._choose(self.prefill, avoided)
         entries = self._engines.get(server.url)
@@ -196,10 +200,3 @@ def _bootstrap_of(url: str, given: Any) -> str:
     host = httpx.URL(checked_url(url)).host
     name = f"[{host}]" if ":" in host else host
     return f"http://{name}:{envs.VLLM_MOONCAKE_BOOTSTRAP_PORT}"
-
-
-def _asks_for_several(body: dict[str, Any]) -> bool:
-    """Several prompts, or several answers to one."""
-    prompt = body.get("prompt")
-    many = isinstance(prompt, list) and len(prompt) > 1 and not isinstance(prompt[0], int)
-    return many or any((body.get(name) or 1) not in (1, "1") for name in ("n", "best_of"))

@@ -179,6 +179,7 @@ class _RequestState:
             if not outputs:
                 return None
             finished = self.parent.finished
+            self.kv_transfer_params = self.parent.kv_transfer_params
         return RequestOutput(
             request_id=self.user_request_id,
             prompt=self.prompt,
@@ -283,6 +284,10 @@ class OutputProcessor:
             return
         state.num_cached_tokens = max(state.num_cached_tokens, output.num_cached_tokens)
         state.kv_transfer_params = output.kv_transfer_params or state.kv_transfer_params
+        if state.parent is not None:
+            state.parent.kv_transfer_params = (
+                state.parent.kv_transfer_params or state.kv_transfer_params
+            )
         if output.new_prompt_logprobs is not None:
             state.logprobs.add_prompt(output.new_prompt_logprobs)
         if output.new_logprobs is not None:

@@ -1,6 +1,7 @@
 """A request with ``n > 1``: one engine request per sequence, and their outputs put together."""
 
 import copy
+from typing import Any
 
 from vllm.outputs import CompletionOutput
 from vllm.sampling_params import RequestOutputKind, SamplingParams
@@ -18,6 +19,19 @@ def _child_seed(seed: int, index: int) -> int:
     return wrapped if wrapped != -1 else -1 - _INT64 // 2
 
 
+def _share(given: dict[str, Any] | None, n: int, index: int) -> dict[str, Any] | None:
+    """The ``kv_transfer_params`` of sequence ``index``.
+
+    One sequence keeps a prefill for a decoder elsewhere; a decoder's sequences all fetch the same,
+    which must stay until the last one has it.
+    """
+    if given is not None and given.get("do_remote_prefill"):
+        return {**given, "num_readers": n}
+    if given is not None and given.get("do_remote_decode") and index:
+        return None
+    return given
+
+
 class ParentRequest:
     """Keeps the sequences of one user request together.
 
@@ -30,6 +44,8 @@ class ParentRequest:
         self.params = params
         self.child_ids: list[str] = []
         self.max_num_generation_tokens = 0
+        self.kv_transfer_params: dict[str, Any] | None = None
+        """Of whichever sequence has some: one answer is given for all."""
         self._unfinished = set(range(params.n))
         self._latest: dict[int, CompletionOutput] = {}
 
@@ -46,6 +62,7 @@ class ParentRequest:
         child = copy.copy(request)
         child.request_id = f"{index}_{self.request_id}"
         child.sampling_params = params
+        child.kv_transfer_params = _share(request.kv_transfer_params, self.params.n, index)
         self.child_ids.append(child.request_id)
         return child
 

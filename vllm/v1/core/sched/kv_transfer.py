@@ -89,6 +89,9 @@ class KVTransferTracker:
         """Tokens beyond ``num_local`` that can be loaded, and whether asynchronously."""
         if self._is_null or request.request_id in self._load_nothing:
             return 0, False
+        if request.sampling_params.prompt_logprobs is not None:
+            # They come of computing the prompt here.
+            return 0, False
         found, load_async = self.connector.get_num_new_matched_tokens(request, num_local)
         if not found:
             return found, False

@@ -23,6 +23,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.mooncake.sender import Sender
 from vllm.distributed.kv_transfer.kv_connector.v1.mooncake.worker import MooncakeWorker
 from vllm.distributed.kv_transfer.kv_connector.v1.nixl.assembly import total_heads
 from vllm.distributed.kv_transfer.kv_connector.v1.nixl.peers import LocalSide
+from vllm.distributed.kv_transfer.kv_connector.v1.seals import engine_secret, public_session
 from vllm.distributed.kv_transfer.transport.channel import Channel
 from vllm.distributed.kv_transfer.transport.port import CopyPort
 from vllm.distributed.parallel_state import get_tensor_model_parallel_rank
@@ -61,7 +62,8 @@ def local_side(
     tp_size = vllm_config.parallel_config.tensor_parallel_size
     return LocalSide(
         engine_id=transfer.engine_id,
-        session=vllm_config.instance_id,
+        session=public_session(vllm_config.instance_id),
+        secret=engine_secret(vllm_config.instance_id),
         shard=Shard(tp_size=tp_size, rank=get_tensor_model_parallel_rank()),
         descriptor=descriptor,
         total_heads=total_heads(

@@ -9,13 +9,11 @@ from __future__ import annotations
 
 import enum
 import hashlib
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import httpx
 import msgspec
-import numpy as np
 
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorMetadata
 from vllm.errors import ConfigError, VLLMValidationError
@@ -42,7 +40,6 @@ __all__ = [
     "decode_sealed",
     "parse_params",
     "parse_settings",
-    "prompt_digest",
     "sealed",
 ]
 
@@ -50,6 +47,7 @@ CONNECTOR_VERSION = 1
 PROTOCOLS = ("rdma", "tcp")
 _LONGEST_ID = 512
 _MOST_BLOCKS = 1 << 22
+_MOST_READERS = 1 << 14
 
 
 class MooncakeSettings(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
@@ -142,6 +140,8 @@ class MooncakeParams(msgspec.Struct, kw_only=True):
     """What a prefill request and its decode request have in common."""
     remote_bootstrap_addr: str | None = None
     remote_engine_id: str | None = None
+    num_readers: int = 1
+    """Requests here that fetch the same: children of one request for several answers."""
 
 
 def parse_params(given: dict[str, Any] | None) -> MooncakeParams | None:
@@ -170,6 +170,8 @@ def parse_params(given: dict[str, Any] | None) -> MooncakeParams | None:
             raise _refusal(f"{what} needs {name}")
         if not 0 < len(value) <= _LONGEST_ID or not value.isprintable():
             raise _refusal(f"{name} must have 1 to {_LONGEST_ID} printable characters")
+    if not 1 <= params.num_readers <= _MOST_READERS:
+        raise _refusal(f"num_readers must be 1 to {_MOST_READERS}")
     if params.do_remote_prefill:
         address = params.remote_bootstrap_addr or ""
         try:
@@ -184,11 +186,6 @@ def parse_params(given: dict[str, Any] | None) -> MooncakeParams | None:
 
 def _refusal(message: str) -> VLLMValidationError:
     return VLLMValidationError(f"kv_transfer_params: {message}", parameter="kv_transfer_params")
-
-
-def prompt_digest(token_ids: Sequence[int]) -> bytes:
-    """SHA-256 of the tokens that KV was computed of: both sides must mean the same ones."""
-    return hashlib.sha256(np.asarray(token_ids, dtype="<i8").tobytes()).digest()
 
 
 # Scheduler half to worker half
@@ -277,6 +274,8 @@ class Wanted(msgspec.Struct, kw_only=True):
     first_token: int
     num_tokens: int
     digest: bytes
+    num_readers: int = 1
+    """Requests of this decoder that fetch the same: the blocks wait for all of them."""
 
     def problem(self) -> str | None:
         """Why this cannot be meant."""
@@ -286,6 +285,8 @@ class Wanted(msgspec.Struct, kw_only=True):
             return f"block_ids must name 1 to 64 groups, {_MOST_BLOCKS} blocks in all"
         if not 0 <= self.first_token < self.num_tokens < 1 << 40:
             return "first_token and num_tokens contradict each other"
+        if not 1 <= self.num_readers <= _MOST_READERS:
+            return f"num_readers must be 1 to {_MOST_READERS}"
         return None
 
 
@@ -319,6 +320,8 @@ class Withdrawal(msgspec.Struct, kw_only=True, tag="withdraw"):
     remote_tp_size: int
     requests: dict[str, str]
     """Transfer ids by the decoder's request id."""
+    num_readers: int = 1
+    """As of ``Wanted``."""
 
 
 class Discard(msgspec.Struct, kw_only=True, tag="discard"):

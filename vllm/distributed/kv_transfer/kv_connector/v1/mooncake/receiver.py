@@ -201,7 +201,7 @@ class Receiver:
             if load.error is None:
                 self._send_question(load, address)
             else:
-                self._send_withdrawal(address, load.request_id, load.transfer_id)
+                self._send_withdrawal(address, load.request_id, load.receive.params)
 
     def _send_question(self, load: _Load, address: str) -> None:
         receive, layout = load.receive, self._layout
@@ -211,6 +211,7 @@ class Receiver:
             first_token=receive.first_token,
             num_tokens=receive.num_tokens,
             digest=receive.digest,
+            num_readers=receive.params.num_readers,
         )
         question = MooncakeXferMetadata(
             remote_session=layout.session,
@@ -223,13 +224,15 @@ class Receiver:
         if self._send(address, sealed(question)):
             self._told.add(address)
 
-    def _send_withdrawal(self, address: str, request_id: str, transfer_id: str) -> bool:
+    def _send_withdrawal(self, address: str, request_id: str, params: MooncakeParams) -> bool:
         layout = self._layout
+        assert params.transfer_id is not None
         question = Withdrawal(
             remote_session=layout.session,
             remote_tp_rank=layout.tp_rank,
             remote_tp_size=layout.tp_size,
-            requests={request_id: transfer_id},
+            requests={request_id: params.transfer_id},
+            num_readers=params.num_readers,
         )
         return self._send(address, sealed(question))
 
@@ -344,9 +347,8 @@ class Receiver:
                 if self._clock() < deadline:
                     left.append((deadline, request_id, params))
                 continue
-            assert params.transfer_id is not None
             for rank in ranks:
-                self._send_withdrawal(engine.addresses[rank], request_id, params.transfer_id)
+                self._send_withdrawal(engine.addresses[rank], request_id, params)
         self._declined = left
 
     def _beat(self) -> None:

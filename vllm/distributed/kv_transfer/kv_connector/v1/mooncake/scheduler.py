@@ -14,8 +14,8 @@ from vllm.distributed.kv_transfer.kv_connector.v1.mooncake.messages import (
     Offer,
     Receive,
     parse_params,
-    prompt_digest,
 )
+from vllm.distributed.kv_transfer.kv_connector.v1.seals import prompt_digest
 from vllm.errors import VLLMValidationError
 from vllm.v1.request import RequestStatus
 

@@ -81,8 +81,10 @@ class _Prefill:
     offer: Offer | None = None
     session: str | None = None
     """Of the decoder that it is for: the first that asked."""
-    done: set[int] = field(default_factory=set)
-    """Ranks of the decoder that need nothing more."""
+    done: dict[int, set[str]] = field(default_factory=dict)
+    """By rank of the decoder, its requests that need nothing more."""
+    num_readers: int = 1
+    """Requests of the decoder that must say so."""
     tp_size: int = 0
     is_discarded: bool = False
 
@@ -246,7 +248,7 @@ class Sender:
             if key in self._wishes:
                 continue
             self._conclude(key, who, _failure(request_id, why))
-            self._rank_is_done(wanted.transfer_id, key[0], key[1], question.remote_tp_size)
+            self._is_done(key, wanted.transfer_id, question.remote_tp_size, wanted.num_readers)
 
     def _wish(self, who: Any, key: _Key, wanted: Wanted, decoder: _Decoder) -> None:
         answered = self._answered.get(key)
@@ -290,7 +292,7 @@ class Sender:
                 continue
             self._wishes.pop(key, None)
             self._conclude(key, who, _failure(request_id, "withdrawn by the decoder"))
-            self._rank_is_done(transfer_id, key[0], key[1], question.remote_tp_size)
+            self._is_done(key, transfer_id, question.remote_tp_size, question.num_readers)
 
     # Decoders
 
@@ -462,7 +464,8 @@ class Sender:
     def _end_wish(self, wish: _Wish, response: MooncakeXferResponse) -> None:
         del self._wishes[wish.key]
         self._conclude(wish.key, wish.who, response)
-        self._rank_is_done(wish.wanted.transfer_id, wish.key[0], wish.key[1], wish.tp_size)
+        wanted = wish.wanted
+        self._is_done(wish.key, wanted.transfer_id, wish.tp_size, wanted.num_readers)
 
     def _conclude(self, key: _Key, who: Any, response: MooncakeXferResponse) -> None:
         self._answered[key] = self._say(who, response)
@@ -471,14 +474,17 @@ class Sender:
 
     # Blocks
 
-    def _rank_is_done(self, transfer_id: str, session: str, rank: int, tp_size: int) -> None:
+    def _is_done(self, key: _Key, transfer_id: str, tp_size: int, num_readers: int) -> None:
+        """A request of a rank of a decoder needs nothing more."""
         if transfer_id in self._over:
             return
+        session, rank, request_id = key
         prefill = self._prefill_or_early(transfer_id)
         if prefill.session is None:
             self._claim(prefill, session, tp_size)
         if (prefill.session, prefill.tp_size) == (session, tp_size):
-            prefill.done.add(rank)
+            prefill.done.setdefault(rank, set()).add(request_id)
+            prefill.num_readers = max(prefill.num_readers, num_readers)
             self._end_if_done(transfer_id)
 
     def _prefill_or_early(self, transfer_id: str) -> _Prefill:
@@ -499,7 +505,7 @@ class Sender:
         except ConfigError:
             # Nobody of that kind has been let in: the lease ends it.
             return
-        if prefill.done.issuperset(consumers):
+        if all(len(prefill.done.get(rank, ())) >= prefill.num_readers for rank in consumers):
             self._forget(transfer_id, "it has been fetched already")
 
     def _forget(self, transfer_id: str, why: str) -> None:

@@ -19,6 +19,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.nixl.messages import (
 from vllm.distributed.kv_transfer.kv_connector.v1.nixl.peers import AskHandshake, LocalSide
 from vllm.distributed.kv_transfer.kv_connector.v1.nixl.side_channel import ask_handshake
 from vllm.distributed.kv_transfer.kv_connector.v1.nixl.worker import TransferWorker
+from vllm.distributed.kv_transfer.kv_connector.v1.seals import engine_secret, public_session
 from vllm.distributed.kv_transfer.staging import StagingRing
 from vllm.distributed.kv_transfer.transport.port import TransferPort
 from vllm.distributed.parallel_state import get_tensor_model_parallel_rank
@@ -86,7 +87,8 @@ def start_worker(
     tp_size = vllm_config.parallel_config.tensor_parallel_size
     local = LocalSide(
         engine_id=transfer.engine_id,
-        session=vllm_config.instance_id,
+        session=public_session(vllm_config.instance_id),
+        secret=engine_secret(vllm_config.instance_id),
         shard=Shard(tp_size=tp_size, rank=get_tensor_model_parallel_rank()),
         descriptor=descriptor,
         total_heads=total_heads(
@@ -144,6 +146,9 @@ def make_worker(
         ring=None if local.ring is None else dataclasses.asdict(local.ring),
         registers_blocks=local.registers_blocks,
     )
+    # Whom this engine fetches from need not know by what it seals.
+    hello = encode_payload(local.factors, metadata)
+    metadata.secret = local.secret
     encoded = encode_payload(local.factors, metadata)
     worker = TransferWorker(
         port,
@@ -152,7 +157,7 @@ def make_worker(
         ask,
         table,
         scratch,
-        hello=encoded,
+        hello=hello,
         ring=ring,
         backing=backing,
         pushes=pushes,

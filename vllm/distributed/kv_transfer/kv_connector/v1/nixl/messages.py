@@ -20,6 +20,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.compatibility import (
     check_factors,
     compatibility_hash,
 )
+from vllm.distributed.kv_transfer.kv_connector.v1.seals import seal
 from vllm.errors import ConfigError, KVTransferError, VLLMValidationError
 
 __all__ = [
@@ -39,10 +40,11 @@ __all__ = [
     "parse_settings",
 ]
 
-CONNECTOR_VERSION = 2
+CONNECTOR_VERSION = 3
 PATHS = ("auto", "descriptors", "staging", "mapped")
 _LONGEST_ID = 512
 _MOST_BLOCKS = 1 << 22
+_MOST_READERS = 1 << 14
 
 
 class NixlSettings(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
@@ -123,6 +125,24 @@ class RemoteParams(msgspec.Struct, kw_only=True):
     """The run of the engine that made these parameters; another one does not have the blocks."""
     remote_lease_slot: int = 0
     remote_lease_generation: int = 0
+    remote_seal: str = ""
+    """Of all this, by the engine that says it."""
+    num_readers: int = 1
+    """Requests here that fetch the same: children of one request for several answers."""
+    digest: bytes = b""
+    """Of this engine's own prompt, as far as it is fetched: set by the scheduler, whatever came."""
+
+    def sealed_by(self, secret: bytes) -> str:
+        """The seal that these parameters should have."""
+        return seal(
+            secret,
+            self.remote_request_id,
+            self.remote_block_ids,
+            self.remote_num_tokens,
+            self.remote_lease_slot,
+            self.remote_lease_generation,
+            self.digest,
+        )
 
 
 def parse_params(given: dict[str, Any] | None) -> RemoteParams | None:
@@ -167,6 +187,8 @@ def parse_params(given: dict[str, Any] | None) -> RemoteParams | None:
         raise _refusal("remote_block_ids holds a number that is no block id")
     if not 0 < (params.remote_num_tokens or 0) < 1 << 40:
         raise _refusal("remote_num_tokens must be at least 1")
+    if not 1 <= params.num_readers <= _MOST_READERS:
+        raise _refusal(f"num_readers must be 1 to {_MOST_READERS}")
     if params.remote_lease_slot < 0 or params.remote_lease_generation < 0:
         raise _refusal("remote_lease_slot and remote_lease_generation cannot be negative")
     return params
@@ -237,6 +259,8 @@ class AgentMetadata(msgspec.Struct, kw_only=True):
     """Fields of ``staging.RingShape``."""
     registers_blocks: bool = True
     """False: only the ring can be reached (kv_buffer_device "cpu")."""
+    secret: bytes = b""
+    """By which this engine seals what it answers; told to those who fetch from it."""
 
 
 class HandshakePayload(msgspec.Struct, kw_only=True):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import time
+import hmac
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -38,6 +38,9 @@ class LocalSide:
 
     engine_id: str
     session: str
+    """Differs after a restart, also under the same engine id."""
+    secret: bytes
+    """By which this engine seals what it answers to clients."""
     shard: Shard
     descriptor: CacheDescriptor
     total_heads: dict[str, int | None]
@@ -79,8 +82,16 @@ class Peer:
     tp_size: int
     ranks: dict[int, PeerRank]
     lease_seconds: float
-    last_used: float = field(default_factory=time.monotonic)
+    secret: bytes
+    last_used: float
     heartbeat_at: float = 0.0
+
+    def believes(self, params: RemoteParams) -> bool:
+        """These parameters are what this run of the engine has said, of the same prompt."""
+        found = params.remote_seal.encode()
+        return params.remote_session == self.session and hmac.compare_digest(
+            found, params.sealed_by(self.secret).encode()
+        )
 
 
 @dataclass(slots=True)
@@ -129,6 +140,7 @@ class PeerBook:
 
     Args:
         ask: (host, port, rank, timeout) -> encoded ``HandshakePayload``.
+        clock: seconds, by which peers are idle.
     """
 
     def __init__(
@@ -137,7 +149,9 @@ class PeerBook:
         local: LocalSide,
         settings: NixlSettings,
         ask: AskHandshake,
+        clock: Callable[[], float],
     ) -> None:
+        self._clock = clock
         self._port = port
         self._local = local
         self._settings = settings
@@ -209,7 +223,16 @@ class PeerBook:
     def _connect(self, engine_id: str, address: tuple[str, int], answers: _Answers) -> Peer:
         self.retire(engine_id)
         first = next(iter(answers.metadata.values()))
-        peer = Peer(engine_id, first.session, address, first.tp_size, {}, first.lease_seconds)
+        peer = Peer(
+            engine_id=engine_id,
+            session=first.session,
+            address=address,
+            tp_size=first.tp_size,
+            ranks={},
+            lease_seconds=first.lease_seconds,
+            secret=first.secret,
+            last_used=self._clock(),
+        )
         topology = self._topology(first.tp_size)
         sources = topology.source_ranks()
         for rank, metadata in answers.metadata.items():
@@ -272,7 +295,7 @@ class PeerBook:
 
     def sweep(self, busy: set[str]) -> None:
         """Free what is left of peers that no copy comes from any more."""
-        limit = time.monotonic() - self._settings.engine_ttl
+        limit = self._clock() - self._settings.engine_ttl
         for engine_id, peer in list(self.peers.items()):
             if peer.last_used < limit and engine_id not in busy:
                 self.retire(engine_id)

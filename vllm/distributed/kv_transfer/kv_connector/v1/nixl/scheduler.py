@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections import deque
 from typing import TYPE_CHECKING, Any
 
+import msgspec
+
 import vllm.envs as envs
 from vllm.distributed.kv_transfer.kv_connector.v1.nixl.messages import (
     LeaseStart,
@@ -19,6 +21,11 @@ from vllm.distributed.kv_transfer.kv_connector.v1.nixl.messages import (
     parse_params,
 )
 from vllm.distributed.kv_transfer.kv_connector.v1.nixl.side_channel import HandshakeServer
+from vllm.distributed.kv_transfer.kv_connector.v1.seals import (
+    engine_secret,
+    prompt_digest,
+    public_session,
+)
 from vllm.errors import VLLMValidationError
 from vllm.v1.request import RequestStatus
 
@@ -42,7 +49,8 @@ class NixlScheduler:
         self._transfer = transfer
         self._settings = settings
         self._has_states = kv_cache_config.has_mamba_layers
-        self._session = vllm_config.instance_id
+        self._session = public_session(vllm_config.instance_id)
+        self._secret = engine_secret(vllm_config.instance_id)
         self._tp_size = vllm_config.parallel_config.tensor_parallel_size
         self.host = envs.VLLM_NIXL_SIDE_CHANNEL_HOST
         self.port = envs.VLLM_NIXL_SIDE_CHANNEL_PORT
@@ -77,6 +85,15 @@ class NixlScheduler:
                     f"kv_consumer or kv_both; this one is {role}",
                     parameter="kv_transfer_params",
                 )
+            count = params.remote_num_tokens
+            assert count is not None
+            if count > request.num_prompt_tokens:
+                raise VLLMValidationError(
+                    f"kv_transfer_params: remote_num_tokens is {count}, but the prompt has "
+                    f"{request.num_prompt_tokens} tokens: they belong to another prompt",
+                    parameter="kv_transfer_params",
+                )
+            params.digest = prompt_digest(request.prompt_token_ids[:count])
             self._to_fetch[request.request_id] = params
             self._next.expected[request.request_id] = params
             self._unsent = True
@@ -146,22 +163,26 @@ class NixlScheduler:
         self._leased[request_id] = slot
         rows = tuple(list(row) for row in block_ids)
         self._next.leases[request_id] = LeaseStart(slot=slot, block_ids=rows)
-        return True, {
-            "do_remote_prefill": True,
-            "do_remote_decode": False,
-            "remote_block_ids": [list(row) for row in block_ids],
-            "remote_engine_id": self._transfer.engine_id,
-            "remote_session": self._session,
-            "remote_request_id": request_id,
-            "remote_host": self.host,
-            "remote_port": self.port,
-            "tp_size": self._tp_size,
-            "pp_size": 1,
-            "remote_num_tokens": min(request.num_computed_tokens, request.num_prompt_tokens),
-            "remote_lease_slot": slot,
-            "remote_lease_generation": self._generations[slot],
-            "remote_lease_seconds": self._settings.kv_lease_duration,
-        }
+        count = min(request.num_computed_tokens, request.num_prompt_tokens)
+        told = RemoteParams(
+            do_remote_prefill=True,
+            remote_block_ids=[list(row) for row in block_ids],
+            remote_engine_id=self._transfer.engine_id,
+            remote_session=self._session,
+            remote_request_id=request_id,
+            remote_host=self.host,
+            remote_port=self.port,
+            tp_size=self._tp_size,
+            remote_num_tokens=count,
+            remote_lease_slot=slot,
+            remote_lease_generation=self._generations[slot],
+            digest=prompt_digest(request.prompt_token_ids[:count]),
+        )
+        told.remote_seal = told.sealed_by(self._secret)
+        answer = msgspec.structs.asdict(told)
+        for name in ("digest", "num_readers"):
+            del answer[name]
+        return True, {**answer, "remote_lease_seconds": self._settings.kv_lease_duration}
 
     # Steps
 

@@ -45,6 +45,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.nixl.peers import (
     PeerBook,
     PeerRank,
 )
+from vllm.distributed.kv_transfer.kv_connector.v1.nixl.readers import Readers
 from vllm.distributed.kv_transfer.kv_connector.v1.nixl.taking import Take, Taker
 from vllm.distributed.kv_transfer.kv_connector.v1.topology import TransferTopology
 from vllm.distributed.kv_transfer.plan import TransferPlan, UnitBlocks
@@ -145,7 +146,7 @@ class TransferWorker:
         self._local = local
         self._settings = settings
         self._clock = clock
-        self._book = PeerBook(port, local, settings, ask)
+        self._book = PeerBook(port, local, settings, ask, lambda: self._clock())
         self._lease_table = lease_table
         self._scratch = scratch
         self._free_scratch = list(range(len(scratch)))
@@ -163,6 +164,7 @@ class TransferWorker:
         self._held: list[tuple[Any, _Load]] = []
         """Loads whose blocks the device may still write."""
         self._releases: list[tuple[float, RemoteParams]] = []
+        self._readers = Readers()
         self._expected: dict[str, RemoteParams] = {}
         self._backing = backing
         self._pushes = pushes
@@ -304,7 +306,7 @@ class TransferWorker:
                 if params.remote_engine_id not in self._book.peers:
                     self._book.ask_for(params)
         for params in metadata.releases:
-            self._releases.append((now + self._settings.handshake_timeout, params))
+            self._let_go(params)
         for receive in metadata.receives:
             load = _Load(receive, now + self._settings.transfer_timeout, now)
             if metadata.after is None or metadata.after.query():
@@ -324,6 +326,11 @@ class TransferWorker:
         try:
             if peer.session != load.params.remote_session:
                 raise PeerLostError("the engine has restarted since it computed this prompt")
+            if not peer.believes(load.params):
+                raise KVTransferError(
+                    "its kv_transfer_params are not what the prefill engine has answered, or "
+                    "belong to another prompt"
+                )
             self._post(load, peer)
         except PeerLostError as error:
             self._lost(load.engine_id)
@@ -508,7 +515,7 @@ class TransferWorker:
     def _end(self, load: _Load) -> None:
         request_id = load.receive.request_id
         del self._loads[request_id]
-        self._releases.append((self._clock() + self._settings.handshake_timeout, load.params))
+        self._let_go(load.params)
         with self._lock:
             assert self._results.finished_recving is not None
             assert self._results.failed_recving is not None
@@ -608,10 +615,19 @@ class TransferWorker:
                     break
         return True
 
+    def _let_go(self, params: RemoteParams) -> None:
+        """A request here needs the owner's blocks no more."""
+        if self._readers.is_last(params):
+            self._releases.append((self._clock() + self._settings.handshake_timeout, params))
+
     def _send_releases(self) -> None:
         """Done messages; one that cannot be sent in time is left to the peer's lease."""
         now, left = self._clock(), []
         for deadline, params in self._releases:
+            peer = self._book.peers.get(str(params.remote_engine_id))
+            if peer is not None and not peer.believes(params):
+                # Whoever has made them up must not end the leases of others.
+                continue
             if self._notify(params, f"{params.remote_request_id}:{self._local.shard.tp_size}"):
                 continue
             if now < deadline:
@@ -633,8 +649,10 @@ class TransferWorker:
             if peer is None or now < peer.heartbeat_at:
                 continue
             peer.heartbeat_at = now + peer.lease_seconds / _HEARTBEATS_A_LEASE
-            names = ",".join(sorted({str(params.remote_request_id) for params in requests}))
-            self._notify(requests[0], f"HB:{names}")
+            known = [params for params in requests if peer.believes(params)]
+            if known:
+                names = ",".join(sorted({str(params.remote_request_id) for params in known}))
+                self._notify(known[0], f"HB:{names}")
 
     # What peers tell us, and our leases
 
