@@ -168,7 +168,7 @@ class Stranger:
         for _ in range(2):
             self.p.step()
         assert (self.p.cache.backing == self.before).all()
-        assert set(self.p.worker._leases) == {"r"}
+        assert self.p.worker.leases.held == {"r"}
         return (self.p.worker.take_stats() or {}).get("refused_notifications", 0)
 
     def ends(self):
