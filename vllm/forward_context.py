@@ -11,7 +11,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-__all__ = ["ForwardContext", "KVLayerHook", "get_forward_context", "set_forward_context"]
+__all__ = [
+    "ForwardContext",
+    "KVLayerHook",
+    "KVScaleFinder",
+    "get_forward_context",
+    "set_forward_context",
+]
 
 
 class KVLayerHook(Protocol):
@@ -20,6 +26,14 @@ class KVLayerHook(Protocol):
     def before(self, layer_name: str) -> None: ...
 
     def after(self, layer_name: str, kv_cache: Any, attn_metadata: Any) -> None: ...
+
+
+class KVScaleFinder(Protocol):
+    """Who gives layers the scales of their caches, in a run that is made for that."""
+
+    def observe(self, layer: Any, key: Any, value: Any) -> None:
+        """A layer is about to store keys ``(T, K, D)``, rotated, and values ``(T, K, Dv)``."""
+        ...
 
 
 @dataclass(slots=True)
@@ -32,6 +46,8 @@ class ForwardContext:
     additional_kwargs: dict[str, Any] = field(default_factory=dict)
     kv_layer_hook: KVLayerHook | None = None
     """A connector that works layer by layer; None where none does."""
+    kv_scale_finder: KVScaleFinder | None = None
+    """Of a run that calibrates; None in all others."""
 
 
 _forward_context: ForwardContext | None = None

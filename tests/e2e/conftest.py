@@ -5,12 +5,16 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
 
 from tests.effort import by_effort
 from vllm.transformers_utils.config import resolve_model
+
+if TYPE_CHECKING:
+    from transformers import LlamaForCausalLM
 
 Judge = Callable[[list[int], list[int]], torch.Tensor]
 
@@ -21,22 +25,27 @@ def gguf_file() -> Path:
 
 
 @pytest.fixture(scope="session")
-def judge(gguf_file: Path) -> Judge:
+def judging_model(gguf_file: Path) -> LlamaForCausalLM:
+    """SmolLM2 in float32 by transformers."""
+    from transformers import LlamaForCausalLM
+
+    return LlamaForCausalLM.from_pretrained(
+        gguf_file.parent, gguf_file=gguf_file.name, dtype=torch.float32
+    ).eval()
+
+
+@pytest.fixture(scope="session")
+def judge(judging_model: LlamaForCausalLM) -> Judge:
     """float32 log-probabilities by transformers of each output position, ``(len(output), V)``.
 
     One forward pass over prompt and output: if the argmax of every row is the token that
     follows, greedy generation by transformers gives exactly these tokens.
     """
-    from transformers import LlamaForCausalLM
-
-    model = LlamaForCausalLM.from_pretrained(
-        gguf_file.parent, gguf_file=gguf_file.name, dtype=torch.float32
-    ).eval()
 
     def logprobs(prompt: list[int], output: list[int]) -> torch.Tensor:
         with torch.inference_mode():
             ids = torch.tensor([prompt + output[:-1]])
-            logits = model(ids, logits_to_keep=len(output)).logits[0]
+            logits = judging_model(ids, logits_to_keep=len(output)).logits[0]
         return logits.log_softmax(-1)
 
     return logprobs

@@ -33,6 +33,8 @@ class Case:
     kv_heads: int
     group: int
     head_size: int
+    head_size_v: int = 0
+    """Width of a value where it is another."""
     page: int = 16
     layout: str = "LBHNC"
     cache_dtype: str = "auto"
@@ -52,12 +54,17 @@ class Case:
     def heads(self) -> int:
         return self.kv_heads * self.group
 
+    @property
+    def width_v(self) -> int:
+        return self.head_size_v or self.head_size
+
 
 def make_cache(case: Case, blocks: int, device: str) -> torch.Tensor:
     """A (B, H, N, C) view of poison in the physical order of the case's layout, one of 3 layers."""
     fmt = case.format
     heads = case.kv_heads if fmt is None else fmt.head_slots(case.kv_heads)
-    content = 2 * case.head_size if fmt is None else fmt.content_bytes(case.head_size)
+    plain = case.head_size + case.width_v
+    content = plain if fmt is None else fmt.content_bytes(case.head_size)
     sizes = {"L": LAYERS, "B": blocks, "H": heads, "N": case.page, "C": content}
     # All bits set are a NaN of every float.
     options: dict[str, Any] = {"device": device, "dtype": torch.uint8 if fmt else case.dtype}
@@ -114,9 +121,8 @@ def make_step(case: Case, rng: random.Random, device: str = "cpu") -> Step:
     # Entries after a request's pages are never read.
     table = torch.zeros(len(pages), max(pages) + 1, dtype=torch.int32)
     slots, keys, values = [], [], []
-    first_k, first_v = (
-        torch.randn(common * case.page, case.kv_heads, case.head_size) for _ in range(2)
-    )
+    widths = (case.head_size, case.width_v)
+    first_k, first_v = (torch.randn(common * case.page, case.kv_heads, w) for w in widths)
     # Heads of different magnitude: each has scales of its own, or none.
     magnitude = torch.logspace(-1, 1, case.kv_heads)[:, None]
     for row, ((length, _), count) in enumerate(zip(case.lengths, pages, strict=True)):
@@ -126,12 +132,13 @@ def make_step(case: Case, rng: random.Random, device: str = "cpu") -> Step:
         table[row, :count] = row_blocks
         position = torch.arange(length)
         slots.append(row_blocks[position // case.page] * case.page + position % case.page)
-        key, value = (torch.randn(length, case.kv_heads, case.head_size) for _ in range(2))
+        key, value = (torch.randn(length, case.kv_heads, w) for w in widths)
         same = min(common, length // case.page) * case.page
         key[:same], value[:same] = first_k[:same], first_v[:same]
         keys.append(key.to(case.dtype).to(device))
         values.append((value * magnitude).to(case.dtype).to(device))
     new = [count for _, count in case.lengths]
+    sinks = torch.randn(case.heads)
     # A query inside a wider row, as a fused projection leaves it.
     wide = torch.randn(sum(new), case.heads + 2, case.head_size).to(case.dtype).to(device)
     return Step(
@@ -145,7 +152,7 @@ def make_step(case: Case, rng: random.Random, device: str = "cpu") -> Step:
         keys=keys,
         values=values,
         slopes=torch.rand(case.heads, device=device) / 2 if case.alibi else None,
-        sinks=torch.randn(case.heads, device=device) if case.sinks else None,
+        sinks=sinks.to(case.dtype).float().to(device) if case.sinks else None,
         scales=SideScales(k=0.03, v=0.15) if case.format else SideScales(),
     )
 
@@ -206,7 +213,7 @@ def exact(step: Step) -> torch.Tensor:
     cache = step.cache.cpu()
     if case.format is None:
         cache = torch.nan_to_num(cache.double())
-    out = torch.zeros(step.query.shape, dtype=torch.float64)
+    out = torch.zeros((*step.query.shape[:2], case.width_v), dtype=torch.float64)
     options = {k: v.cpu() if isinstance(v, torch.Tensor) else v for k, v in step.options.items()}
     _torch_ops.paged_attention(
         step.query.cpu().double(), cache, out, step.starts.cpu(), step.seq_lens.cpu(),

@@ -3,9 +3,12 @@
 from dataclasses import dataclass
 
 from vllm.config.checks import at_least, one_of, within
+from vllm.errors import ConfigError
 
 HASH_ALGORITHMS = ("sha256", "sha256_cbor", "xxhash", "xxhash_cbor")
 MAMBA_CACHE_MODES = ("none", "all", "align")
+LAYER_SCALED_DTYPES = ("fp8", "fp8_e4m3", "fp8_e5m2", "nvfp4")
+"""Cache dtypes with one scale for a layer's keys and one for its values."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,6 +31,8 @@ class CacheConfig:
     """--kv-cache-dtype; "auto" is the model's dtype."""
     kv_cache_dtype_skip_layers: tuple[str, ...] = ()
     """Layers that keep the model's dtype: numbers, names, or "sliding_window"."""
+    calculate_kv_scales: bool = False
+    """Layers whose scales the checkpoint does not bring get theirs from a run at start."""
     num_gpu_blocks_override: int | None = None
     """Blocks of the pool, whatever the memory allows."""
     enable_prefix_caching: bool = True
@@ -59,6 +64,14 @@ class CacheConfig:
         within(self, 0.01, 1.0, "gpu_memory_utilization")
         one_of(self, HASH_ALGORITHMS, "prefix_caching_hash_algo")
         one_of(self, MAMBA_CACHE_MODES, "mamba_cache_mode")
+        if self.calculate_kv_scales and self.cache_dtype not in LAYER_SCALED_DTYPES:
+            raise ConfigError(
+                "--calculate-kv-scales finds the scales of a cache that has one for a layer's keys "
+                f"and one for its values, which --kv-cache-dtype {self.cache_dtype} has not: drop "
+                f"it, or use one of {', '.join(LAYER_SCALED_DTYPES)}",
+                parameter="calculate_kv_scales",
+                value=True,
+            )
 
     def dtype_of_layer(self, layer_name: str, has_window: bool = False) -> str:
         """The cache dtype of one layer: "auto" where it is to be skipped."""

@@ -332,6 +332,13 @@ class EngineArgs:
         Kind.LIST,
         "Layers that keep the model's data type: their numbers, names, or sliding_window.",
     )
+    calculate_kv_scales: bool = arg(
+        False,
+        "CacheConfig",
+        Kind.SWITCH,
+        "Find the scales of an fp8 or nvfp4 cache by a run at start, where the checkpoint brings "
+        "none.",
+    )
     enable_prefix_caching: bool | None = arg(
         None,
         "CacheConfig",
@@ -761,6 +768,7 @@ class EngineArgs:
             kv_cache_memory_bytes=pool,
             cache_dtype=self.kv_cache_dtype,
             kv_cache_dtype_skip_layers=tuple(map(str, self.kv_cache_dtype_skip_layers or ())),
+            calculate_kv_scales=self.calculate_kv_scales,
             num_gpu_blocks_override=self.num_gpu_blocks_override,
             enable_prefix_caching=self.enable_prefix_caching is not False,
             prefix_caching_hash_algo=self.prefix_caching_hash_algo,

@@ -165,8 +165,12 @@ def _run(
     residual: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor] | None:
     context = get_forward_context()
-    # A connector that works layer by layer is called by each layer's own attention.
-    if context.attn_metadata is None or context.kv_layer_hook is not None:
+    # Who works layer by layer (a connector, calibration) is called by each layer's own attention.
+    if (
+        context.attn_metadata is None
+        or context.kv_layer_hook is not None
+        or context.kv_scale_finder is not None
+    ):
         return None
     metadata: Any = context.attn_metadata[layers[0].layer_name]
     slot_mapping = context.slot_mapping.get(layers[0].layer_name)

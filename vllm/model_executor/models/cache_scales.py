@@ -54,8 +54,7 @@ class CacheScales:
                 "--kv-cache-dtype fp8_per_token_head, which needs none",
                 parameter="kv_cache_dtype",
             )
-        if "k" in _SIDES[kind]:
-            layer._k_scale_float = value
-        if "v" in _SIDES[kind]:
-            layer._v_scale_float = value
+        for side in _SIDES[kind]:
+            layer.set_kv_scale(side, value)
+            layer.checkpoint_scales.add(side)
         return True

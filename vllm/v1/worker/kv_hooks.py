@@ -151,8 +151,14 @@ class ConnectorStep:
     works_between_layers = False
     """Layers have to call in, so they must run one by one."""
 
-    def register(self, kv_caches: Mapping[str, torch.Tensor]) -> None:
-        """Once, after allocation: each layer's view in manager blocks, by its name."""
+    def register(
+        self,
+        kv_caches: Mapping[str, torch.Tensor],
+        kv_scales: Mapping[str, tuple[float, float]],
+    ) -> None:
+        """Once, after allocation: each layer's view in manager blocks, and its factors of K and V,
+        by its name.
+        """
 
     def unregister(self) -> None:
         """The caches' memory is about to be given back (sleep)."""
@@ -216,9 +222,14 @@ class ActiveConnectorStep(ConnectorStep):
         self._layers = _LayerCalls(connector, ())
         self._context: ForwardContext | None = None
 
-    def register(self, kv_caches: Mapping[str, torch.Tensor]) -> None:
+    def register(
+        self,
+        kv_caches: Mapping[str, torch.Tensor],
+        kv_scales: Mapping[str, tuple[float, float]],
+    ) -> None:
         self._kv_caches = dict(kv_caches)
         self._layers = _LayerCalls(self._connector, kv_caches)
+        self._connector.register_kv_scales(dict(kv_scales))
         self._connector.register_kv_caches(dict(kv_caches))
 
     def unregister(self) -> None:

@@ -20,7 +20,8 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorBase_V1,
     KVConnectorHandshakeMetadata,
 )
-from vllm.forward_context import ForwardContext, set_forward_context
+from vllm.forward_context import ForwardContext, KVScaleFinder, set_forward_context
+from vllm.model_executor.layers.attention.kv_scales import KVScaleCalibration
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.v1.core.sched.output import CachedRequestData, GrammarOutput, SchedulerOutput
 from vllm.v1.kv_cache.allocate import AllocatedKVCache, allocate_kv_cache
@@ -49,6 +50,13 @@ from vllm.v1.worker.kv_hooks import (
     WriteWatch,
     make_block_zeroing,
     make_write_watch,
+)
+from vllm.v1.worker.kv_scales import (
+    CalibrationRequest,
+    KVScales,
+    kv_scales_of,
+    report_scales,
+    restore_kv_scales,
 )
 from vllm.v1.worker.prompt_logprobs import PromptLogprobs
 from vllm.v1.worker.utils import (
@@ -112,6 +120,9 @@ class ModelRunner:
         self._connector = ConnectorStep()
         self._write_watch = WriteWatch()
         self.layers: dict[str, AttentionLayerBase] = {}
+        self._scale_finder: KVScaleFinder | None = None
+        self._kv_scales: KVScales = {}
+        """Of layers by name, as ``_calibrate`` found them."""
 
     # ---- start-up -----------------------------------------------------------------------------
 
@@ -151,9 +162,6 @@ class ModelRunner:
         bind_kv_cache(caches, self.layers, self.kv_caches)
         self._zeroing = make_block_zeroing(caches, kv_cache_config)
         self._write_watch = make_write_watch(caches, kv_cache_config)
-        if self._make_connector is not None:
-            self._connector = ActiveConnectorStep(self._make_connector(kv_cache_config))
-        self._connector.register(self._views_in_blocks())
         self.attention_groups = AttentionGroups(
             kv_cache_config, self.layers, config, self.device.device
         )
@@ -184,6 +192,32 @@ class ModelRunner:
             len(tables),
             self.device,
         )
+        if config.cache_config.calculate_kv_scales:
+            self._calibrate(kv_cache_config)
+        if self._make_connector is not None:
+            self._connector = ActiveConnectorStep(self._make_connector(kv_cache_config))
+        self._connector.register(self._views_in_blocks(), kv_scales_of(self.layers))
+
+    def _calibrate(self, kv_cache_config: KVCacheConfig) -> None:
+        """Give layers the scales of their caches, for as long as the engine lives.
+
+        Raises:
+            ConfigError: numbers of the model are not finite.
+        """
+        request = CalibrationRequest.make(
+            self.vllm_config, self.vocab_size, kv_cache_config, self.batch.block_table
+        )
+        self._scale_finder = calibration = KVScaleCalibration()
+        try:
+            self.execute_model(request.first_step())
+            self.execute_model(request.last_step())
+            self.device.synchronize()
+        finally:
+            # Nothing of that run stays.
+            self._scale_finder = None
+            self._caches.debugger.restart()
+        self._kv_scales = calibration.scales
+        report_scales(self._kv_scales, self.layers, request.num_tokens)
 
     def _allocate(self, kv_cache_config: KVCacheConfig) -> AllocatedKVCache:
         return allocate_kv_cache(kv_cache_config, self.device.device)
@@ -219,6 +253,7 @@ class ModelRunner:
     def restore_model(self) -> None:
         """Load the weights again; caches stay where they are."""
         self.load_model()
+        restore_kv_scales(self.layers, self._kv_scales)
         self.kv_caches.clear()
         bind_kv_cache(self._caches, self.layers, self.kv_caches)
         self.attention_groups = AttentionGroups(
@@ -283,7 +318,7 @@ class ModelRunner:
         metadata = self.attention_groups.build_metadata(
             step.attention, scheduler_output.num_common_prefix_blocks
         )
-        context = ForwardContext(metadata, self.layers)
+        context = ForwardContext(metadata, self.layers, kv_scale_finder=self._scale_finder)
         self._write_watch.begin(self.batch, step)
         self._connector.begin(scheduler_output, context)
         with set_forward_context(context):

@@ -14,7 +14,7 @@ from torch import nn
 
 from vllm.config import CacheConfig, VllmConfig, get_current_vllm_config
 from vllm.errors import UnsupportedError
-from vllm.forward_context import get_forward_context
+from vllm.forward_context import ForwardContext, get_forward_context
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase, register_layer
 from vllm.platforms import current_platform
 from vllm.v1.attention.backend import AttentionType
@@ -117,8 +117,10 @@ class Attention(nn.Module, AttentionLayerBase):
             kv_sharing_target_layer_name,
             sinks,
         )
-        # What an fp8 cache with one scale per tensor multiplies its data by.
+        # What an fp8 or nvfp4 cache with one scale per tensor multiplies its data by.
         self._k_scale_float = self._v_scale_float = 1.0
+        # Sides ("k", "v") whose scale the checkpoint brought: nothing else may change it.
+        self.checkpoint_scales: set[str] = set()
         self._fused_rope = self.impl.fused_rope_kvcache_supported()
         self._fused_norms = self.impl.fused_head_norms_supported()
         self._stores_apart = not self.attn_backend.forward_includes_kv_cache_update
@@ -126,6 +128,16 @@ class Attention(nn.Module, AttentionLayerBase):
 
     def process_weights_after_loading(self) -> None:
         self.impl.process_weights_after_loading(self.dtype)
+
+    def set_kv_scale(self, side: str, scale: float) -> None:
+        """``scale`` of all keys (``side`` "k") or values ("v") that this layer stores and reads.
+
+        Captured graphs and bound kernels keep the scale they were made with: set it before.
+        """
+        if side == "k":
+            self._k_scale_float = scale
+        else:
+            self._v_scale_float = scale
 
     def extra_repr(self) -> str:
         return (
@@ -183,7 +195,7 @@ class Attention(nn.Module, AttentionLayerBase):
                 key,
                 value,
                 attn_metadata,
-                context.slot_mapping,
+                context,
                 positions,
                 rotary_emb,
                 head_norms,
@@ -207,7 +219,7 @@ class Attention(nn.Module, AttentionLayerBase):
         key: torch.Tensor,
         value: torch.Tensor,
         attn_metadata: Any,
-        slot_mappings: dict[str, torch.Tensor],
+        context: ForwardContext,
         positions: torch.Tensor | None,
         rotary_emb: nn.Module | None,
         head_norms: tuple[RMSNorm, RMSNorm] | None,
@@ -217,7 +229,8 @@ class Attention(nn.Module, AttentionLayerBase):
         Norms and rotation write over query, and over key where they are not fused.
         """
         stores = self._stores_apart and self.kv_sharing_target_layer_name is None
-        fused = rotary_emb is not None and stores and self._fused_rope
+        finder = None if self.kv_sharing_target_layer_name else context.kv_scale_finder
+        fused = rotary_emb is not None and stores and self._fused_rope and finder is None
         num_heads, num_kv_heads, head_size = self.num_heads, self.num_kv_heads, self.head_size
         query = query.view(-1, num_heads, head_size)
         key = key.view(-1, num_kv_heads, head_size)
@@ -228,8 +241,10 @@ class Attention(nn.Module, AttentionLayerBase):
             head_norms[1].forward_in_place(key)
         if rotary_emb is not None and not fused:
             query, key = rotary_emb(positions, query, key)
+        if finder is not None:
+            finder.observe(self, key, value)
         if stores:
-            slot_mapping = slot_mappings.get(self.layer_name)
+            slot_mapping = context.slot_mapping.get(self.layer_name)
             if slot_mapping is None:
                 slot_mapping = attn_metadata.slot_mapping
             if fused:

@@ -73,6 +73,11 @@ class KVFormat:
         return self.code == 5
 
     @property
+    def largest_value(self) -> float:
+        """Largest magnitude that is kept where the layer's factor is 1."""
+        return self.largest
+
+    @property
     def has_layer_scales(self) -> bool:
         """The layer has a factor for each side, which ``SideScales`` holds."""
         return not self.per_token_head
@@ -157,6 +162,10 @@ class KVFormat:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NVFP4Format(KVFormat):
     """e2m1 numbers with a scale for every 16; K heads and V heads apart on the head axis."""
+
+    @property
+    def largest_value(self) -> float:
+        return self.largest * _LARGEST_E4M3
 
     def content_bytes(self, head_size: int) -> int:
         return head_size // 2 + head_size // NVFP4_GROUP

@@ -176,6 +176,11 @@ class KVConnectorBase_V1(ABC):
         assert self._connector_metadata is not None, "no step has begun"
         return self._connector_metadata
 
+    def register_kv_scales(self, scales: dict[str, tuple[float, float]]) -> None:
+        """Once, before ``register_kv_caches``: of layers by name, what all numbers of K and of V
+        are multiplied by, 1.0 where the cache's format asks for no such scale.
+        """
+
     def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
         """Once, after allocation: each layer's view ``(B, H, N, C)`` by layer name."""
 

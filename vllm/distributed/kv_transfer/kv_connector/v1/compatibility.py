@@ -6,20 +6,39 @@ Sizes of ranks and blocks and the layout are not among it: the transfer plan bri
 from __future__ import annotations
 
 import hashlib
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Annotated
 
 import msgspec
 
-from vllm.errors import KVTransferError
+from vllm.errors import ConfigError, KVTransferError
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
-__all__ = ["check_factors", "compatibility_factors", "compatibility_hash"]
+__all__ = [
+    "Rank",
+    "RankCount",
+    "check_factors",
+    "compatibility_factors",
+    "compatibility_hash",
+    "refuse_scales_of_a_run",
+]
+
+Rank = Annotated[int, msgspec.Meta(ge=0, lt=1024)]
+RankCount = Annotated[int, msgspec.Meta(ge=1, le=1024)]
+"""Of a peer, in messages: whoever reads one counts so far."""
 
 
-def compatibility_factors(config: VllmConfig, connector: str) -> dict[str, str]:
-    """By name, as text that can be shown; ``connector`` names a connector and its version."""
+def compatibility_factors(
+    config: VllmConfig, connector: str, scales: Mapping[str, tuple[float, float]]
+) -> dict[str, str]:
+    """By name, as text that can be shown.
+
+    Args:
+        connector: names a connector and its version.
+        scales: of layers by name, the factors of all their keys and values.
+    """
     import vllm
 
     model = config.model_config
@@ -33,8 +52,34 @@ def compatibility_factors(config: VllmConfig, connector: str) -> dict[str, str]:
         "vocabulary": str(model.get_vocab_size()),
         "dtype": model.dtype_name,
         "kv_cache_dtype": config.cache_config.cache_dtype,
+        "kv_scales": _scales_in_words(config, scales),
         "hybrid_kv_cache_manager": str(not config.scheduler_config.disable_hybrid_kv_cache_manager),
     }
+
+
+def _scales_in_words(config: VllmConfig, scales: Mapping[str, tuple[float, float]]) -> str:
+    """Bytes mean the same under the same scales only; so do numbers that are converted."""
+    numbers = sorted((name, *pair) for name, pair in scales.items() if pair != (1.0, 1.0))
+    if not numbers:
+        return "none"
+    digest = hashlib.sha256(msgspec.json.encode(numbers)).hexdigest()[:12]
+    found = config.cache_config.calculate_kv_scales
+    return f"{digest} ({'--calculate-kv-scales' if found else 'of the checkpoint'})"
+
+
+def refuse_scales_of_a_run(config: VllmConfig, keeper: str) -> None:
+    """
+    Raises:
+        ConfigError: blocks are to outlive the engine, and the scales of their numbers do not.
+    """
+    if config.cache_config.calculate_kv_scales:
+        raise ConfigError(
+            f"{keeper} keeps blocks for engines to come, whose --calculate-kv-scales may find "
+            "other scales: put k_scale and v_scale in the checkpoint, or use --kv-cache-dtype "
+            "fp8_per_token_head, which needs none",
+            parameter="calculate_kv_scales",
+            value=True,
+        )
 
 
 def compatibility_hash(factors: dict[str, str]) -> str:

@@ -19,6 +19,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorMetadata,
     KVConnectorRole,
 )
+from vllm.distributed.kv_transfer.kv_connector.v1.compatibility import refuse_scales_of_a_run
 from vllm.distributed.parallel_state import get_tensor_model_parallel_rank
 from vllm.errors import ConfigError
 from vllm.logger import init_logger
@@ -71,6 +72,7 @@ class ExampleConnector(KVConnectorBase_V1):
         super().__init__(vllm_config, role, kv_cache_config)
         assert kv_cache_config is not None
         assert self._kv_transfer_config is not None
+        refuse_scales_of_a_run(vllm_config, type(self).__name__)
         self._block_size = kv_cache_config.kv_cache_groups[0].kv_cache_spec.block_size
         self._kv_caches: dict[str, torch.Tensor] = {}
         path = self._kv_transfer_config.get_from_extra_config("shared_storage_path", "/tmp")
@@ -79,6 +81,8 @@ class ExampleConnector(KVConnectorBase_V1):
             (
                 vllm_config.model_config.model,
                 vllm_config.model_config.dtype_name,
+                vllm_config.cache_config.cache_dtype,
+                vllm_config.cache_config.kv_cache_dtype_skip_layers,
                 vllm_config.parallel_config.tensor_parallel_size,
             )
         )

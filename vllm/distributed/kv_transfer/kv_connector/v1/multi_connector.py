@@ -110,6 +110,10 @@ class MultiConnector(KVConnectorBase_V1, SupportsHMA):
         for part in self._parts:
             part.clear_connector_metadata()
 
+    def register_kv_scales(self, scales: dict[str, tuple[float, float]]) -> None:
+        for part in self._parts:
+            part.register_kv_scales(scales)
+
     def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
         for part in self._parts:
             part.register_kv_caches(kv_caches)

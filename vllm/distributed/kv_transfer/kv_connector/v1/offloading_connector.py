@@ -24,6 +24,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorRole,
     SupportsHMA,
 )
+from vllm.distributed.kv_transfer.kv_connector.v1.compatibility import refuse_scales_of_a_run
 from vllm.distributed.kv_transfer.kv_connector.v1.offloading_files import (
     TRAILER_BYTES,
     BlockFiles,
@@ -175,6 +176,8 @@ class OffloadingConnector(KVConnectorBase_V1, SupportsHMA):
         self.num_slots = _num_slots(settings, kv_cache_config, world_size)
         num_files = _num_files(settings, kv_cache_config, world_size)
         self._file_path = settings.file_path
+        if settings.file_path is not None:
+            refuse_scales_of_a_run(vllm_config, "OffloadingConnector's file_path")
         self._files: BlockFiles | None = None
         if role is KVConnectorRole.SCHEDULER:
             hash_block_size = resolve_hash_block_size(kv_cache_config, default=self._block_size)

@@ -65,6 +65,7 @@ class MooncakeConnector(TwoHalvesConnector):
             )
         self._settings = parse_settings(type(self).__name__, transfer.kv_connector_extra_config)
         self._worker: MooncakeWorker | None = None
+        self._scales: dict[str, tuple[float, float]] = {}
         self._bootstrap: BootstrapServer | None = None
         self._teller: ZmqChannel | None = None
         """What the bootstrap server speaks to workers through."""
@@ -74,6 +75,9 @@ class MooncakeConnector(TwoHalvesConnector):
             self._scheduler = MooncakeScheduler(transfer, kv_cache_config)
 
     # Worker half
+
+    def register_kv_scales(self, scales: dict[str, tuple[float, float]]) -> None:
+        self._scales = scales
 
     def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
         from vllm.distributed.kv_transfer.kv_connector.v1.mooncake.assembly import (
@@ -91,7 +95,8 @@ class MooncakeConnector(TwoHalvesConnector):
         port = MooncakePort(
             host, settings.mooncake_protocol, settings.device_name, settings.max_runs_in_flight
         )
-        factors = compatibility_factors(config, f"{type(self).__name__} {CONNECTOR_VERSION}")
+        name = f"{type(self).__name__} {CONNECTOR_VERSION}"
+        factors = compatibility_factors(config, name, self._scales)
         local = local_side(config, self._kv_cache_config, kv_caches, port, factors)
         channel = ZmqChannel(host if transfer.is_kv_producer else None)
         self._worker = make_worker(

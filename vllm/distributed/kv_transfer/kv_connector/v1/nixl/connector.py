@@ -74,19 +74,22 @@ class NixlConnector(TwoHalvesConnector):
                 parameter="kv_buffer_device",
             )
         self._worker: TransferWorker | None = None
-        self._has_scales = False
+        self._scales: dict[str, tuple[float, float]] = {}
         self._handshake: NixlHandshakeMetadata | None = None
         if role is KVConnectorRole.SCHEDULER:
             self._scheduler = NixlScheduler(vllm_config, self._settings, kv_cache_config)
 
     def _factors(self) -> dict[str, str]:
         name = f"{type(self).__name__} {CONNECTOR_VERSION}"
-        factors = compatibility_factors(self._vllm_config, name)
+        factors = compatibility_factors(self._vllm_config, name, self._scales)
         # Plans compare number formats layer by layer: some pairs are converted.
         del factors["kv_cache_dtype"]
         return factors
 
     # Worker half
+
+    def register_kv_scales(self, scales: dict[str, tuple[float, float]]) -> None:
+        self._scales = scales
 
     def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
         from vllm.distributed.kv_transfer.kv_connector.v1.nixl.assembly import start_worker
@@ -105,6 +108,7 @@ class NixlConnector(TwoHalvesConnector):
             self._factors(),
             pushes=self.pushes,
         )
+        self._worker.set_scales(self._scales)
         self._handshake = NixlHandshakeMetadata(payload)
 
     def get_handshake_metadata(self) -> KVConnectorHandshakeMetadata | None:
@@ -114,16 +118,6 @@ class NixlConnector(TwoHalvesConnector):
         assert self._worker is not None
         metadata = self._get_connector_metadata()
         assert isinstance(metadata, NixlStepMetadata)
-        if not self._has_scales:
-            self._has_scales = True
-            layers = getattr(forward_context, "no_compile_layers", {})
-            self._worker.set_scales(
-                {
-                    name: (layer._k_scale_float, layer._v_scale_float)
-                    for name, layer in layers.items()
-                    if hasattr(layer, "_k_scale_float")
-                }
-            )
         if metadata.says_something:
             if metadata.receives and self._vllm_config.device_config.device_type == "cuda":
                 import torch
