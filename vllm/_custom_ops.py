@@ -436,8 +436,9 @@ def embedding_part(
 
     Ids: (T,) integers of a table that several hold a part of -> (T, k).
     """
-    if ids.is_cuda and ids.dim() == 1 and isinstance(weight, torch.Tensor):
-        return _cuda_ops.embedding_part(ids, weight, first)
+    table = weight.plain if isinstance(weight, PackedWeight) else weight
+    if ids.is_cuda and ids.dim() == 1 and table is not None:
+        return _cuda_ops.embedding_part(ids, table, first)
     local = ids - first
     elsewhere = (local < 0) | (local >= count)
     output = embedding(local.masked_fill(elsewhere, 0), weight)

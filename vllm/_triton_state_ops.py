@@ -20,9 +20,12 @@ from vllm._torch_state_ops import StateSegments
 __all__ = ["causal_conv1d", "gated_rms_norm", "selective_scan", "softplus", "ssd_scan"]
 
 _CONV_TOKENS, _CONV_CHANNELS = 32, 128
+# One thread takes channels of 16 bytes.
+_CONV_STEP_CHANNELS = 1024
 _SCAN_TOKENS, _SCAN_CHANNELS = 16, 16
 _SSD_TOKENS, _SSD_EXACT_TOKENS, _SSD_WIDTH = 32, 16, 32
-_STEP_CHANNELS = 64
+# Requests of one program share its rows of ``a``.
+_STEP_REQUESTS, _STEP_CHANNELS, _STEP_WARPS = 4, 64, 4
 
 
 @triton.jit
@@ -43,7 +46,8 @@ def _precision(x: torch.Tensor) -> str:
 def _conv_step_kernel(
     x_ptr, weight_ptr, bias_ptr, state_ptr, out_ptr, sources_ptr, targets_ptr, channels,
     stride_x, stride_w, stride_out, stride_s_b, stride_s_t, stride_s_c,
-    KERNEL: tl.constexpr, HAS_BIAS: tl.constexpr, SILU: tl.constexpr, CHANNELS: tl.constexpr,
+    KERNEL: tl.constexpr, ROWS: tl.constexpr, HAS_BIAS: tl.constexpr, SILU: tl.constexpr,
+    CHANNELS: tl.constexpr,
 ):  # fmt: skip
     """One token of one request: its output, and the rows of the state moved up by one."""
     request = tl.program_id(1).to(tl.int64)
@@ -51,22 +55,30 @@ def _conv_step_kernel(
     valid = channel < channels
     source = tl.load(sources_ptr + request).to(tl.int64)
     target = tl.load(targets_ptr + request).to(tl.int64)
-    written = valid & (target >= 0)
-    at = state_ptr + channel.to(tl.int64) * stride_s_c
-    x = tl.load(x_ptr + request * stride_x + channel, mask=valid, other=0.0).to(tl.float32)
-    acc = tl.zeros([CHANNELS], tl.float32)
+    row = tl.arange(0, ROWS)
+    at = state_ptr + channel.to(tl.int64)[None, :] * stride_s_c
+    # The state's rows, and the new one below them, all at once.
+    window = tl.load(
+        at + source * stride_s_b + row[:, None] * stride_s_t,
+        mask=(row < KERNEL - 1)[:, None] & valid[None, :] & (source >= 0), other=0.0,
+    ).to(tl.float32)  # fmt: skip
+    window += tl.load(
+        x_ptr + request * stride_x + channel[None, :] + tl.zeros_like(row)[:, None],
+        mask=(row == KERNEL - 1)[:, None] & valid[None, :], other=0.0,
+    ).to(tl.float32)  # fmt: skip
+    weight = tl.load(
+        weight_ptr + row[:, None] * stride_w + channel[None, :],
+        mask=(row < KERNEL)[:, None] & valid[None, :], other=0.0,
+    )  # fmt: skip
+    acc = tl.sum(window * weight, 0)
     if HAS_BIAS:
         acc += tl.load(bias_ptr + channel, mask=valid, other=0.0)
-    # A row is read before the one below it is written: source and target may be one block.
-    for k in tl.static_range(KERNEL - 1):
-        row = tl.load(
-            at + source * stride_s_b + k * stride_s_t, mask=valid & (source >= 0), other=0.0
-        )
-        acc += row.to(tl.float32) * tl.load(weight_ptr + k * stride_w + channel, mask=valid)
-        if k > 0:
-            tl.store(at + target * stride_s_b + (k - 1) * stride_s_t, row, mask=written)
-    acc += x * tl.load(weight_ptr + (KERNEL - 1) * stride_w + channel, mask=valid)
-    tl.store(at + target * stride_s_b + (KERNEL - 2) * stride_s_t, x, mask=written)
+    # All rows are read before one is written: source and target may be one block.
+    tl.debug_barrier()
+    tl.store(
+        at + target * stride_s_b + (row[:, None] - 1) * stride_s_t, window,
+        mask=((row > 0) & (row < KERNEL))[:, None] & valid[None, :] & (target >= 0),
+    )  # fmt: skip
     if SILU:
         acc = _silu(acc)
     tl.store(out_ptr + request * stride_out + channel, acc, mask=valid)
@@ -183,13 +195,14 @@ def causal_conv1d(
     kernel = weight.shape[0]
     has = {"KERNEL": kernel, "HAS_BIAS": bias is not None, "SILU": activation == "silu"}
     strides = x.stride(0), weight.stride(0), out.stride(0), *conv_state.stride()
-    parts = triton.cdiv(channels, _CONV_CHANNELS)
     if segments.is_one_token_each:
-        _conv_step_kernel[(parts, tokens)](
+        size = min(_CONV_STEP_CHANNELS, triton.next_power_of_2(channels))
+        _conv_step_kernel[(triton.cdiv(channels, size), tokens)](
             x, weight, bias, conv_state, out, segments.sources, segments.targets, channels,
-            *strides, **has, CHANNELS=_CONV_CHANNELS, num_warps=4,
+            *strides, **has, ROWS=triton.next_power_of_2(kernel), CHANNELS=size, num_warps=4,
         )  # fmt: skip
         return out
+    parts = triton.cdiv(channels, _CONV_CHANNELS)
     requests = segments.num_requests
     _conv_kernel[(parts, tokens // _CONV_TOKENS + requests)](
         x, weight, bias, conv_state, out, segments.token_starts, segments.request_starts,
@@ -204,38 +217,54 @@ def causal_conv1d(
     return out
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["requests"])
 def _scan_step_kernel(
     x_ptr, dt_ptr, a_ptr, b_ptr, c_ptr, d_ptr, z_ptr, dt_bias_ptr, state_ptr, out_ptr,
-    sources_ptr, targets_ptr, channels,
+    sources_ptr, targets_ptr, requests, channels,
     stride_x, stride_dt, stride_b, stride_c, stride_z, stride_out, stride_s_b,
     N: tl.constexpr, N_PAD: tl.constexpr, HAS_Z: tl.constexpr, HAS_BIAS: tl.constexpr,
-    CHANNELS: tl.constexpr,
+    REQUESTS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    request = tl.program_id(1).to(tl.int64)
+    """One token each of some requests, for some channels."""
+    request = tl.program_id(1) * REQUESTS + tl.arange(0, REQUESTS)
+    there = request < requests
+    request = request.to(tl.int64)
     channel = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
     valid = channel < channels
     at_n = tl.arange(0, N_PAD)
     n_valid = at_n < N
     both = valid[:, None] & n_valid[None, :]
-    source = tl.load(sources_ptr + request).to(tl.int64)
-    target = tl.load(targets_ptr + request).to(tl.int64)
+    source = tl.load(sources_ptr + request, mask=there, other=-1).to(tl.int64)
+    target = tl.load(targets_ptr + request, mask=there, other=-1).to(tl.int64)
     at = channel[:, None] * N + at_n[None, :]
-    h = tl.load(state_ptr + source * stride_s_b + at, mask=both & (source >= 0), other=0.0)
-    x = tl.load(x_ptr + request * stride_x + channel, mask=valid, other=0.0).to(tl.float32)
-    dt = tl.load(dt_ptr + request * stride_dt + channel, mask=valid, other=0.0).to(tl.float32)
+    h = tl.load(
+        state_ptr + (source * stride_s_b)[:, None, None] + at[None, :, :],
+        mask=(source >= 0)[:, None, None] & both[None, :, :], other=0.0,
+    ).to(tl.float32)  # fmt: skip
+    mask = there[:, None] & valid[None, :]
+    mask_n = there[:, None] & n_valid[None, :]
+    x = tl.load(x_ptr + (request * stride_x)[:, None] + channel[None, :], mask=mask, other=0.0)
+    x = x.to(tl.float32)
+    dt = tl.load(dt_ptr + (request * stride_dt)[:, None] + channel[None, :], mask=mask, other=0.0)
+    dt = dt.to(tl.float32)
     if HAS_BIAS:
-        dt += tl.load(dt_bias_ptr + channel, mask=valid, other=0.0)
+        dt += tl.load(dt_bias_ptr + channel, mask=valid, other=0.0)[None, :]
     dt = softplus(dt)
     a = tl.load(a_ptr + at, mask=both, other=0.0)
-    b = tl.load(b_ptr + request * stride_b + at_n, mask=n_valid, other=0.0).to(tl.float32)
-    c = tl.load(c_ptr + request * stride_c + at_n, mask=n_valid, other=0.0).to(tl.float32)
-    h = h.to(tl.float32) * tl.exp(dt[:, None] * a) + (dt * x)[:, None] * b[None, :]
-    y = tl.sum(h * c[None, :], 1) + x * tl.load(d_ptr + channel, mask=valid, other=0.0)
+    b = tl.load(b_ptr + (request * stride_b)[:, None] + at_n[None, :], mask=mask_n, other=0.0)
+    c = tl.load(c_ptr + (request * stride_c)[:, None] + at_n[None, :], mask=mask_n, other=0.0)
+    h *= tl.exp(dt[:, :, None] * a[None, :, :])
+    h += (dt * x)[:, :, None] * b.to(tl.float32)[:, None, :]
+    y = tl.sum(h * c.to(tl.float32)[:, None, :], 2)
+    y += x * tl.load(d_ptr + channel, mask=valid, other=0.0)[None, :]
     if HAS_Z:
-        y *= _silu(tl.load(z_ptr + request * stride_z + channel, mask=valid).to(tl.float32))
-    tl.store(state_ptr + target * stride_s_b + at, h, mask=both & (target >= 0))
-    tl.store(out_ptr + request * stride_out + channel, y, mask=valid)
+        at_z = z_ptr + (request * stride_z)[:, None] + channel[None, :]
+        y *= _silu(tl.load(at_z, mask=mask, other=0.0).to(tl.float32))
+    tl.store(
+        state_ptr + (target * stride_s_b)[:, None, None] + at[None, :, :], h,
+        mask=(target >= 0)[:, None, None] & both[None, :, :],
+    )  # fmt: skip
+    tl.store(out_ptr + (request * stride_out)[:, None] + channel[None, :], y, mask=mask)
 
 
 @triton.jit
@@ -323,9 +352,10 @@ def selective_scan(
     has = {"HAS_Z": z is not None, "HAS_BIAS": dt_bias is not None, "N": size}
     has["N_PAD"] = triton.next_power_of_2(size)
     if segments.is_one_token_each:
-        _scan_step_kernel[(triton.cdiv(channels, _STEP_CHANNELS), tokens)](
-            *pointers, segments.sources, segments.targets, channels, *strides, **has,
-            CHANNELS=_STEP_CHANNELS, num_warps=2,
+        grid = triton.cdiv(channels, _STEP_CHANNELS), triton.cdiv(tokens, _STEP_REQUESTS)
+        _scan_step_kernel[grid](
+            *pointers, segments.sources, segments.targets, tokens, channels, *strides, **has,
+            REQUESTS=_STEP_REQUESTS, CHANNELS=_STEP_CHANNELS, num_warps=_STEP_WARPS,
         )  # fmt: skip
         return out
     _scan_kernel[(triton.cdiv(channels, _SCAN_CHANNELS), segments.num_requests)](

@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 import triton
+import triton.language as tl
 from triton.testing import do_bench
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -29,12 +30,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from vllm import _triton_state_ops as state_ops
 from vllm._torch_state_ops import StateSegments
 from vllm._triton_linear_attention import linear_attention
-from vllm.v1.attention.ops.triton_decode import plan_decodes
 from vllm.v1.attention.ops.triton_mla import (
     AbsorbedConfig,
     absorbed_attention,
     default_absorbed_config,
-    head_tiles,
+    make_absorbed_buffers,
 )
 from vllm.v1.attention.ops.triton_mla_prefill import (
     attention_tiles,
@@ -42,15 +42,24 @@ from vllm.v1.attention.ops.triton_mla_prefill import (
     expand_tiles,
     expanded_attention,
 )
+from vllm.v1.attention.ops.triton_shares import plan_shares
 
 RANK, ROPE, NOPE, V, PAGE = 512, 64, 128, 128, 64
 OPTIONS: dict[str, Any] = {"device": "cuda", "dtype": torch.bfloat16}
 Row = dict[str, Any]
 Case = tuple[str, Callable[[], Row]]
-# Rows, tile, warps, stages tried beside the default.
+# Tried beside the default, at 64 x 4096.
 CONFIGS = {
-    16: [(16, 64, 4, 2), (16, 32, 8, 2), (16, 64, 8, 2), (16, 16, 4, 3)],
-    128: [(64, 64, 8, 1), (32, 32, 8, 2), (64, 16, 8, 2), (32, 64, 8, 2)],
+    16: [
+        AbsorbedConfig(rows=16, tile=64, warps=4, stages=2, tokens_first=True),
+        AbsorbedConfig(rows=64, tile=64, warps=8, stages=3, by_groups=True),
+        AbsorbedConfig(rows=16, tile=64, warps=4, stages=2, resident=2),
+    ],
+    32: [AbsorbedConfig(rows=32, tile=64, warps=8, stages=3, tokens_first=True)],
+    128: [
+        AbsorbedConfig(rows=64, tile=64, warps=8, stages=3),
+        AbsorbedConfig(rows=32, tile=64, warps=4, stages=2, tokens_first=True),
+    ],
 }
 warm_only = False
 
@@ -73,14 +82,46 @@ def prompt_ms(call: Callable[[], object]) -> float:
     return 1.0 if warm_only else do_bench(call, return_mode="median", warmup=5, rep=40)
 
 
+@triton.jit
+def _read_kernel(data_ptr, out_ptr, size, BLOCK: tl.constexpr):
+    """Sums of what programs read; ``size`` is a multiple of BLOCK."""
+    total = tl.zeros([BLOCK], tl.float32)
+    for start in tl.range(tl.program_id(0) * BLOCK, size, tl.num_programs(0) * BLOCK, num_stages=4):
+        total += tl.load(data_ptr + start + tl.arange(0, BLOCK)).to(tl.float32)
+    tl.store(out_ptr + tl.program_id(0), tl.sum(total, 0))
+
+
+@triton.jit
+def _nothing_kernel(data_ptr):
+    return
+
+
+def plain_read(size: int) -> Row:
+    """A kernel that does nothing but read as many bytes."""
+    data = torch.zeros(size // 2, **OPTIONS)
+    sums = torch.empty(132 * 16, device="cuda")
+    ms = replay_ms(lambda: _read_kernel[(132 * 16,)](data, sums, size // 2, BLOCK=2048))
+    return {"us": ms * 1e3, "gb_s": size / ms / 1e6}
+
+
+def nothing() -> Row:
+    """What is measured of a captured kernel that does nothing."""
+    data = torch.zeros(1, device="cuda")
+    return {"us": replay_ms(lambda: _nothing_kernel[(1,)](data)) * 1e3}
+
+
 def ceilings() -> dict[str, float]:
     data = torch.randint(0, 255, (1 << 30,), dtype=torch.uint8, device="cuda")
     target = torch.empty_like(data)
     copy = do_bench(lambda: target.copy_(data), return_mode="median")
     read = do_bench(lambda: data.view(torch.float32).sum(), return_mode="median")
+    side = 8192
+    left, right = (torch.randn(side, side, **OPTIONS) for _ in range(2))
+    product = do_bench(lambda: left @ right, return_mode="median")
     return {
         "copy_gb_s": round(2 * data.numel() / copy / 1e6, 1),
         "read_gb_s": round(data.numel() / read / 1e6, 1),
+        "matmul_tflop_s": round(2 * side**3 / product / 1e9, 1),
     }
 
 
@@ -95,17 +136,15 @@ def latents(lengths: list[int]) -> tuple[torch.Tensor, torch.Tensor, torch.Tenso
     return cache, table, torch.tensor(lengths, dtype=torch.int32, device="cuda")
 
 
-def decode(heads: int, lengths: list[int], sizes: tuple[int, ...] | None = None) -> Row:
-    config = default_absorbed_config(heads, torch.bfloat16)
-    if sizes is not None:
-        config = AbsorbedConfig(
-            **dict(zip(("rows", "tile", "warps", "stages"), sizes, strict=True))
-        )
+def decode(heads: int, lengths: list[int], config: AbsorbedConfig | None = None) -> Row:
+    """Times with the plan made before, as the layers of a model share one."""
+    device = torch.device("cuda")
+    config = config or default_absorbed_config(heads, torch.bfloat16, device)
     cache, table, lens = latents(lengths)
     count = len(lengths)
-    starts = torch.arange(count + 1, dtype=torch.int32, device="cuda")
-    tiles = head_tiles(heads, torch.bfloat16, config)
-    plan = plan_decodes(lens, starts, tiles, max(lengths))
+    starts = torch.arange(count + 1, dtype=torch.int32, device=device)
+    buffers = make_absorbed_buffers(count, heads, torch.bfloat16, device, config)
+    plan = plan_shares(lens, starts, buffers)
     query = torch.randn(count, heads, RANK, **OPTIONS)
     rotated = torch.randn(count, heads, ROPE, **OPTIONS)
     out = torch.empty_like(query)
@@ -116,7 +155,25 @@ def decode(heads: int, lengths: list[int], sizes: tuple[int, ...] | None = None)
     )
     size = sum(lengths) * (RANK + ROPE) * 2
     flops = 2 * heads * sum(lengths) * (2 * RANK + ROPE)
-    return {"us": ms * 1e3, "gb_s": size / ms / 1e6, "tflop_s": flops / ms / 1e9}
+    row = {"us": ms * 1e3, "gb_s": size / ms / 1e6, "tflop_s": flops / ms / 1e9}
+    # Products of the same inputs by PyTorch: a fast kernel that is wrong is no result.
+    request = count - 1
+    pages = table[request, : -(-lengths[request] // PAGE)].long()
+    states = cache[pages].flatten(0, 1)[: lengths[request]].float()
+    both = torch.cat((query[request], rotated[request]), -1).float()
+    exact = (both @ states.T * 0.07).softmax(-1) @ states[:, :RANK]
+    row["error_percent"] = float((out[request].float() - exact).norm() / exact.norm()) * 100
+    assert row["error_percent"] < 2, row
+    return row
+
+
+def plan_time(requests: int) -> Row:
+    """The plan of a step, once for all layers."""
+    device = torch.device("cuda")
+    buffers = make_absorbed_buffers(requests, 16, torch.bfloat16, device)
+    lens = torch.full((requests,), 4096, dtype=torch.int32, device=device)
+    starts = torch.arange(requests + 1, dtype=torch.int32, device=device)
+    return {"us": replay_ms(lambda: plan_shares(lens, starts, buffers)) * 1e3}
 
 
 def prefill(heads: int, lengths: list[int]) -> Row:
@@ -164,13 +221,20 @@ def states(requests: int, *shape: int, dtype: torch.dtype = torch.float32) -> to
     return pages[:, :size].unflatten(1, shape)
 
 
-def timed(call: Callable[[], object], requests: int, tokens: int, state: torch.Tensor) -> Row:
+def timed(
+    call: Callable[[], object], requests: int, tokens: int, state: torch.Tensor, others: int
+) -> Row:
+    """``others`` are bytes of inputs and outputs that a step moves beside states."""
     if tokens > 1:
         ms = prompt_ms(call)
         return {"us": ms * 1e3, "tokens_s": requests * tokens / ms * 1e3}
     ms = replay_ms(call)
-    size = 2 * requests * state[0].numel() * state.element_size()
+    size = 2 * requests * state[0].numel() * state.element_size() + others
     return {"us": ms * 1e3, "gb_s": size / ms / 1e6}
+
+
+def num_bytes(*tensors: torch.Tensor | None) -> int:
+    return sum(t.numel() * t.element_size() for t in tensors if t is not None)
 
 
 def delta_rule(kind: str, requests: int, tokens: int) -> Row:
@@ -195,7 +259,8 @@ def delta_rule(kind: str, requests: int, tokens: int) -> Row:
         linear_attention, query, key, value, gate, beta, rates, biases, state,
         segments(requests, tokens), size**-0.5, kind != "lightning", out,
     )  # fmt: skip
-    return timed(call, requests, tokens, state)
+    others = num_bytes(query, key, value, gate, beta, out)
+    return timed(call, requests, tokens, state, others)
 
 
 def mamba2(requests: int, tokens: int) -> Row:
@@ -204,12 +269,12 @@ def mamba2(requests: int, tokens: int) -> Row:
     state = states(requests, heads, width, size)
     ones = torch.rand(heads, device="cuda")
     b, c = (torch.randn(total, groups, size, **OPTIONS) for _ in range(2))
+    x, dt = torch.randn(total, heads, width, **OPTIONS), torch.randn(total, heads, **OPTIONS)
     call = partial(
-        state_ops.ssd_scan, torch.randn(total, heads, width, **OPTIONS),
-        torch.randn(total, heads, **OPTIONS), -ones, b, c, ones, ones, (0.0, float("inf")), state,
+        state_ops.ssd_scan, x, dt, -ones, b, c, ones, ones, (0.0, float("inf")), state,
         segments(requests, tokens),
     )  # fmt: skip
-    return timed(call, requests, tokens, state)
+    return timed(call, requests, tokens, state, num_bytes(x, x, dt, b, c))
 
 
 def mamba1(requests: int, tokens: int) -> Row:
@@ -223,7 +288,7 @@ def mamba1(requests: int, tokens: int) -> Row:
     call = partial(
         state_ops.selective_scan, x, dt, a, b, c, d, z, None, state, segments(requests, tokens)
     )
-    return timed(call, requests, tokens, state)
+    return timed(call, requests, tokens, state, num_bytes(x, x, dt, z, b, c, a, d))
 
 
 def conv(requests: int, tokens: int) -> Row:
@@ -233,23 +298,39 @@ def conv(requests: int, tokens: int) -> Row:
     x = torch.randn(requests * tokens, channels, **OPTIONS)
     weight = torch.randn(4, channels, device="cuda")
     call = partial(state_ops.causal_conv1d, x, weight, None, state, segments(requests, tokens))
-    return timed(call, requests, tokens, state)
+    return timed(call, requests, tokens, state, num_bytes(x, x, weight))
 
 
 def cases() -> Iterator[Case]:
-    for heads in (16, 128):
-        for name, lengths in (("64 x 4096", [4096] * 64), ("1 x 32768", [32768])):
+    batches = {
+        "64 x 4096": [4096] * 64,
+        "256 x 1024": [1024] * 256,
+        "1 x 32768": [32768],
+        "1 x 131072": [131072],
+        "131072 and 31 x 4096": [131072] + [4096] * 31,
+    }
+    yield "nothing", nothing
+    for name, lengths in batches.items():
+        size = sum(lengths) * (RANK + ROPE) * 2
+        yield f"mla plain read, {name}", partial(plain_read, size)
+    for heads in (16, 32, 128):
+        for name, lengths in batches.items():
             yield f"mla decode, {heads} heads, {name}", partial(decode, heads, lengths)
-        for sizes in CONFIGS[heads]:
-            name = f"mla decode, {heads} heads, 64 x 4096, {sizes}"
-            yield name, partial(decode, heads, [4096] * 64, sizes)
+        for config in CONFIGS[heads]:
+            sizes = f"{config.rows} rows, {config.tile} tokens, {config.warps} warps, "
+            sizes += f"{config.stages} stages, {config.resident} resident"
+            sizes += ", tokens first" * config.tokens_first + ", by groups" * config.by_groups
+            name = f"mla variant, {heads} heads, 64 x 4096, {sizes}"
+            yield name, partial(decode, heads, [4096] * 64, config)
+    yield "mla plan, 64", partial(plan_time, 64)
     yield "mla prefill, 16 heads, 4 x 4096", partial(prefill, 16, [4096] * 4)
     yield "mla prefill, 128 heads, 1 x 4096", partial(prefill, 128, [4096])
     for kind in ("gated", "kimi", "lightning"):
         yield f"{kind} step, 64", partial(delta_rule, kind, 64, 1)
         yield f"{kind} prompt, 1 x 4096", partial(delta_rule, kind, 1, 4096)
     for name, run in (("mamba2", mamba2), ("mamba1", mamba1), ("conv", conv)):
-        yield f"{name} step, 64", partial(run, 64, 1)
+        for requests in (64,) if name == "mamba2" else (64, 256, 1024):
+            yield f"{name} step, {requests}", partial(run, requests, 1)
         yield f"{name} prompt, 1 x 4096", partial(run, 1, 4096)
 
 
@@ -269,13 +350,19 @@ def main() -> None:
         if not re.search(arguments.only, name):
             continue
         try:
-            row = {key: round(value, 1) for key, value in run().items()}
-        except (triton.runtime.errors.OutOfResources, triton.CompilationError) as error:
-            # A configuration that this GPU can't hold is a result, too.
+            row = {key: round(value, 2) for key, value in run().items()}
+        except (
+            triton.runtime.errors.OutOfResources,
+            triton.CompilationError,
+            AssertionError,
+        ) as error:
+            # A configuration that this GPU can't hold, or that is wrong, is a result, too.
             row, failed = {"error": str(error).splitlines()[0]}, failed + 1
         if "gb_s" in row and limits:
             limit = "read_gb_s" if name.startswith("mla") else "copy_gb_s"
             row["of_ceiling"] = round(row["gb_s"] / limits[limit], 3)
+        if "tflop_s" in row and limits:
+            row["of_matmul"] = round(row["tflop_s"] / limits["matmul_tflop_s"], 3)
         rows.append({"case": name} | row)
         print(json.dumps(rows[-1]), flush=True)
         torch.cuda.empty_cache()

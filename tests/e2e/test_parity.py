@@ -6,12 +6,13 @@ import pytest
 import torch
 
 from tests.e2e.conftest import Judge
+from tests.effort import by_effort
 from vllm import LLM, SamplingParams
 
 # Twenty prompts by the judge and by us, one after the other: minutes on a busy machine.
 pytestmark = pytest.mark.timeout(1200)
 
-NUM_TOKENS = 64
+NUM_TOKENS = by_effort(24, 64)
 GREEDY = SamplingParams(temperature=0.0, max_tokens=NUM_TOKENS, ignore_eos=True, logprobs=5)
 
 
@@ -55,9 +56,17 @@ def reference(prompts: list[list[int]], judge: Judge) -> list[list[int]]:
 @pytest.mark.parametrize(
     "settings",
     [
-        pytest.param({"block_size": 16, "enable_prefix_caching": False}, id="batched-16"),
+        pytest.param(
+            {"block_size": 16, "enable_prefix_caching": False},
+            id="batched-16",
+            marks=pytest.mark.slow,
+        ),
         pytest.param({"block_size": 32, "enable_prefix_caching": True}, id="prefix-cache-32"),
-        pytest.param({"block_size": 128, "enable_prefix_caching": True}, id="prefix-cache-128"),
+        pytest.param(
+            {"block_size": 128, "enable_prefix_caching": True},
+            id="prefix-cache-128",
+            marks=pytest.mark.slow,
+        ),
         pytest.param(
             {"block_size": 16, "max_num_batched_tokens": 96, "max_num_seqs": 8}, id="chunked-16"
         ),
@@ -77,6 +86,7 @@ def reference(prompts: list[list[int]], judge: Judge) -> list[list[int]]:
         pytest.param(
             {"block_size": 128, "num_gpu_blocks_override": 12, "max_num_batched_tokens": 200},
             id="preempted-chunked-128",
+            marks=pytest.mark.slow,
         ),
     ],
 )

@@ -61,7 +61,8 @@ async def test_deltas_add_up_to_the_whole(engine: AsyncLLM) -> None:
 async def test_stream_interval_thins_the_stream(engine: AsyncLLM) -> None:
     outputs = await collect(engine, "The quick", params(stream_interval=10))
     counts = [len(out.outputs[0].token_ids) for out in outputs]
-    assert counts == [1, 10, 10, 3]
+    # A reader that comes late finds several outputs as one.
+    assert counts[0] == 1 and min(counts[1:-1]) >= 10 and sum(counts) == 24
 
 
 async def test_many_streams_at_once_with_one_id(engine: AsyncLLM) -> None:

@@ -2,7 +2,7 @@
 
 Each refuses what the library refuses, or would copy: strides that its loads can't take, offsets
 that aren't aligned, indices of another type. Signatures are those of flash-attn-4 4.0.0b36,
-flashinfer-python 0.7.2 and aiter's documentation.
+flashinfer-python 0.6.14 and aiter's documentation.
 """
 
 from __future__ import annotations
@@ -70,12 +70,47 @@ def flash_attn_varlen_func(
     num_splits: int = 1,
     **unused: Any,
 ) -> tuple[torch.Tensor, None]:
-    assert not unused and page_table is not None and cu_seqlens_k is None
+    out = q.new_full((*q.shape[:2], v.shape[3]), float("nan"))
+    _flash_attn_fwd(
+        q, k, v, qv, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, max_seqlen_q, max_seqlen_k,
+        min_seqlen_k, page_table, softmax_scale, causal, softcap, *window_size, learnable_sink,
+        num_splits=num_splits, out=out, gather_kv_indices=gather_kv_indices, **unused,
+    )  # fmt: skip
+    return out, None
+
+
+def _flash_attn_fwd(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    qv: torch.Tensor | None = None,
+    cu_seqlens_q: torch.Tensor | None = None,
+    cu_seqlens_k: torch.Tensor | None = None,
+    seqused_q: torch.Tensor | None = None,
+    seqused_k: torch.Tensor | None = None,
+    max_seqlen_q: int | None = None,
+    max_seqlen_k: int | None = None,
+    min_seqlen_k: int | None = None,
+    page_table: torch.Tensor | None = None,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    softcap: float | None = None,
+    window_size_left: int | None = None,
+    window_size_right: int | None = None,
+    learnable_sink: torch.Tensor | None = None,
+    num_splits: int = 1,
+    out: torch.Tensor | None = None,
+    gather_kv_indices: torch.Tensor | None = None,
+    **unused: Any,
+) -> tuple[torch.Tensor, None, None, None, None]:
+    assert not unused and page_table is not None and cu_seqlens_k is gather_kv_indices is None
     assert q.dtype in HALF and q.dtype == k.dtype == v.dtype
     assert page_table.shape[0] == cu_seqlens_q.shape[0] - 1
     assert k.shape[:3] == v.shape[:3]
+    assert out.shape == (*q.shape[:2], v.shape[3]) and out.dtype == q.dtype
+    assert learnable_sink is None or not learnable_sink.requires_grad
     check_indices(page_table, cu_seqlens_q, seqused_q, seqused_k)
-    for tensor in (q, k, v):
+    for tensor in (q, k, v, out):
         check_aligned(tensor)
     keys, values = k.transpose(1, 2), v.transpose(1, 2)
     if qv is not None:
@@ -83,28 +118,35 @@ def flash_attn_varlen_func(
         check_aligned(qv)
         q, keys = torch.cat((q, qv), -1), torch.cat((keys, values), -1)
     page = k.shape[1]
-    for row, length in zip(page_table.tolist(), seqused_k.tolist(), strict=True):
-        if length % page:
+    used = cu_seqlens_q.diff() if seqused_q is None else seqused_q
+    rows = zip(page_table.tolist(), seqused_k.tolist(), used.tolist(), strict=True)
+    for row, length, queries in rows:
+        if length % page and queries:
             # Pages are loaded whole: what lies behind the last token must be finite.
             assert v[row[length // page], length % page :].isfinite().all()
-    window = 0 if window_size[0] is None else window_size[0] + 1
-    out = attend(
+    window = 0 if window_size_left is None else window_size_left + 1
+    found = attend(
         q, keys.nan_to_num(), values.nan_to_num(), cu_seqlens_q, seqused_k, page_table,
         softmax_scale, causal=causal, sliding_window=window, logits_soft_cap=softcap,
         sinks=learnable_sink,
     )  # fmt: skip
-    if seqused_q is not None:
-        starts = cu_seqlens_q.tolist()
-        for request, used in enumerate(seqused_q.tolist()):
-            out[starts[request] + used : starts[request + 1]] = float("nan")
-    return out, None
+    for start, queries in zip(cu_seqlens_q.tolist(), used.tolist(), strict=False):
+        out[start : start + queries] = found[start : start + queries]
+    return out, None, None, None, None
 
 
 class Pages:
     """What both of flashinfer's wrappers know after ``plan``."""
 
-    def __init__(self, workspace: torch.Tensor, kv_layout: str = "NHD", **options: Any) -> None:
+    def __init__(
+        self,
+        workspace: torch.Tensor,
+        kv_layout: str = "NHD",
+        use_cuda_graph: bool = False,
+        **options: Any,
+    ) -> None:
         assert workspace.dtype == torch.uint8 and kv_layout == "HND"
+        self.fixed = options if use_cuda_graph else None
 
     def take(
         self, starts, indptr, indices, last_page_len, heads, kv_heads, head_dim, page_size,
@@ -130,7 +172,9 @@ class Pages:
             "logits_soft_cap": logits_soft_cap or 0.0,
         }  # fmt: skip
 
-    def attend(self, q: torch.Tensor, cache: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+    def attend(
+        self, q: torch.Tensor, cache: tuple[torch.Tensor, torch.Tensor], k_scale: float = 1.0
+    ) -> torch.Tensor:
         keys, values = cache
         heads, kv_heads, head_dim, page = self.sizes
         assert q.shape[1:] == (heads, head_dim) and q.dtype == self.dtypes[0]
@@ -140,7 +184,7 @@ class Pages:
         for tensor in (q, keys, values):
             check_aligned(tensor)
         features = dict(self.features)
-        scale = features.pop("scale")
+        scale = features.pop("scale") * k_scale
         plain = [part.float().nan_to_num() for part in cache]
         return attend(q, *plain, self.starts, self.lens, self.table, scale, **features)
 
@@ -148,10 +192,15 @@ class Pages:
 class BatchDecodeWithPagedKVCacheWrapper(Pages):
     def plan(self, indptr, indices, last_page_len, *sizes, **options) -> None:
         starts = torch.arange(len(indptr), dtype=torch.int32)
+        if self.fixed is not None:
+            assert len(self.fixed["paged_kv_last_page_len_buffer"]) == len(last_page_len)
+            assert len(self.fixed["paged_kv_indptr_buffer"]) == len(indptr)
+            kept = self.fixed["paged_kv_indices_buffer"][: len(indices)]
+            indices = kept.copy_(indices)
         self.take(starts, indptr, indices, last_page_len, *sizes, causal=True, **options)
 
-    def run(self, q, paged_kv_cache, *, v_scale=None, out=None) -> torch.Tensor:
-        out.copy_(self.attend(q, paged_kv_cache) * (v_scale or 1.0))
+    def run(self, q, paged_kv_cache, *, k_scale=None, v_scale=None, out=None) -> torch.Tensor:
+        out.copy_(self.attend(q, paged_kv_cache, k_scale or 1.0) * (v_scale or 1.0))
         return out
 
 
@@ -165,8 +214,8 @@ class BatchPrefillWithPagedKVCacheWrapper(Pages):
             causal=causal, **options,
         )  # fmt: skip
 
-    def run(self, q, paged_kv_cache, *, v_scale=None, out=None) -> torch.Tensor:
-        out.copy_(self.attend(q, paged_kv_cache) * (v_scale or 1.0))
+    def run(self, q, paged_kv_cache, *, k_scale=None, v_scale=None, out=None) -> torch.Tensor:
+        out.copy_(self.attend(q, paged_kv_cache, k_scale or 1.0) * (v_scale or 1.0))
         return out
 
 
@@ -313,7 +362,10 @@ def unified_attention(
 MODULES: dict[str, dict[str, Any]] = {
     "flash_attn": {},
     "flash_attn.cute": {},
-    "flash_attn.cute.interface": {"flash_attn_varlen_func": flash_attn_varlen_func},
+    "flash_attn.cute.interface": {
+        "flash_attn_varlen_func": flash_attn_varlen_func,
+        "_flash_attn_fwd": _flash_attn_fwd,
+    },
     "flashinfer": {
         "BatchDecodeWithPagedKVCacheWrapper": BatchDecodeWithPagedKVCacheWrapper,
         "BatchPrefillWithPagedKVCacheWrapper": BatchPrefillWithPagedKVCacheWrapper,

@@ -7,29 +7,25 @@ nothing here shows that a library's kernel works.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 from tests.kernels import library_stand_ins
+from tests.kernels.library_step import Step
 from tests.kernels.test_triton_mla import V2, Call
-from vllm import _torch_ops
 from vllm.errors import ConfigError
-from vllm.v1.attention.backend import AttentionBackend, CommonAttentionMetadata
+from vllm.v1.attention.backend import AttentionBackend
 from vllm.v1.attention.backends import flash_attn, flashinfer, libraries, rocm_aiter
 from vllm.v1.attention.backends.mla import flash_attn_mla, flashinfer_mla
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
-from vllm.v1.attention.ops.kv_formats import kv_format
-from vllm.v1.kv_cache_interface import FullAttentionSpec
 
 pytestmark = pytest.mark.skipif(
     torch.cuda.is_available(), reason="stand-ins compute on the CPU, beside the interpreter"
 )
 
-PAGE, D = 16, 32
+PAGE = 16
 MIXED = ((40, 20), (9, 1), (1, 1), (33, 2), (17, 17))
 DECODES = ((40, 1), (9, 1), (33, 1))
 FRESH = ((20, 20), (33, 33), (5, 5))
@@ -41,112 +37,6 @@ def _libraries(monkeypatch: pytest.MonkeyPatch, seed: int) -> Iterator[None]:
     monkeypatch.setattr(flashinfer, "_WORKSPACE_BYTES", 16)
     yield
     libraries.library.cache_clear()
-
-
-@dataclass
-class Step:
-    """A step over one layer's cache in a pool of three; its slots are stored by the impl."""
-
-    backend: type[AttentionBackend]
-    lengths: tuple[tuple[int, int], ...]
-    order: str = "LBHNC"
-    kv_heads: int = 2
-    widths: tuple[int, int] = (D, D)
-    cache_dtype: str = "auto"
-    shared_pages: int = 0
-    causal: bool = True
-    options: dict[str, Any] | None = None
-
-    def __post_init__(self) -> None:
-        self.heads = 2 * self.kv_heads
-        width, width_v = self.widths
-        pages = [-(-n // PAGE) for n, _ in self.lengths]
-        sizes = {
-            "B": sum(pages) + 2, "H": self.kv_heads, "N": PAGE, "C": width + width_v, "L": 3
-        }  # fmt: skip
-        fmt = kv_format(self.cache_dtype)
-        kept = torch.uint8 if fmt else torch.float16
-        pool = torch.full(
-            [sizes[axis] for axis in self.order], 255 if fmt else float("nan"), dtype=kept
-        )
-        axes = self.order.replace("L", "")
-        view = pool.select(self.order.index("L"), 1)
-        self.cache = view.permute([axes.index(axis) for axis in "BHNC"])
-        free = (torch.randperm(sizes["B"] - 1) + 1).tolist()
-        self.table = torch.zeros(len(pages), max(pages), dtype=torch.int32)
-        for request, count in enumerate(pages):
-            for page in range(count):
-                shared = page < self.shared_pages and request > 0
-                self.table[request, page] = self.table[0, page] if shared else free.pop()
-        self.lens = torch.tensor([n for n, _ in self.lengths], dtype=torch.int32)
-        self.counts = torch.tensor([n for _, n in self.lengths], dtype=torch.int32)
-        self.starts = torch.zeros(len(pages) + 1, dtype=torch.int32)
-        self.starts[1:] = self.counts.cumsum(0)
-        options = {"kv_cache_dtype": self.cache_dtype} | (self.options or {})
-        self.impl = self.backend.get_impl_cls()(
-            self.heads, width, width**-0.5, self.kv_heads, **options
-        )
-        self.layer = SimpleNamespace(_k_scale_float=0.5, _v_scale_float=2.0)
-        self.query = torch.randn(int(self.starts[-1]), self.heads, width).half()
-        self.new = self._store()
-
-    def _store(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Every request's tokens, those of this step last; returns this step's K and V."""
-        new = []
-        for request, (length, count) in enumerate(self.lengths):
-            at = torch.arange(length)
-            if request:
-                at = at[min(self.shared_pages * PAGE, length - count) :]
-            slots = self.table[request, at // PAGE].long() * PAGE + at % PAGE
-            key = torch.randn(len(at), self.kv_heads, self.widths[0]).half()
-            value = torch.randn(len(at), self.kv_heads, self.widths[1]).half()
-            self.impl.do_kv_cache_update(self.layer, key, value, self.cache, slots)
-            if (length - count) % PAGE and length % PAGE:
-                # A block begun by an earlier step: its tail was cleared then.
-                tail = self.cache[self.table[request, length // PAGE], :, length % PAGE :]
-                tail.fill_(0)
-            new.append((key[-count:], value[-count:]))
-        keys, values = zip(*new, strict=True)
-        return torch.cat(keys), torch.cat(values)
-
-    def builder(self) -> Any:
-        config: Any = SimpleNamespace(
-            model_config=SimpleNamespace(
-                max_model_len=512, get_num_attention_heads=lambda _: self.heads
-            ),
-            parallel_config=None,
-            cache_config=SimpleNamespace(dtype_of_layer=lambda *_: self.cache_dtype),
-            scheduler_config=SimpleNamespace(max_num_seqs=8),
-        )
-        spec = FullAttentionSpec(
-            block_size=PAGE, num_kv_heads=self.kv_heads, head_size=D, dtype="float16"
-        )
-        return self.backend.get_builder_cls()(spec, ["layer"], config, torch.device("cpu"))
-
-    def run(self, metadata: Any = None) -> torch.Tensor:
-        common = CommonAttentionMetadata(
-            query_start_loc=self.starts, query_start_loc_cpu=self.starts, seq_lens=self.lens,
-            seq_lens_cpu=self.lens, num_computed_tokens_cpu=self.lens - self.counts,
-            num_reqs=len(self.lengths), num_actual_tokens=int(self.starts[-1]),
-            max_query_len=int(self.counts.max()), max_seq_len=int(self.lens.max()),
-            block_table_tensor=self.table,
-            slot_mapping=torch.full((int(self.starts[-1]),), -1), causal=self.causal,
-        )  # fmt: skip
-        self.metadata = self.builder().build(self.shared_pages * PAGE, common)
-        out = torch.full((len(self.query), self.heads, self.widths[1]), float("nan")).half()
-        return self.impl.forward(self.layer, self.query, *self.new, self.cache, self.metadata, out)
-
-    def error(self, **features: Any) -> float:
-        got = self.run().double()
-        fmt = kv_format(self.cache_dtype)
-        exact = torch.zeros(got.shape, dtype=torch.float64)
-        cache = self.cache if fmt else self.cache.double().nan_to_num()
-        scales = self.impl.side_scales(self.layer)
-        _torch_ops.paged_attention(
-            self.query.double(), cache, exact, self.starts, self.lens, self.table,
-            self.widths[0] ** -0.5, causal=self.causal, fmt=fmt, scales=scales, **features,
-        )  # fmt: skip
-        return float((got - exact).norm() / exact.norm())
 
 
 FEATURES = [
@@ -193,9 +83,9 @@ class TestFlashAttention:
 
         def record(*arguments: Any, **options: Any) -> Any:
             seen.append(options)
-            return library_stand_ins.flash_attn_varlen_func(*arguments, **options)
+            return library_stand_ins._flash_attn_fwd(*arguments, **options)
 
-        monkeypatch.setattr(interface, "flash_attn_varlen_func", record)
+        monkeypatch.setattr(interface, "_flash_attn_fwd", record)
         return seen
 
     def test_decodes_are_ours_where_the_library_cannot_split_them(self, monkeypatch) -> None:
@@ -256,12 +146,13 @@ class TestFlashInfer:
         assert Step(self.backend, lengths, cache_dtype=cache_dtype).error() < 3e-3
 
     @pytest.mark.parametrize("lengths", [DECODES, MIXED[::2]], ids=["decode", "mixed"])
-    def test_a_shared_prefix_is_read_by_a_level_of_its_own(self, lengths) -> None:
+    def test_a_shared_prefix_is_read_by_a_level_of_its_own(self, lengths, monkeypatch) -> None:
+        monkeypatch.setattr(flashinfer, "prefix_worth_sharing", lambda prefix, *_: prefix)
         lengths = tuple((n + 2 * PAGE, new) for n, new in lengths)
         step = Step(self.backend, lengths, shared_pages=2)
         assert step.error() < 3e-3
-        ((sort, _),) = step.metadata.planned.values()
-        assert sort == "cascade"
+        ((part,),) = step.metadata.planned.values()
+        assert part.is_cascade
 
     def test_layers_of_one_kind_share_a_plan(self) -> None:
         step = Step(self.backend, MIXED)
@@ -314,7 +205,9 @@ class LatentCall(Call):
     ids=lambda backend: backend.get_name(),
 )
 @pytest.mark.parametrize(
-    "lengths", [((40, 1), (9, 1), (64, 1)), ((70, 60), (33, 1), (20, 3))], ids=["decode", "mixed"]
+    "lengths",
+    [((40, 1), (9, 1), (64, 1)), ((70, 60), (33, 1), (20, 3)), ((67, 3), (130, 4))],
+    ids=["decode", "mixed", "a few tokens that begin a block"],
 )
 def test_latents_of_deepseek(backend, lengths, monkeypatch) -> None:
     flashinfer_mla._wrapper.cache_clear()

@@ -23,6 +23,7 @@ from vllm.v1.attention.backends.mla.triton_mla import (
 )
 from vllm.v1.attention.ops.triton_mla import store_latents
 from vllm.v1.attention.ops.triton_mla_prefill import attention_tiles, expand_tiles
+from vllm.v1.attention.ops.triton_shares import SHARE_TILE, make_share_buffers, plan_shares
 from vllm.v1.kv_cache_interface import MLAAttentionSpec
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -151,7 +152,7 @@ def test_attention_equals_float64(name: str) -> None:
     assert Call(BATCHES[name]).error() < TOLERANCE[torch.float32]
 
 
-FEATURES = {
+FEATURES: dict[str, list[Any]] = {
     "lengths": [BATCHES["decode"], BATCHES["mixed"], ((33, 20), (2, 2))],
     "widths": [TINY, V3_HEAD],
     "heads": [1, 20],
@@ -223,6 +224,40 @@ def test_tiles_cover_each_token_once() -> None:
     assert list(queries[:, 3]) == sorted(queries[:, 3], reverse=True)
 
 
+@pytest.mark.parametrize("programs", [1, 3, 40])
+@pytest.mark.parametrize(
+    "lengths",
+    [(0,), (1,), (5000,), (640,) * 3, (64, 0, 6400, 1, 0, 700), (100,) * 9, (8000, 300, 300, 0)],
+    ids=str,
+)
+def test_shares_are_equal_and_cover_each_tile_once(lengths: tuple[int, ...], programs: int) -> None:
+    """The fourth request, if there is one, has two query tokens, and no share."""
+    counts = torch.tensor([2 if i == 3 else 1 for i in range(len(lengths))])
+    starts = torch.cat((torch.zeros(1), counts.cumsum(0))).int().to(DEVICE)
+    buffers = make_share_buffers(len(lengths) + 2, 2, 2 * programs, torch.device(DEVICE))
+    plan = plan_shares(torch.tensor(lengths).int().to(DEVICE), starts, buffers)
+    assert plan.num_programs == programs and plan.requests.shape[0] == len(lengths)
+    tiles = [0 if i == 3 else -(-n // SHARE_TILE) for i, n in enumerate(lengths)]
+    owners = [request for request, count in enumerate(tiles) for _ in range(count)]
+    taken: list[int] = []
+    cut = 0
+    for program, (first, end, request, last) in enumerate(plan.programs.tolist()):
+        if first == end:
+            continue
+        assert first == len(taken) and (request, last) == (owners[first], owners[end - 1])
+        cut = max(cut, end - first)
+        taken += [program] * (end - first)
+    assert len(taken) == len(owners)
+    assert cut <= max(2, -(-17 * len(owners) // (16 * programs)) + 1)
+    for request, (first, end, length, row, *ends) in enumerate(plan.requests.tolist()[:6]):
+        assert end - first == tiles[request] and row == int(starts[request])
+        if end > first:
+            assert length == lengths[request]
+            assert ends[:2] == [taken[first], taken[end - 1]]
+        else:
+            assert ends[0] == ends[1]
+
+
 def test_what_it_declines(monkeypatch: pytest.MonkeyPatch) -> None:
     wanted = {"head_size": 576, "dtype": torch.bfloat16, "use_mla": True, "block_size": 64}
     monkeypatch.setattr(triton.knobs.runtime, "interpret", True)
@@ -240,7 +275,7 @@ def test_what_it_declines(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("heads", [16, 128])
+@pytest.mark.parametrize("heads", [16, 40, 128])
 @pytest.mark.parametrize("name", [*BATCHES, "long"])
 def test_deepseek_v3_on_a_gpu(name: str, heads: int, dtype: torch.dtype) -> None:
     lengths = (BATCHES | {"long": ((3000, 1), (2000, 500), (1500, 20))})[name]
@@ -248,9 +283,20 @@ def test_deepseek_v3_on_a_gpu(name: str, heads: int, dtype: torch.dtype) -> None
 
 
 @pytest.mark.gpu
-def test_a_captured_decode_serves_other_lengths() -> None:
-    call = Call(((900, 1), (5, 1), (64, 1)), V2, heads=16, page=64, dtype=torch.bfloat16)
-    metadata, out = call.metadata(), torch.empty(3, 16, 128, dtype=torch.bfloat16, device="cuda")
+@pytest.mark.parametrize("page", [16, 192])
+@pytest.mark.parametrize("heads", [16, 128])
+def test_pages_of_any_size_on_a_gpu(heads: int, page: int) -> None:
+    lengths = ((3000, 1), (1, 1), (200, 1))
+    call = Call(lengths, V2, heads, page=page, pad=64, dtype=torch.bfloat16)
+    assert call.error() < TOLERANCE[torch.bfloat16]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("heads", [16, 128])
+def test_a_captured_decode_serves_other_lengths(heads: int) -> None:
+    call = Call(((900, 1), (5, 1), (64, 1)), V2, heads, page=64, dtype=torch.bfloat16)
+    metadata = call.metadata()
+    out = torch.empty(3, heads, 128, dtype=torch.bfloat16, device="cuda")
     assert metadata.plan is not None
     arguments = (call.layer, call.query, None, None, call.cache, metadata, out)
     call.impl.forward(*arguments)
@@ -258,14 +304,9 @@ def test_a_captured_decode_serves_other_lengths() -> None:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         call.impl.forward(*arguments)
-    from vllm.v1.attention.ops.triton_decode import plan_decodes
-
     shorter = torch.tensor([300, 0, 64], dtype=torch.int32, device="cuda")
     metadata.seq_lens.copy_(shorter)
-    plan_decodes(
-        metadata.seq_lens, metadata.query_start_loc, metadata.head_tiles, 4096,
-        buffers=metadata.plan,
-    )  # fmt: skip
+    plan_shares(metadata.seq_lens, metadata.query_start_loc, metadata.plan)
     graph.replay()
     call.lengths = ((300, 1), (5, 1), (64, 1))
     exact = call.exact()

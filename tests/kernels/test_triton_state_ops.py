@@ -134,17 +134,21 @@ def decode_segments(sources: list[int], targets: list[int]) -> StateSegments:
 def test_requests_that_are_not_there_write_nothing() -> None:
     segments = decode_segments([2, -1, -1], [2, -1, 3])
     poison = float("nan")
-    conv, ssm = torch.randn(5, 3, 24), torch.randn(5, 2, 4, 8)
-    for state in (conv, ssm):
+    conv, ssm, scan = torch.randn(5, 3, 24), torch.randn(5, 2, 4, 8), torch.randn(5, 24, 6)
+    for state in (conv, ssm, scan):
         state[3:] = poison
-    kept = conv.clone(), ssm.clone()
+    kept = conv.clone(), ssm.clone(), scan.clone()
     triton_ops.causal_conv1d(torch.randn(3, 24), torch.randn(4, 24), None, conv, segments)
+    channels, few = torch.randn(3, 24), torch.randn(3, 6)
+    triton_ops.selective_scan(
+        channels, channels, -torch.rand(24, 6), few, few, torch.rand(24), None, None, scan, segments
+    )
     heads, x = torch.rand(2), torch.randn(3, 2, 4)
     part = torch.randn(3, 1, 8)
     triton_ops.ssd_scan(
         x, torch.randn(3, 2), -heads, part, part, heads, heads, (0.0, 9.0), ssm, segments
     )
-    for state, before in zip((conv, ssm), kept, strict=True):
+    for state, before in zip((conv, ssm, scan), kept, strict=True):
         assert not state[[2, 3]].isnan().any()
         assert torch.equal(state[:2], before[:2]) and state[4].isnan().all()
 

@@ -22,6 +22,8 @@ from typing import Any
 
 import httpx
 import psutil
+import torch
+from safetensors.torch import load_file, save_file
 
 from tests.entrypoints.server import Server, free_port
 from tests.models.checkpoints import make_hf_model, save
@@ -32,7 +34,7 @@ KEY = "join me"
 MAX_MODEL_LEN = 256
 SMOLLM2 = "smollm2"
 CHECKPOINTS: dict[str, Callable[[], Any]] = {
-    "llama": lambda: make_hf_model("llama", num_attention_heads=8, num_key_value_heads=4),
+    "llama": lambda: llama(),
     "mamba 2 and attention": lambda: make_state_model("bamba"),
     "gated delta net and attention": lambda: make_linear_model("qwen3_next"),
     "latent attention": lambda: make_hf_model("deepseek_v3"),
@@ -40,6 +42,9 @@ CHECKPOINTS: dict[str, Callable[[], Any]] = {
 }
 """SmolLM2 comes from its package; the others are made once a session."""
 MODELS = (SMOLLM2, *CHECKPOINTS)
+SCALED = "llama with cache scales"
+SCALES = (0.03, 0.07)
+"""Of K and V of its cache, where that has one scale a side."""
 STATEFUL = ("mamba 2 and attention", "gated delta net and attention")
 ASK = {"do_remote_decode": True, "do_remote_prefill": False}
 
@@ -257,7 +262,10 @@ class Fleet:
         if model not in self._checkpoints:
             folder = self.folder / model.replace(" ", "-")
             folder.mkdir()
-            save(CHECKPOINTS[model](), folder)
+            if model == SCALED:
+                save_with_scales(folder, num_hidden_layers=1, head_dim=16)
+            else:
+                save(CHECKPOINTS[model](), folder)
             self._checkpoints[model] = str(folder)
         return self._checkpoints[model]
 
@@ -329,6 +337,23 @@ class Fleet:
             self._router.close()
         for setup in list(self.running):
             self.end(setup)
+
+
+def save_with_scales(folder: Path, **overrides: Any) -> None:
+    """A llama with 8 query and 4 KV heads whose checkpoint says how to scale its cache."""
+    save(llama(**overrides), folder)
+    (file,) = folder.glob("*.safetensors")
+    tensors = load_file(file)
+    for name in [name for name in tensors if name.endswith("k_proj.weight")]:
+        owner = name.removesuffix(".k_proj.weight")
+        for side, scale in zip("kv", SCALES, strict=True):
+            tensors[f"{owner}.{side}_scale"] = torch.tensor(scale)
+    save_file(tensors, file, {"format": "pt"})
+
+
+def llama(**overrides: Any) -> Any:
+    given = {"num_attention_heads": 8, "num_key_value_heads": 4}
+    return make_hf_model("llama", **{**given, **overrides})
 
 
 def body_of(prompt: Sequence[int], count: int) -> dict[str, Any]:

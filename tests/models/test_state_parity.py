@@ -1,8 +1,8 @@
 """Every model with state layers generates what transformers generates, whatever the scheduler does.
 
-As ``test_parity``: greedy tokens and logits of 64 steps for 8 prompts, in float32, through the
-whole engine. States are kept for reuse in two modes; a hit continues a state that another request
-left, and changes no token.
+As ``test_parity``: greedy tokens and logits for 8 prompts, in float32, through the whole engine.
+States are kept for reuse in two modes; a hit continues a state that another request left, and
+changes no token.
 """
 
 from __future__ import annotations

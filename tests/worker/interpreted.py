@@ -34,9 +34,13 @@ class InterpretedWorker(CPUWorker):
 
 def make_interpreted_config(model: Path, *, overlapped: bool, **options) -> VllmConfig:
     config = make_config(model, **options)
+    # Few tokens a step: the prompts of the warm-up are as long as a step may be.
+    scheduler = replace(
+        config.scheduler_config, async_scheduling=overlapped, max_num_batched_tokens=28
+    )
     return replace(
         config,
         attention_config=AttentionConfig(backend="TRITON_ATTN"),
-        scheduler_config=replace(config.scheduler_config, async_scheduling=overlapped),
+        scheduler_config=scheduler,
         parallel_config=ParallelConfig(worker_cls="tests.worker.interpreted.InterpretedWorker"),
     )

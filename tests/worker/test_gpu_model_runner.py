@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 
+from tests.effort import by_effort
 from tests.worker.driver import VOCAB, make_config, make_hf_model
 from tests.worker.interpreted import SHAPE, make_interpreted_config
 from vllm.sampling_params import SamplingParams
@@ -35,6 +36,17 @@ def start(monkeypatch):
     yield make
     for core in cores:
         core.shutdown()
+
+
+@pytest.fixture(scope="module")
+def overlapped_core(model):
+    """Steps that overlap, in blocks of 16: for all tests that leave it as it was."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", "1")
+        config = make_interpreted_config(model, overlapped=True)
+        core = EngineCore(config, UniProcExecutor, log_stats=True)
+    yield core
+    core.shutdown()
 
 
 BLOCK_BYTES = 2 * 2 * 16 * (2 * 16) * 4
@@ -82,14 +94,19 @@ def some_requests(rng: random.Random, count: int) -> Requests:
         {"temperature": 1.1, "seed": 2, "top_k": 7},
         {"temperature": 0.9, "seed": 3, "top_p": 0.8, "frequency_penalty": 0.5},
         {"temperature": 0.0, "logprobs": 2},
-        {"temperature": 0.0, "min_tokens": 4, "stop_token_ids": list(range(0, VOCAB, 3))},
+        {
+            "temperature": 0.0,
+            "min_tokens": 4,
+            "max_tokens": 6,
+            "stop_token_ids": list(range(0, VOCAB, 3)),
+        },
         {"temperature": 0.0, "stop_token_ids": list(range(0, VOCAB, 7))},
     ]
     requests = {}
     for i in range(count):
-        prompt = [rng.randrange(VOCAB) for _ in range(rng.choice([1, 3, 16, 17, 40, 60]))]
-        params = SamplingParams(max_tokens=rng.choice([1, 2, 6, 11]), **kinds[i % len(kinds)])
-        requests[f"r{i}"] = prompt, params
+        prompt = [rng.randrange(VOCAB) for _ in range(rng.choice([1, 3, 16, 17, 40]))]
+        params = {"max_tokens": rng.choice([1, 2, 6])} | kinds[i % len(kinds)]
+        requests[f"r{i}"] = prompt, SamplingParams(**params)
     return requests
 
 
@@ -101,31 +118,43 @@ def same(ours: dict, theirs: dict) -> None:
             assert row.logprobs == pytest.approx(other.logprobs, abs=1e-4)
 
 
-@pytest.mark.parametrize(
-    ("overlapped", "block_size"), [(False, 32), (True, 16)], ids=["in turn", "overlapped"]
-)
-def test_every_kind_of_request_gets_the_cpu_runners_tokens(
-    model, start, overlapped: bool, block_size: int
-) -> None:
+def test_every_kind_of_request_gets_the_cpu_runners_tokens(model, start, overlapped_core) -> None:
     requests = some_requests(random.Random(5), 8)
-    theirs = run(start(make_config(model, block_size=block_size)), requests)
-    config = make_interpreted_config(model, overlapped=overlapped, block_size=block_size)
+    theirs = run(start(make_config(model)), requests)
+    same(run(overlapped_core, requests), theirs)
+
+
+def test_steps_one_after_the_other_give_the_same(model, start) -> None:
+    requests = some_requests(random.Random(6), by_effort(4, 8))
+    theirs = run(start(make_config(model, block_size=32)), requests)
+    config = make_interpreted_config(model, overlapped=False, block_size=32)
     same(run(start(config), requests), theirs)
 
 
-def test_chunks_preemption_and_few_rows_change_no_token(model, start) -> None:
-    requests = some_requests(random.Random(11), 8)
+def test_chunks_preemption_and_few_rows_change_no_token(model, start, monkeypatch) -> None:
+    requests = some_requests(random.Random(18), 8)
     theirs = run(start(make_config(model)), requests)
-    # Nine blocks for requests of up to five, and prompts in chunks.
+    # Eight blocks, which some requests outgrow, and prompts in chunks.
     config = make_interpreted_config(
-        model, overlapped=True, max_num_seqs=5, kv_cache_memory_bytes=10 * BLOCK_BYTES
+        model, overlapped=True, max_num_seqs=5, kv_cache_memory_bytes=9 * BLOCK_BYTES
     )
     scheduler = replace(config.scheduler_config, max_num_batched_tokens=24)
     core = start(replace(config, scheduler_config=scheduler))
+    preempt, preempted = core.scheduler.preempt, []
+
+    def note_and_preempt(request, **options):
+        preempted.append(request.request_id)
+        preempt(request, **options)
+
+    monkeypatch.setattr(core.scheduler, "preempt", note_and_preempt)
     same(run(core, requests), theirs)
+    assert preempted
 
 
-@pytest.mark.parametrize("name", ["int8_per_token_head", "int4_per_token_head"])
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param("int8_per_token_head", marks=pytest.mark.slow), "int4_per_token_head"],
+)
 def test_quantised_caches_give_the_tokens_of_the_plain_formula(model, start, name) -> None:
     params = SamplingParams(temperature=0.0, max_tokens=4)
     requests = {f"r{i}": ([i + 1, 7, 3 * i] * (i + 2), params) for i in range(3)}
@@ -137,12 +166,13 @@ def test_quantised_caches_give_the_tokens_of_the_plain_formula(model, start, nam
     assert found[0] == found[1]
 
 
-def test_requests_that_are_dropped_while_a_step_runs_leave_nothing(model, start) -> None:
-    plain = {"temperature": 0.0, "max_tokens": 9}
+def test_requests_that_are_dropped_while_a_step_runs_leave_nothing(
+    model, start, overlapped_core
+) -> None:
+    plain = {"temperature": 0.0, "max_tokens": 7}
     requests = {f"r{i}": ([i + 1] * (i + 1), SamplingParams(**plain)) for i in range(5)}
     theirs = run(start(make_config(model)), requests)
-    core = start(make_interpreted_config(model, overlapped=True))
-    ours = run(core, requests, abort_at={2: "r1", 3: "r4", 6: "r0"})
+    ours = run(overlapped_core, requests, abort_at={2: "r1", 3: "r4", 6: "r0"})
     for name in ("r2", "r3"):
         assert ours[name] == theirs[name]
     for name in ("r0", "r1", "r4"):
@@ -151,9 +181,9 @@ def test_requests_that_are_dropped_while_a_step_runs_leave_nothing(model, start)
 
 
 def test_a_step_is_launched_before_the_last_ones_tokens_are_known(
-    model, start, monkeypatch: pytest.MonkeyPatch
+    overlapped_core, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    core = start(make_interpreted_config(model, overlapped=True))
+    core = overlapped_core
     execute, launched = core.executor.execute_model, []
 
     def note_and_execute(scheduler_output):
@@ -172,8 +202,8 @@ def test_a_step_is_launched_before_the_last_ones_tokens_are_known(
     assert launched[:3] == [3, 1, 1] and not any(launched[3:])
 
 
-def test_a_request_that_needs_its_tokens_is_waited_for(model, start) -> None:
-    core = start(make_interpreted_config(model, overlapped=True))
+def test_a_request_that_needs_its_tokens_is_waited_for(overlapped_core) -> None:
+    core = overlapped_core
     params = SamplingParams(temperature=0.0, max_tokens=3, presence_penalty=1.0)
     add(core, {"a": ([1, 2, 3], params)})
     assert core.scheduler.needs_known_tokens

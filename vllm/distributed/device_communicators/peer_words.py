@@ -1,15 +1,16 @@
 """Sums and joins of few rows over the GPUs of one host: one kernel, which sends and waits.
 
-Every rank writes its part straight into the others' memory, in words of 64 bits: 32 of data and
-the number of the exchange. A reader looks at its own memory until all words carry that number, so
-that data and signal are one: no fence, no flag, and one trip over the link. It costs twice the
-bytes, which is why large tensors are others' business. Plain loads and stores only; NVLink
-multicast is not used.
+Every rank writes its part straight into the others' memory, in words of 32 bits. A reader looks at
+its own memory until no word there is the one that means "not yet", and puts that word back for the
+next exchange: data are their own signal, with no fence, no flag, and one trip over the link. Data
+that happen to be that word are sent as a neighbour of the same value. Plain loads and stores only;
+NVLink multicast is not used.
 
 Two halves of each area take turns. A rank writes exchange n + 2 after its kernel of n + 1 has
-ended, which had words of n + 1 from every rank; those are written after the writer's kernel of n
-has ended: nobody reads what is written over. The number lies on the device, where captured graphs
-can count it; all ranks run the same exchanges in the same order.
+ended, which had words of n + 1 from every rank; those were written after the writer's kernel of n
+had ended, which had read and put back all of n: nobody writes over what is still read. The number
+lies on the device, where captured graphs can count it; all ranks run the same exchanges in the
+same order.
 """
 
 from __future__ import annotations
@@ -24,16 +25,20 @@ from vllm.utils.dependent_launch import await_previous, options, release
 
 __all__ = ["AREA_BYTES", "PeerWords"]
 
-AREA_BYTES = 64 << 20
+AREA_BYTES = 32 << 20
 """Of each rank's area; shared by the parts of all ranks, in two halves."""
 
-# Above it the doubled bytes take longer than what sending each byte once waits for.
+# Two negative zeros of 16 bits, or a float32 of -4.6e-41.
+_NOT_YET = tl.constexpr(0x80008000 - (1 << 32))
+# Sent in its place: zero and negative zero, or a float32 next to it.
+_INSTEAD_OF_HALVES = tl.constexpr(0x80000000 - (1 << 32))
+_INSTEAD_OF_WHOLE = tl.constexpr(0x80008001 - (1 << 32))
 _MAX_SENT_BYTES = 16 << 20
-# All programs of a kernel wait at once, so that all must be able to run at once: as many warps of a
-# multiprocessor's 64 as 64 registers a thread leave.
-_WARPS_OF_MULTIPROCESSOR = 32
+# All programs of a kernel wait at once, so that all must be able to run at once: one of the largest
+# on each multiprocessor, which its registers allow.
+_WARPS_OF_MULTIPROCESSOR = 16
 _MAX_ROW_WORDS = 16384
-_COLUMN_WORDS = 2048
+_COLUMN_WORDS = 4096
 _COLUMN_WARPS = 8
 _DTYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
 
@@ -77,28 +82,33 @@ def _word(first, second, DTYPE: tl.constexpr):
 
 @triton.jit
 def _send(
-    areas_ptr, data, number, place, valid, capacity, RANK: tl.constexpr, WORLD: tl.constexpr
+    areas_ptr, data, number, place, valid, capacity, RANK: tl.constexpr, WORLD: tl.constexpr,
+    WIDE: tl.constexpr,
 ):  # fmt: skip
     """Write ``data`` (int32) to ``place`` of this rank's part in every other rank's area."""
-    words = (data.to(tl.int64) & 0xFFFFFFFF) | (number.to(tl.int64) << 32)
-    part = (number.to(tl.int64) & 1) * WORLD + RANK
+    INSTEAD: tl.constexpr = _INSTEAD_OF_WHOLE if WIDE else _INSTEAD_OF_HALVES
+    words = tl.where(data == _NOT_YET, INSTEAD, data)
+    part = (number & 1) * WORLD + RANK
     for other in tl.static_range(WORLD):
         if other != RANK:
-            area = tl.load(areas_ptr + other).to(tl.pointer_type(tl.int64))
-            tl.store(area + part * capacity + place, words, mask=valid)
+            area = tl.load(areas_ptr + other).to(tl.pointer_type(tl.int32))
+            area = tl.multiple_of(area, 16)
+            tl.store(area + part.to(tl.int64) * capacity + place, words, mask=valid)
 
 
 @triton.jit
 def _receive(
     areas_ptr, source, number, place, valid, capacity, RANK: tl.constexpr, WORLD: tl.constexpr
 ):  # fmt: skip
-    """What rank ``source`` has sent to ``place``, once it is there."""
-    area = tl.load(areas_ptr + RANK).to(tl.pointer_type(tl.int64))
-    at = area + ((number.to(tl.int64) & 1) * WORLD + source) * capacity + place
+    """What rank ``source`` has sent to ``place``, once all of it is there."""
+    area = tl.multiple_of(tl.load(areas_ptr + RANK).to(tl.pointer_type(tl.int32)), 16)
+    part = (number & 1) * WORLD + source
+    at = area + part.to(tl.int64) * capacity + place
     words = tl.load(at, mask=valid, other=0, volatile=True)
-    while tl.max((valid & ((words >> 32).to(tl.int32) != number)).to(tl.int32), 0) > 0:
+    while tl.max((words == _NOT_YET).to(tl.int32), 0) > 0:
         words = tl.load(at, mask=valid, other=0, volatile=True)
-    return words.to(tl.int32)
+    tl.store(at, tl.full(words.shape, _NOT_YET, tl.int32), mask=valid)
+    return words
 
 
 @triton.jit
@@ -129,7 +139,10 @@ def _sum_kernel(
     number = tl.load(control_ptr, volatile=True) + 1
     mine = tl.load(x_ptr + row * stride_x + at, mask=valid, other=0)
     place = row * words + at
-    _send(areas_ptr, mine, number, place, valid, capacity, RANK, WORLD)
+    _send(
+        areas_ptr, mine, number, place, valid, capacity, RANK, WORLD,
+        DTYPE.primitive_bitwidth == 32,
+    )  # fmt: skip
     first = tl.zeros([BLOCK], tl.float32)
     second = tl.zeros([BLOCK], tl.float32)
     for source in tl.static_range(WORLD):
@@ -159,7 +172,8 @@ def _sum_kernel(
 @triton.jit
 def _join_kernel(
     x_ptr, out_ptr, areas_ptr, control_ptr, stride_x, stride_o, words, capacity,
-    RANK: tl.constexpr, WORLD: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
+    RANK: tl.constexpr, WORLD: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """Some columns of one row of every rank, side by side in rank order."""
     release(PDL)
@@ -170,7 +184,7 @@ def _join_kernel(
     number = tl.load(control_ptr, volatile=True) + 1
     mine = tl.load(x_ptr + row * stride_x + at, mask=valid, other=0)
     place = row * words + at
-    _send(areas_ptr, mine, number, place, valid, capacity, RANK, WORLD)
+    _send(areas_ptr, mine, number, place, valid, capacity, RANK, WORLD, WIDE)
     for source in tl.static_range(WORLD):
         if source == RANK:
             word = mine
@@ -194,7 +208,8 @@ class PeerWords:
     """The exchanges of one rank.
 
     Args:
-        areas: of every rank, as this process sees them: int64 and equally long, zero at first.
+        areas: of every rank, as this process sees them: int32 and equally long, cleared by
+            ``clear`` before any rank begins.
         addresses: where they begin, int64 ``(world,)`` on the device.
         control: int32 ``(2,)`` on the device, zero at first: the number of the last exchange, and
             how many programs of the running one have ended.
@@ -206,6 +221,11 @@ class PeerWords:
     addresses: torch.Tensor
     control: torch.Tensor
     max_warps: int
+
+    @staticmethod
+    def clear(area: torch.Tensor) -> None:
+        """Say of every word of ``area`` (int32) that nothing has come yet."""
+        area.fill_(_NOT_YET.value)
 
     @classmethod
     def of(cls, rank: int, areas: list[torch.Tensor]) -> PeerWords:
@@ -245,7 +265,7 @@ class PeerWords:
             and tensor.data_ptr() % 4 == 0
             and rows * warps_per_row <= self.max_warps
             and words <= self._capacity
-            and 8 * words * (self.world_size - 1) <= _MAX_SENT_BYTES
+            and 4 * words * (self.world_size - 1) <= _MAX_SENT_BYTES
         )
 
     def takes(self, tensor: torch.Tensor) -> bool:
@@ -310,6 +330,7 @@ class PeerWords:
         _join_kernel[(rows, triton.cdiv(words.shape[1], _COLUMN_WORDS))](
             words, joined, self.addresses, self.control, words.stride(0), joined.stride(0),
             words.shape[1], self._capacity, RANK=self.rank, WORLD=self.world_size,
-            BLOCK=_COLUMN_WORDS, num_warps=_COLUMN_WARPS, **options(x.device),
+            WIDE=x.element_size() == 4, BLOCK=_COLUMN_WORDS, num_warps=_COLUMN_WARPS,
+            **options(x.device),
         )  # fmt: skip
         return out

@@ -63,9 +63,9 @@ class _PeerReads:
 
 
 def _make_peer_words(group: dist.ProcessGroup, device: torch.device) -> PeerWords:
-    area = symmetric_memory.empty(AREA_BYTES // 8, dtype=torch.int64, device=device)
-    area.zero_()
-    # No rank writes into another's area before that is zero: all meet in the rendezvous.
+    area = symmetric_memory.empty(AREA_BYTES // 4, dtype=torch.int32, device=device)
+    PeerWords.clear(area)
+    # No rank writes into another's area before that is clear: all meet in the rendezvous.
     torch.cuda.synchronize(device)
     handle = symmetric_memory.rendezvous(area, group)
     areas = [handle.get_buffer(rank, area.shape, area.dtype) for rank in range(group.size())]

@@ -32,6 +32,8 @@ __all__ = [
     "plan_transfer",
 ]
 
+_LARGEST_COUNT = 1 << 20
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Lane:
@@ -315,6 +317,7 @@ def plan_transfer(
             cannot be cut that way; names what works.
     """
     check_descriptor(source)
+    check_descriptor(target)
     there = {layer.name: layer for layer in source.layers}
     conversions = _conversions(there, target, formats)
     _check_same(there, source, target, conversions, formats)
@@ -461,13 +464,15 @@ def _table(
 
 
 def check_descriptor(cache: CacheDescriptor) -> None:
-    """A peer's descriptor makes sense in itself.
+    """A descriptor makes sense in itself. A plan takes time and memory by its counts.
 
     Raises:
         KVTransferError: naming the layer and what is wrong.
     """
     if cache.num_blocks < 1 or cache.size_bytes < 1 or cache.base < 0:
         raise KVTransferError("the cache of the peer has no blocks")
+    if cache.num_blocks > 1 << 40 or cache.base + cache.size_bytes >= 1 << 62:
+        raise KVTransferError("the cache of the peer ends beyond all addresses")
     for layer in cache.layers:
         axis = layer.head_axis
         counts = (
@@ -482,6 +487,8 @@ def check_descriptor(cache: CacheDescriptor) -> None:
             problem = f"group {layer.group} does not exist"
         elif min(counts) < 1 or max(counts) > cache.size_bytes:
             problem = f"counts {counts}"
+        elif max(counts[:-1]) > _LARGEST_COUNT:
+            problem = f"counts {counts[:-1]} above {_LARGEST_COUNT}"
         elif not layer.states and parts != layer.content_bytes:
             problem = f"parts of {parts} bytes in a content of {layer.content_bytes}"
         elif axis is not None and (

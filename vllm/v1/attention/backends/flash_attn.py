@@ -2,7 +2,9 @@
 
 K and V are strided views ``(B, N, K, D)`` of the cache, with nothing copied. On GPUs where the
 library doesn't split one sequence's keys over the device (Hopper), requests with one query token
-are our Triton kernels': the library then gets them as requests without queries.
+are our Triton kernels': the library then gets them as requests without queries. The library's
+entry that writes into a given output is the one beneath its public function, whose result would
+have to be copied; so the extra ``cuda`` names the library's version.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 
+from vllm.errors import ConfigError
 from vllm.v1.attention.backend import AttentionBackend, CommonAttentionMetadata, MultipleOf
 from vllm.v1.attention.backends.libraries import capability, library, why_missing
 from vllm.v1.attention.backends.rocm_attn import SplitAttentionImpl
@@ -43,7 +46,8 @@ class FlashAttentionMetadataBuilder(TritonAttentionMetadataBuilder):
         fast_build: bool = False,
     ) -> FlashAttentionMetadata:
         common = common_attn_metadata
-        base = super().build(0, common, fast_build)
+        # Where the library decodes, it reads a shared prefix for each request.
+        base = super().build(0 if splits_keys() else common_prefix_len, common, fast_build)
         prompt_lens = None
         if base.plan is not None and common.max_query_len > 1:
             counts = np.diff(common.query_start_loc_cpu[: common.num_reqs + 1].numpy())
@@ -56,6 +60,30 @@ class FlashAttentionMetadataBuilder(TritonAttentionMetadataBuilder):
 def splits_keys() -> bool:
     """The library splits one sequence's keys over several programs."""
     return capability() >= (10, 0)
+
+
+class _WhereDecodesAreOurs:
+    """True on GPUs where steps of decodes are our kernels', which captured graphs may hold."""
+
+    def __get__(self, instance: object, owner: type) -> bool:
+        return not splits_keys()
+
+
+def check_alignment(*tensors: torch.Tensor) -> None:
+    """The library would copy a tensor, a whole cache too, whose rows don't begin at 16 bytes.
+
+    Raises:
+        ConfigError: the pointer or a stride is not a multiple of 16 bytes.
+    """
+    for tensor in tensors:
+        steps = [stride * tensor.element_size() for stride in tensor.stride()[:-1]]
+        if tensor.stride(-1) != 1 or any(n % 16 for n in (tensor.data_ptr(), *steps)):
+            raise ConfigError(
+                f"--attention-backend FLASH_ATTN reads rows that begin at multiples of 16 bytes, "
+                f"not a cache or query of strides {tensor.stride()} of {tensor.dtype}: choose "
+                "TRITON_ATTN, or a --block-size that pads pages to a multiple of 16 bytes",
+                parameter="attention_backend",
+            )
 
 
 class _FlashForward:
@@ -104,9 +132,10 @@ class _FlashForward:
         keys, values = PagedAttention.split_kv_cache(
             kv_cache, self.num_kv_heads, self.head_size, width_v
         )
-        window = (self.sliding_window - 1, 0 if step.causal else self.sliding_window - 1)
         tokens = step.num_actual_tokens
-        result = library("flash_attn.cute.interface").flash_attn_varlen_func(
+        check_alignment(query, keys, values, output)
+        window = self.sliding_window - 1 if self.sliding_window else None
+        library("flash_attn.cute.interface")._flash_attn_fwd(
             query[:tokens],
             keys.transpose(1, 2),
             values.transpose(1, 2),
@@ -118,12 +147,13 @@ class _FlashForward:
             page_table=step.block_table,
             softmax_scale=self.scale,
             causal=step.causal,
-            window_size=window if self.sliding_window else (None, None),
-            learnable_sink=self.sinks,
+            window_size_left=window,
+            window_size_right=None if step.causal else window,
+            learnable_sink=None if self.sinks is None else self.sinks.detach(),
             softcap=self.logits_soft_cap,
             num_splits=0 if splits_keys() else 1,
+            out=output[:tokens],
         )
-        output[:tokens] = result[0] if isinstance(result, tuple) else result
 
 
 class FlashAttentionImpl(_FlashForward, TritonAttentionImpl):  # type: ignore[misc]
@@ -138,6 +168,7 @@ class FlashAttentionBackend(AttentionBackend):
     supported_dtypes: ClassVar[list[torch.dtype]] = [torch.bfloat16, torch.float16]
     supported_kv_cache_dtypes: ClassVar[list[str]] = ["auto", "bfloat16", "float16"]
     forward_includes_kv_cache_update = False
+    fits_cuda_graphs: ClassVar[Any] = _WhereDecodesAreOurs()
 
     @staticmethod
     def get_name() -> str:

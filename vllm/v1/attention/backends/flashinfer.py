@@ -2,8 +2,10 @@
 
 K and V are strided views ``(B, K, N, D)`` of the cache ("HND" to the library, whatever the
 physical order), with nothing copied. The library plans a step on the host, once for each kind of
-layer. On Blackwell data-centre GPUs its TRT-LLM kernels take the block table as it is; they refuse
-odd strides even of axes of length 1, so those are made canonical first.
+layer: the requests that decode at the front of the batch by its decode wrapper, which splits keys
+over the device, the others by its prefill wrapper. On Blackwell data-centre GPUs its TRT-LLM
+kernels take the block table as it is; they refuse odd strides even of axes of length 1, so those
+are made canonical first.
 """
 
 from __future__ import annotations
@@ -25,13 +27,14 @@ from vllm.v1.attention.backends.libraries import capability, library, why_missin
 from vllm.v1.attention.backends.torch_ref import PagedAttentionMetadata
 from vllm.v1.attention.backends.triton_attn import TritonAttentionImpl
 from vllm.v1.attention.ops.paged_attn import PagedAttention
+from vllm.v1.attention.ops.triton_cascade import prefix_worth_sharing
 from vllm.v1.kv_cache.views import canonicalize_singleton_dim_strides
 from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheSpec
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
-__all__ = ["FlashInferBackend", "FlashInferImpl", "FlashInferMetadata"]
+__all__ = ["FlashInferBackend", "FlashInferImpl", "FlashInferMetadata", "may_be_captured"]
 
 _WORKSPACE_BYTES = 256 << 20
 _FP8 = {
@@ -39,6 +42,13 @@ _FP8 = {
     "fp8_e4m3": torch.float8_e4m3fn,
     "fp8_e5m2": torch.float8_e5m2,
 }
+_FROM_TENSOR_CORES = 4
+"""Query heads of a KV head from which decodes run on tensor cores, as the library recommends."""
+
+
+def may_be_captured(num_reqs: int, largest: int) -> bool:
+    """A decode of so many requests can be that of a captured graph: 1, 2, 4, multiples of 8."""
+    return num_reqs in (1, 2, 4, largest) or num_reqs % 8 == 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,6 +58,7 @@ class LayerKind:
     num_heads: int
     num_kv_heads: int
     head_size: int
+    page: int
     window: int
     soft_cap: float
     scale: float
@@ -55,13 +66,41 @@ class LayerKind:
     kv_dtype: torch.dtype
 
 
-class Planner:
-    """The library's wrappers, one of a sort for each kind of layer, over one workspace."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DecodeBuffers:
+    """Where decodes that are replayed find their pages: int32, as long as any step needs."""
 
-    def __init__(self, device: torch.device) -> None:
+    ends: torch.Tensor
+    pages: torch.Tensor
+    last: torch.Tensor
+
+    @staticmethod
+    def make(max_num_seqs: int, max_pages: int, device: torch.device) -> DecodeBuffers:
+        sizes = max_num_seqs + 1, max_num_seqs * max_pages, max_num_seqs
+        ends, pages, last = (torch.zeros(n, dtype=torch.int32, device=device) for n in sizes)
+        return DecodeBuffers(ends=ends, pages=pages, last=last)
+
+
+class Planner:
+    """The library's wrappers for each kind of layer, over one workspace.
+
+    Decodes of a size that may be captured have wrappers of their own, which keep what they plan at
+    fixed addresses: a captured graph reads what the latest plan of its size has left there.
+    """
+
+    def __init__(
+        self, device: torch.device, max_num_seqs: int, max_model_len: int, captures: bool
+    ) -> None:
         self._device = device
+        self._max_num_seqs = max_num_seqs
+        self._max_model_len = max_model_len
+        self._captures = captures
         self._workspace: torch.Tensor | None = None
-        self._wrappers: dict[tuple[str, LayerKind], Any] = {}
+        self._buffers: dict[LayerKind, DecodeBuffers] = {}
+        self._wrappers: dict[tuple[str, LayerKind, int], Any] = {}
+        self._copied: dict[int, torch.cuda.Event] = {}
+        self.kinds: dict[LayerKind, None] = {}
+        """Those that a step has had so far."""
 
     @property
     def workspace(self) -> torch.Tensor:
@@ -70,22 +109,61 @@ class Planner:
             self._workspace = torch.zeros(_WORKSPACE_BYTES, dtype=torch.uint8, device=self._device)
         return self._workspace
 
-    def wrapper(self, sort: str, kind: LayerKind) -> Any:
-        """``sort``: "decode", "prefill" or "cascade"."""
-        if (sort, kind) not in self._wrappers:
+    def keeps_addresses(self, num_reqs: int) -> bool:
+        return self._captures and may_be_captured(num_reqs, self._max_num_seqs)
+
+    def wrapper(self, sort: str, kind: LayerKind, fixed_size: int = 0) -> Any:
+        """``sort``: "decode", "prefill" or "cascade".
+
+        ``fixed_size``: requests of a decode that may be captured; 0 for any other step.
+        """
+        key = (sort, kind, fixed_size)
+        if key not in self._wrappers:
             flashinfer = library("flashinfer")
             if sort == "decode":
-                made = flashinfer.BatchDecodeWithPagedKVCacheWrapper(
-                    self.workspace,
-                    "HND",
-                    use_tensor_cores=kind.num_heads // kind.num_kv_heads >= 4,
-                )
+                made = self._decode_wrapper(flashinfer, kind, fixed_size)
             elif sort == "prefill":
                 made = flashinfer.BatchPrefillWithPagedKVCacheWrapper(self.workspace, "HND")
             else:
                 made = flashinfer.MultiLevelCascadeAttentionWrapper(2, self.workspace, "HND")
-            self._wrappers[sort, kind] = made
-        return self._wrappers[sort, kind]
+            self._wrappers[key] = made
+        return self._wrappers[key]
+
+    def _decode_wrapper(self, flashinfer: Any, kind: LayerKind, fixed_size: int) -> Any:
+        options: dict[str, Any] = {
+            "use_tensor_cores": kind.num_heads // kind.num_kv_heads >= _FROM_TENSOR_CORES
+        }
+        if fixed_size:
+            if kind not in self._buffers:
+                pages = -(-self._max_model_len // kind.page)
+                self._buffers[kind] = DecodeBuffers.make(self._max_num_seqs, pages, self._device)
+            buffers = self._buffers[kind]
+            options |= {
+                "use_cuda_graph": True,
+                "paged_kv_indptr_buffer": buffers.ends[: fixed_size + 1],
+                "paged_kv_indices_buffer": buffers.pages,
+                "paged_kv_last_page_len_buffer": buffers.last[:fixed_size],
+            }
+        return flashinfer.BatchDecodeWithPagedKVCacheWrapper(self.workspace, "HND", **options)
+
+    def plan(self, wrapper: Any, *arguments: Any, **options: Any) -> Any:
+        """``wrapper.plan``, once what its last plan copies from host memory has been copied."""
+        copied = self._copied.get(id(wrapper))
+        if copied is not None:
+            copied.synchronize()
+        wrapper.plan(*arguments, **options)
+        if self._device.type == "cuda":
+            self._copied.setdefault(id(wrapper), torch.cuda.Event()).record()
+        return wrapper
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlannedPart:
+    """Tokens of a step that one wrapper attends for."""
+
+    wrapper: Any
+    tokens: slice
+    is_cascade: bool = False
 
 
 @dataclass(slots=True)
@@ -96,33 +174,110 @@ class FlashInferMetadata(PagedAttentionMetadata):
     host_starts: torch.Tensor
     """(R + 1,) int32."""
     host_lens: np.ndarray
+    num_decodes: int
+    """Requests at the front of the batch that have one token."""
     prefix_len: int
-    """Tokens that all requests share from the start; 0 where none are known, or for one request."""
-    planned: dict[LayerKind, Any]
+    """Tokens, whole pages, that all requests share and are read once for all; 0 for none."""
+    planned: dict[LayerKind, list[PlannedPart]]
 
-    def pages(self, page: int, skip: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def pages(
+        self, page: int, skip: int = 0, requests: slice = slice(None)
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Ends of the requests' pages and tokens in the last ones (host), and pages (device).
 
         Args:
             page: tokens of one.
             skip: pages at the start of each request that are left out.
+            requests: which ones. Those without tokens fill a captured step up: they have no pages.
         """
-        counts = -(-self.host_lens.astype(np.int64) // page) - skip
+        lens = self.host_lens[requests].astype(np.int64)
+        counts = np.maximum(-(-lens // page) - skip, 0)
         ends = torch.zeros(counts.size + 1, dtype=torch.int32)
         ends[1:] = torch.from_numpy(counts.cumsum())
         total = int(ends[-1])
         device = self.block_table.device
         on_device = torch.from_numpy(counts).to(device, non_blocking=True)
-        requests = torch.repeat_interleave(
+        rows = torch.repeat_interleave(
             torch.arange(counts.size, device=device), on_device, output_size=total
         )
         first = on_device.cumsum(0) - on_device
-        columns = torch.arange(total, device=device) - first[requests] + skip
-        last = torch.from_numpy(((self.host_lens - 1) % page + 1).astype(np.int32))
-        return ends, self.block_table[requests, columns], last
+        columns = torch.arange(total, device=device) - first[rows] + skip
+        last = np.where(counts > 0, (lens - 1) % page + 1, 0)
+        table = self.block_table[requests]
+        return ends, table[rows, columns], torch.from_numpy(last.astype(np.int32))
+
+    def plan(self, kind: LayerKind) -> list[PlannedPart]:
+        """What attends for layers of a kind; planned once a step."""
+        if kind not in self.planned:
+            self.planner.kinds[kind] = None
+            whole = kind.window == 0 and kind.kv_dtype == kind.dtype
+            if self.prefix_len and self.causal and whole:
+                self.planned[kind] = [self._plan_cascade(kind)]
+            else:
+                self.planned[kind] = self._plan_parts(kind)
+        return self.planned[kind]
+
+    def _plan_cascade(self, kind: LayerKind) -> PlannedPart:
+        shared = self.prefix_len // kind.page
+        ends, pages, last = self.pages(kind.page, shared)
+        everything = torch.tensor([0, self.num_actual_tokens], dtype=torch.int32)
+        wrapper = self.planner.plan(
+            self.planner.wrapper("cascade", kind),
+            [everything, self.host_starts],
+            [torch.tensor([0, shared], dtype=torch.int32), ends],
+            [self.block_table[0, :shared].contiguous(), pages],
+            [torch.tensor([kind.page], dtype=torch.int32), last],
+            *_sizes(kind),
+            causal=True,
+            **_options(kind),
+        )
+        return PlannedPart(
+            wrapper=wrapper, tokens=slice(0, self.num_actual_tokens), is_cascade=True
+        )
+
+    def _plan_parts(self, kind: LayerKind) -> list[PlannedPart]:
+        decodes, all_of_them = self.num_decodes, self.host_lens.size
+        parts = []
+        if decodes:
+            pages = self.pages(kind.page, requests=slice(0, decodes))
+            fixed = decodes == all_of_them and self.planner.keeps_addresses(decodes)
+            wrapper = self.planner.wrapper("decode", kind, decodes if fixed else 0)
+            self.planner.plan(wrapper, *pages, *_sizes(kind), **_options(kind))
+            parts.append(PlannedPart(wrapper=wrapper, tokens=slice(0, decodes)))
+        if decodes < all_of_them:
+            starts = self.host_starts[decodes:] - self.host_starts[decodes]
+            pages = self.pages(kind.page, requests=slice(decodes, None))
+            wrapper = self.planner.plan(
+                self.planner.wrapper("prefill", kind),
+                starts,
+                *pages,
+                *_sizes(kind),
+                causal=self.causal,
+                **_options(kind),
+            )
+            parts.append(
+                PlannedPart(wrapper=wrapper, tokens=slice(decodes, self.num_actual_tokens))
+            )
+        return parts
+
+
+def _sizes(kind: LayerKind) -> tuple[int, int, int, int]:
+    return kind.num_heads, kind.num_kv_heads, kind.head_size, kind.page
+
+
+def _options(kind: LayerKind) -> dict[str, Any]:
+    return {
+        "window_left": kind.window - 1 if kind.window else -1,
+        "logits_soft_cap": kind.soft_cap or None,
+        "sm_scale": kind.scale,
+        "q_data_type": kind.dtype,
+        "kv_data_type": kind.kv_dtype,
+    }
 
 
 class FlashInferMetadataBuilder(AttentionMetadataBuilder[FlashInferMetadata]):
+    """Plans decodes that may be replayed; other steps are planned by the first layer of a kind."""
+
     def __init__(
         self,
         kv_cache_spec: KVCacheSpec,
@@ -132,7 +287,13 @@ class FlashInferMetadataBuilder(AttentionMetadataBuilder[FlashInferMetadata]):
     ) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         assert isinstance(kv_cache_spec, AttentionSpec)
-        self._planner = Planner(device)
+        self._page = kv_cache_spec.block_size
+        self._planner = Planner(
+            device,
+            vllm_config.scheduler_config.max_num_seqs,
+            vllm_config.model_config.max_model_len,
+            captures=not vllm_config.model_config.enforce_eager,
+        )
 
     def build(
         self,
@@ -141,14 +302,27 @@ class FlashInferMetadataBuilder(AttentionMetadataBuilder[FlashInferMetadata]):
         fast_build: bool = False,
     ) -> FlashInferMetadata:
         common = common_attn_metadata
-        return FlashInferMetadata.of(
+        starts = common.query_start_loc_cpu[: common.num_reqs + 1]
+        lens = common.seq_lens_cpu[: common.num_reqs].numpy()
+        longer = np.flatnonzero(np.diff(starts.numpy()) != 1)
+        prefix = 0
+        if common_prefix_len and not uses_trtllm():
+            prefix = prefix_worth_sharing(
+                common_prefix_len, common.num_reqs, int(lens.min()), self._page
+            )
+        step = FlashInferMetadata.of(
             common,
             planner=self._planner,
-            host_starts=common.query_start_loc_cpu[: common.num_reqs + 1],
-            host_lens=common.seq_lens_cpu[: common.num_reqs].numpy(),
-            prefix_len=common_prefix_len if common.num_reqs > 1 else 0,
+            host_starts=starts,
+            host_lens=lens,
+            num_decodes=int(longer[0]) if longer.size else common.num_reqs,
+            prefix_len=prefix,
             planned={},
         )
+        if step.num_decodes == common.num_reqs and self._planner.keeps_addresses(common.num_reqs):
+            for kind in tuple(self._planner.kinds):
+                step.plan(kind)
+        return step
 
 
 def uses_trtllm() -> bool:
@@ -176,62 +350,28 @@ class FlashInferImpl(TritonAttentionImpl):
         views = PagedAttention.split_kv_cache(cache, self.num_kv_heads, self.head_size)
         scales = self.side_scales(layer)
         k_scale, v_scale = (1.0, 1.0) if scales is None else (scales.k, scales.v)
-        tokens = attn_metadata.num_actual_tokens
         if uses_trtllm():
+            tokens = attn_metadata.num_actual_tokens
             self._by_trtllm(query[:tokens], views, attn_metadata, output[:tokens], k_scale, v_scale)
             return output
         kind = LayerKind(
             num_heads=self.num_heads,
             num_kv_heads=self.num_kv_heads,
             head_size=self.head_size,
+            page=kv_cache.shape[2],
             window=self.sliding_window,
             soft_cap=self.logits_soft_cap,
-            scale=self.scale * k_scale,
+            scale=self.scale,
             dtype=query.dtype,
             kv_dtype=kv_dtype,
         )
-        page = kv_cache.shape[2]
-        if kind not in attn_metadata.planned:
-            attn_metadata.planned[kind] = self._plan(kind, attn_metadata, page)
-        sort, wrapper = attn_metadata.planned[kind]
-        if sort == "cascade":
-            output[:tokens] = wrapper.run(query[:tokens], views)
-        else:
-            wrapper.run(query[:tokens], views, v_scale=v_scale, out=output[:tokens])
+        for part in attn_metadata.plan(kind):
+            queries, out = query[part.tokens], output[part.tokens]
+            if part.is_cascade:
+                out.copy_(part.wrapper.run(queries, views))
+            else:
+                part.wrapper.run(queries, views, k_scale=k_scale, v_scale=v_scale, out=out)
         return output
-
-    def _plan(self, kind: LayerKind, step: FlashInferMetadata, page: int) -> tuple[str, Any]:
-        sizes = (kind.num_heads, kind.num_kv_heads, kind.head_size, page)
-        options = {
-            "window_left": kind.window - 1 if kind.window else -1,
-            "logits_soft_cap": kind.soft_cap or None,
-            "sm_scale": kind.scale,
-            "q_data_type": kind.dtype,
-            "kv_data_type": kind.kv_dtype,
-        }
-        shared = step.prefix_len // page
-        if shared and step.causal and not kind.window and kind.kv_dtype == kind.dtype:
-            wrapper = step.planner.wrapper("cascade", kind)
-            ends, pages, last = step.pages(page, shared)
-            everything = torch.tensor([0, step.num_actual_tokens], dtype=torch.int32)
-            wrapper.plan(
-                [everything, step.host_starts],
-                [torch.tensor([0, shared], dtype=torch.int32), ends],
-                [step.block_table[0, :shared].contiguous(), pages],
-                [torch.tensor([page], dtype=torch.int32), last],
-                *sizes,
-                causal=True,
-                **options,
-            )
-            return "cascade", wrapper
-        ends, pages, last = step.pages(page, 0)
-        if step.max_query_len == 1:
-            wrapper = step.planner.wrapper("decode", kind)
-            wrapper.plan(ends, pages, last, *sizes, **options)
-            return "decode", wrapper
-        wrapper = step.planner.wrapper("prefill", kind)
-        wrapper.plan(step.host_starts, ends, pages, last, *sizes, causal=step.causal, **options)
-        return "prefill", wrapper
 
     def _by_trtllm(
         self,
@@ -278,6 +418,7 @@ class FlashInferBackend(AttentionBackend):
     supported_dtypes: ClassVar[list[torch.dtype]] = [torch.bfloat16, torch.float16]
     supported_kv_cache_dtypes: ClassVar[list[str]] = ["auto", "bfloat16", "float16", *_FP8]
     forward_includes_kv_cache_update = False
+    fits_cuda_graphs = True
 
     @staticmethod
     def get_name() -> str:
@@ -295,7 +436,7 @@ class FlashInferBackend(AttentionBackend):
     def get_supported_kernel_block_sizes(
         kv_cache_spec: KVCacheSpec | None = None,
     ) -> Sequence[int | MultipleOf]:
-        return [16, 32, 64]
+        return [16, 32, 64, 128, 256]
 
     @classmethod
     def get_supported_head_sizes(cls) -> list[int]:

@@ -3,8 +3,8 @@
 The cache is a view ``(B, N, R + rope)`` with any strides over B and N and a dense last dimension:
 a latent of width R, then the rotated part of the key. All heads share it; with the projections
 absorbed into query and output, a latent is key and value at once and is read once for as many
-heads as fit the rows of a tile. Work items are those of ``triton_decode``: the launch depends on
-the number of requests alone.
+heads as fit the rows of a tile. Programs take equal shares of all requests' tokens
+(``triton_shares``): the launch depends on the number of requests alone.
 """
 
 from __future__ import annotations
@@ -15,19 +15,25 @@ import torch
 import triton
 import triton.language as tl
 
-from vllm.v1.attention.ops.triton_decode import DecodePlan
+from vllm.utils.dependent_launch import await_previous, is_hopper, options, release
+from vllm.v1.attention.ops.triton_decode import num_multiprocessors
+from vllm.v1.attention.ops.triton_shares import (
+    PROGRAM_FIELDS,
+    REQUEST_FIELDS,
+    SHARE_TILE,
+    SharePlan,
+    make_share_buffers,
+    merge_shares,
+)
 
 __all__ = [
     "AbsorbedConfig",
     "absorbed_attention",
     "default_absorbed_config",
-    "head_tiles",
+    "make_absorbed_buffers",
     "store_latents",
 ]
 
-# As in ``triton_decode``.
-_FIELDS = 8
-_MAX_SPLITS = 64
 LOG2_E = 1.4426950408889634
 
 
@@ -76,147 +82,164 @@ def store_latents(
 
 @triton.jit
 def _absorbed_kernel(
-    q_ptr, rotated_ptr, kv_ptr, out_ptr, part_ptr, lse_ptr, block_table_ptr, items_ptr, count_ptr,
-    arrived_ptr, scale,
+    q_ptr, rotated_ptr, kv_ptr, out_ptr, part_ptr, lse_ptr, block_table_ptr, programs_ptr,
+    requests_ptr, scale,
     stride_q_t, stride_q_h, stride_r_t, stride_r_h, stride_o_t, stride_o_h,
-    stride_kv_b, stride_kv_n, stride_bt, stride_part_i, stride_part_h, stride_lse_i,
-    HEADS: tl.constexpr, ROWS: tl.constexpr, FIELDS: tl.constexpr, RANK: tl.constexpr,
+    stride_kv_b, stride_bt, stride_part_i, stride_part_h, stride_lse_i,
+    STRIDE_N: tl.constexpr, HEADS: tl.constexpr, ROWS: tl.constexpr, RANK: tl.constexpr,
     RANK_PAD: tl.constexpr, ROPE: tl.constexpr, ROPE_PAD: tl.constexpr, PAGE: tl.constexpr,
-    TILE: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr, MAX_SPLITS: tl.constexpr,
+    TILE: tl.constexpr, UNIT: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
+    TOKENS_FIRST: tl.constexpr, P_FIELDS: tl.constexpr, R_FIELDS: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
-    """One item for ``ROWS`` heads; scores are in base 2 (``scale`` carries log2 e).
+    """One share for ``ROWS`` heads; scores are in base 2 (``scale`` carries log2 e).
 
-    An item that is all of its request writes the output; the others leave a normalised partial
-    output and its log2-sum-exp, and the last to arrive merges them, in the order of the tokens.
+    With TOKENS_FIRST products are transposed, tokens and columns of latents being their rows: a
+    warp group's products have 64 rows at least, which few heads would leave empty.
     """
+    release(PDL)
+    await_previous(PDL)
     part = tl.program_id(0)
-    index = tl.program_id(1)
-    if index >= tl.load(count_ptr):
+    program = tl.program_id(1)
+    share = programs_ptr + program * P_FIELDS
+    low = tl.load(share)
+    high = tl.load(share + 1)
+    first = tl.load(share + 2)
+    last = tl.load(share + 3)
+    if low >= high:
         return
-    item = items_ptr + index * FIELDS
-    request = tl.load(item)
-    start = tl.load(item + 1)
-    end = tl.load(item + 2)
-    split = tl.load(item + 3)
-    num_splits = tl.load(item + 4)
-    row = tl.load(item + 5).to(tl.int64)
-
     heads = part * ROWS + tl.arange(0, ROWS)
     head_valid = heads < HEADS
     dims = tl.arange(0, RANK_PAD)
     dim_valid = dims < RANK
     rope_dims = tl.arange(0, ROPE_PAD)
     rope_valid = rope_dims < ROPE
-    q = tl.load(
-        q_ptr + row * stride_q_t + heads[:, None] * stride_q_h + dims[None, :],
-        mask=head_valid[:, None] & dim_valid[None, :], other=0.0,
-    )  # fmt: skip
-    q_rotated = tl.load(
-        rotated_ptr + row * stride_r_t + heads[:, None] * stride_r_h + rope_dims[None, :],
-        mask=head_valid[:, None] & rope_valid[None, :], other=0.0,
-    )  # fmt: skip
-    top = tl.full([ROWS], -1.0e30, tl.float32)
-    total = tl.zeros([ROWS], tl.float32)
-    acc = tl.zeros([ROWS, RANK_PAD], tl.float32)
-    table = block_table_ptr + request.to(tl.int64) * stride_bt
-    for begin in tl.range(start, end, TILE, num_stages=STAGES):
-        begin = tl.multiple_of(begin, TILE)
-        tokens = begin + tl.arange(0, TILE)
-        valid = tokens < end
-        if PAGE % TILE == 0:
-            # A tile lies in one page.
-            block = tl.load(table + begin // PAGE).to(tl.int64)
-            at = block * stride_kv_b + (tokens % PAGE) * stride_kv_n
-        else:
-            blocks = tl.load(table + tokens // PAGE, mask=valid, other=0).to(tl.int64)
-            at = blocks * stride_kv_b + (tokens % PAGE) * stride_kv_n
-        latent = tl.load(
-            kv_ptr + at[:, None] + dims[None, :], mask=valid[:, None] & dim_valid[None, :],
-            other=0.0,
-        )  # fmt: skip
-        rotated = tl.load(
-            kv_ptr + at[:, None] + (RANK + rope_dims)[None, :],
-            mask=valid[:, None] & rope_valid[None, :], other=0.0,
-        )  # fmt: skip
-        s = tl.dot(q, tl.trans(latent), input_precision=PRECISION)
-        s = tl.dot(q_rotated, tl.trans(rotated), s, input_precision=PRECISION)
-        s = tl.where(valid[None, :], s * scale, float("-inf"))
-        new_top = tl.maximum(top, tl.max(s, 1))
-        p = tl.exp2(s - new_top[:, None])
-        shrink = tl.exp2(top - new_top)
-        total = total * shrink + tl.sum(p, 1)
-        acc = acc * shrink[:, None]
-        acc = tl.dot(p.to(latent.dtype), latent, acc, input_precision=PRECISION)
-        top = new_top
-    acc *= (1.0 / total)[:, None]
-    at_out = out_ptr + row * stride_o_t + heads[:, None] * stride_o_h + dims[None, :]
     out_valid = head_valid[:, None] & dim_valid[None, :]
-    if num_splits == 1:
-        tl.store(at_out, acc, mask=out_valid)
-        return
-    at_part = part_ptr + heads[:, None] * stride_part_h + dims[None, :]
-    at_lse = lse_ptr + heads
-    mine = index.to(tl.int64)
-    tl.store(at_part + mine * stride_part_i, acc, mask=out_valid)
-    tl.store(at_lse + mine * stride_lse_i, top + tl.log2(total), mask=head_valid)
-    # All threads have written before the one that counts says so.
-    tl.debug_barrier()
-    arrived = arrived_ptr + request * tl.num_programs(0) + part
-    if tl.atomic_add(arrived, 1, sem="acq_rel") != num_splits - 1:
-        return
-    # For the next launch.
-    tl.store(arrived, 0)
-    first = mine - split
-    # Past the first-level cache, which knows nothing of other multiprocessors' writes.
-    splits = tl.arange(0, MAX_SPLITS)
-    all_lse = tl.load(
-        at_lse[None, :] + (first + splits)[:, None] * stride_lse_i,
-        mask=(splits < num_splits)[:, None] & head_valid[None, :], other=-1.0e30,
-        cache_modifier=".cg",
-    )  # fmt: skip
-    top = tl.max(all_lse, 0)
-    total = tl.sum(tl.exp2(all_lse - top[None, :]), 0)
-    acc = tl.zeros([ROWS, RANK_PAD], tl.float32)
-    for other in tl.range(0, num_splits):
-        lse = tl.load(
-            at_lse + (first + other) * stride_lse_i, mask=head_valid, other=-1.0e30,
-            cache_modifier=".cg",
+    within = tl.arange(0, TILE)
+    for request in tl.range(first, last + 1, num_stages=1):
+        fields = requests_ptr + request * R_FIELDS
+        first_tile = tl.load(fields)
+        end_tile = tl.load(fields + 1)
+        length = tl.load(fields + 2)
+        row = tl.load(fields + 3).to(tl.int64)
+        start = (tl.maximum(low, first_tile) - first_tile) * UNIT
+        end = tl.minimum((tl.minimum(high, end_tile) - first_tile) * UNIT, length)
+        q = tl.load(
+            q_ptr + row * stride_q_t + heads[:, None] * stride_q_h + dims[None, :],
+            mask=out_valid, other=0.0,
         )  # fmt: skip
-        x = tl.load(
-            at_part + (first + other) * stride_part_i, mask=out_valid, other=0.0,
-            cache_modifier=".cg",
+        q_rotated = tl.load(
+            rotated_ptr + row * stride_r_t + heads[:, None] * stride_r_h + rope_dims[None, :],
+            mask=head_valid[:, None] & rope_valid[None, :], other=0.0,
         )  # fmt: skip
-        acc += x * tl.exp2(lse - top)[:, None]
-    tl.store(at_out, acc / total[:, None], mask=out_valid)
+        top = tl.full([ROWS], -1.0e30, tl.float32)
+        total = tl.zeros([ROWS], tl.float32)
+        if TOKENS_FIRST:
+            acc = tl.zeros([RANK_PAD, ROWS], tl.float32)
+        else:
+            acc = tl.zeros([ROWS, RANK_PAD], tl.float32)
+        table = block_table_ptr + tl.cast(request, tl.int64) * stride_bt
+        for begin in tl.range(start, end, TILE, num_stages=STAGES):
+            begin = tl.multiple_of(begin, TILE)
+            tokens = begin + within
+            valid = tokens < end
+            if PAGE % TILE == 0:
+                # A tile lies in one page: offsets in it are the same in all iterations.
+                block = tl.load(table + begin // PAGE).to(tl.int64)
+                page = kv_ptr + block * stride_kv_b + begin % PAGE * STRIDE_N
+                at = page + (within * STRIDE_N)[:, None]
+            else:
+                blocks = tl.load(table + tokens // PAGE, mask=valid, other=0).to(tl.int64)
+                at = kv_ptr + (blocks * stride_kv_b + tokens % PAGE * STRIDE_N)[:, None]
+            there = valid[:, None]
+            if RANK < RANK_PAD:
+                there = there & dim_valid[None, :]
+            latent = tl.load(at + dims[None, :], mask=there, other=0.0)
+            there = valid[:, None]
+            if ROPE < ROPE_PAD:
+                there = there & rope_valid[None, :]
+            rotated = tl.load(at + (RANK + rope_dims)[None, :], mask=there, other=0.0)
+            if TOKENS_FIRST:
+                s = tl.dot(latent, tl.trans(q), input_precision=PRECISION)
+                s = tl.dot(rotated, tl.trans(q_rotated), s, input_precision=PRECISION)
+                s = tl.where(valid[:, None], s * scale, float("-inf"))
+                new_top = tl.maximum(top, tl.max(s, 0))
+                p = tl.exp2(s - new_top[None, :])
+                shrink = tl.exp2(top - new_top)
+                total = total * shrink + tl.sum(p, 0)
+                acc = acc * shrink[None, :]
+                p = p.to(latent.dtype)
+                acc = tl.dot(tl.trans(latent), p, acc, input_precision=PRECISION)
+            else:
+                s = tl.dot(q, tl.trans(latent), input_precision=PRECISION)
+                s = tl.dot(q_rotated, tl.trans(rotated), s, input_precision=PRECISION)
+                s = tl.where(valid[None, :], s * scale, float("-inf"))
+                new_top = tl.maximum(top, tl.max(s, 1))
+                p = tl.exp2(s - new_top[:, None])
+                shrink = tl.exp2(top - new_top)
+                total = total * shrink + tl.sum(p, 1)
+                acc = acc * shrink[:, None]
+                acc = tl.dot(p.to(latent.dtype), latent, acc, input_precision=PRECISION)
+            top = new_top
+        if TOKENS_FIRST:
+            acc = tl.trans(acc * (1.0 / total)[None, :])
+        else:
+            acc *= (1.0 / total)[:, None]
+        if (low <= first_tile) & (end_tile <= high):
+            at_out = out_ptr + row * stride_o_t + heads[:, None] * stride_o_h + dims[None, :]
+            tl.store(at_out, acc, mask=out_valid)
+        else:
+            slot = (2 * program + (first_tile > low)).to(tl.int64)
+            at_part = part_ptr + slot * stride_part_i + heads[:, None] * stride_part_h
+            tl.store(at_part + dims[None, :], acc, mask=out_valid)
+            tl.store(lse_ptr + slot * stride_lse_i + heads, top + tl.log2(total), mask=head_valid)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AbsorbedConfig:
-    """``rows`` heads of a program, ``tile`` tokens of an iteration (divides 64), and the launch."""
+    """``rows`` heads of a program, ``tile`` tokens of an iteration (divides 64), and the launch.
+
+    ``tokens_first`` transposes the products; ``resident`` programs of a multiprocessor are planned.
+    With ``by_groups`` ``triton_mla_hopper`` takes what it can.
+    """
 
     rows: int
     tile: int
     warps: int
     stages: int
+    tokens_first: bool = False
+    resident: int = 1
+    by_groups: bool = False
 
 
-def default_absorbed_config(num_heads: int, dtype: torch.dtype) -> AbsorbedConfig:
-    """The fastest of those tried on one H100 at R = 512 (64 x 4096, page 64).
+def default_absorbed_config(
+    num_heads: int, dtype: torch.dtype, device: torch.device
+) -> AbsorbedConfig:
+    """What is fastest on an H100 at R = 512, where shared memory holds two tiles of 64 latents.
 
-    Tensor cores take 16 rows at least: 161 us with tiles of 64 for 16 heads, 168 with 32. For 128
-    heads 499 us with 32 rows and 567 with 64, whose accumulator spills registers.
+    Other GPUs get tiles that fit 100 KiB.
     """
     if dtype == torch.float32:
-        return AbsorbedConfig(rows=16, tile=16, warps=4, stages=1)
+        return AbsorbedConfig(rows=16, tile=16, warps=4, stages=1, resident=2)
+    if device.type == "cuda" and not is_hopper(device):
+        return AbsorbedConfig(rows=16, tile=32, warps=4, stages=2, resident=2)
     if num_heads <= 16:
-        return AbsorbedConfig(rows=16, tile=64, warps=4, stages=2)
-    return AbsorbedConfig(rows=32, tile=32, warps=4, stages=2)
+        return AbsorbedConfig(rows=16, tile=64, warps=4, stages=3, tokens_first=True)
+    has_groups = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
+    return AbsorbedConfig(rows=64, tile=64, warps=8, stages=3, by_groups=has_groups)
 
 
-def head_tiles(num_heads: int, dtype: torch.dtype, config: AbsorbedConfig | None = None) -> int:
-    """Programs that share an item: what a plan for this many heads is made with as KV heads."""
-    config = config or default_absorbed_config(num_heads, dtype)
-    return -(-num_heads // config.rows)
+def make_absorbed_buffers(
+    requests: int,
+    num_heads: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    config: AbsorbedConfig | None = None,
+) -> SharePlan:
+    """Buffers for plans of ``absorbed_attention`` of up to ``requests`` requests."""
+    config = config or default_absorbed_config(num_heads, dtype, device)
+    slots = num_multiprocessors(device) * config.resident
+    return make_share_buffers(requests, -(-num_heads // config.rows), slots, device)
 
 
 def absorbed_attention(
@@ -224,7 +247,7 @@ def absorbed_attention(
     rotated: torch.Tensor,
     kv_cache: torch.Tensor,
     out: torch.Tensor,
-    plan: DecodePlan,
+    plan: SharePlan,
     block_table: torch.Tensor,
     *,
     scale: float,
@@ -237,24 +260,39 @@ def absorbed_attention(
             over T and Q, dense last dimension.
         kv_cache: ``(B, N, R + rope)`` in the dtype of ``query``.
         out: ``(T, Q, R)``, any strides over T and Q.
-        plan: made with ``head_tiles(Q, dtype)`` as its KV heads.
+        plan: in buffers of ``make_absorbed_buffers`` for Q heads.
         block_table: int32 ``(R, max_blocks)``.
     """
     num_heads, rank = query.shape[1:]
     rope = rotated.shape[2]
-    config = config or default_absorbed_config(num_heads, query.dtype)
-    tiles = head_tiles(num_heads, query.dtype, config)
+    config = config or default_absorbed_config(num_heads, query.dtype, query.device)
+    tiles = -(-num_heads // config.rows)
     assert query.stride(2) == rotated.stride(2) == out.stride(2) == kv_cache.stride(2) == 1
-    assert plan.arrived.shape[1] == tiles, "a plan for another number of heads"
-    part = query.new_empty((plan.num_items, num_heads, rank), dtype=torch.float32)
-    lse = query.new_empty((plan.num_items, num_heads), dtype=torch.float32)
-    _absorbed_kernel[(tiles, plan.num_items)](
-        query, rotated, kv_cache, out, part, lse, block_table, plan.items, plan.count, plan.arrived,
+    assert plan.head_tiles == tiles, "a plan for another number of heads"
+    slots = 2 * plan.num_programs
+    part = query.new_empty((slots, num_heads, rank), dtype=torch.float32)
+    lse = query.new_empty((slots, num_heads), dtype=torch.float32)
+    arguments = (
+        query, rotated, kv_cache, out, part, lse, block_table, plan.programs, plan.requests,
         scale * LOG2_E, *query.stride()[:2], *rotated.stride()[:2], *out.stride()[:2],
-        *kv_cache.stride()[:2], block_table.stride(0), *part.stride()[:2], lse.stride(0),
-        HEADS=num_heads, ROWS=config.rows, FIELDS=_FIELDS, RANK=rank,
-        RANK_PAD=max(16, triton.next_power_of_2(rank)), ROPE=rope,
-        ROPE_PAD=max(16, triton.next_power_of_2(rope)), PAGE=kv_cache.shape[1], TILE=config.tile,
-        STAGES=config.stages, PRECISION="tf32x3" if query.dtype == torch.float32 else "tf32",
-        MAX_SPLITS=_MAX_SPLITS, num_warps=config.warps,
+        kv_cache.stride(0), block_table.stride(0), *part.stride()[:2], lse.stride(0),
     )  # fmt: skip
+    sizes = {"STRIDE_N": kv_cache.stride(1), "HEADS": num_heads, "RANK": rank, "ROPE": rope}
+    sizes |= {"PAGE": kv_cache.shape[1], "P_FIELDS": PROGRAM_FIELDS, "R_FIELDS": REQUEST_FIELDS}
+    grid = tiles, plan.num_programs
+    if config.by_groups and (rank, rope) == (512, 64) and kv_cache.shape[1] % SHARE_TILE == 0:
+        # Gluon is imported where it can run: the interpreter knows nothing of it.
+        from vllm.v1.attention.ops import triton_mla_hopper
+
+        triton_mla_hopper.wide_absorbed_kernel[grid](
+            *arguments, **sizes, num_warps=triton_mla_hopper.WARPS, **options(query.device)
+        )
+    else:
+        _absorbed_kernel[grid](
+            *arguments, **sizes, ROWS=config.rows,
+            RANK_PAD=max(16, triton.next_power_of_2(rank)),
+            ROPE_PAD=max(16, triton.next_power_of_2(rope)), TILE=config.tile, UNIT=SHARE_TILE,
+            STAGES=config.stages, PRECISION="tf32x3" if query.dtype == torch.float32 else "tf32",
+            TOKENS_FIRST=config.tokens_first, num_warps=config.warps, **options(query.device),
+        )  # fmt: skip
+    merge_shares(part, lse, out, plan)

@@ -23,8 +23,8 @@ def _clear_kernel(
     length = tl.load(seq_lens_ptr + request)
     new = tl.load(query_start_ptr + request + 1) - tl.load(query_start_ptr + request)
     used = length % page
-    # Tokens in it before this step: then its tail was cleared when it was begun.
-    if (length <= 0) | (used == 0) | (used > new):
+    # A decode behind the block's first token: its tail was cleared when it was begun.
+    if (length <= 0) | (used == 0) | ((new <= 1) & (used > new)):
         return
     row = block_table_ptr + request.to(tl.int64) * stride_bt
     block = tl.load(row + length // page).to(tl.int64)
@@ -40,7 +40,10 @@ def clear_tails(
     query_start_loc: torch.Tensor,
     seq_lens: torch.Tensor,
 ) -> None:
-    """Zero the unused slots of blocks whose first token is one of this step's.
+    """Zero the unused slots of requests' last blocks.
+
+    A decode in a block that an earlier step began leaves it as it is: that step cleared it. A part
+    of a prompt clears its last block in any case, which a step without this call may have begun.
 
     Args:
         kv_cache: ``(B, H, N, C)``, or ``(B, N, C)`` of latents; dense last dimension.

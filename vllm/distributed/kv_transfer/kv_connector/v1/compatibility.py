@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 import msgspec
 
@@ -17,11 +17,17 @@ if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
 __all__ = [
+    "Rank",
+    "RankCount",
     "check_factors",
     "compatibility_factors",
     "compatibility_hash",
     "refuse_scales_of_a_run",
 ]
+
+Rank = Annotated[int, msgspec.Meta(ge=0, lt=1024)]
+RankCount = Annotated[int, msgspec.Meta(ge=1, le=1024)]
+"""Of a peer, in messages: whoever reads one counts so far."""
 
 
 def compatibility_factors(

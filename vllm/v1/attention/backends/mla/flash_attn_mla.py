@@ -13,7 +13,12 @@ import torch
 
 from vllm.v1.attention.backend import AttentionImpl, MultipleOf
 from vllm.v1.attention.backends.libraries import capability, library, why_missing
-from vllm.v1.attention.backends.mla.triton_mla import Absorbed, TritonMLABackend, TritonMLAImpl
+from vllm.v1.attention.backends.mla.triton_mla import (
+    Absorbed,
+    TritonMLABackend,
+    TritonMLAImpl,
+    TritonMLAMetadata,
+)
 from vllm.v1.attention.ops.triton_tails import clear_tails
 from vllm.v1.kv_cache_interface import KVCacheSpec
 
@@ -21,6 +26,23 @@ __all__ = ["FlashAttentionMLABackend"]
 
 
 class FlashAttentionMLAImpl(TritonMLAImpl):
+    def forward(
+        self,
+        layer: Any,
+        query: torch.Tensor,
+        key: torch.Tensor | None,
+        value: torch.Tensor | None,
+        kv_cache: torch.Tensor,
+        attn_metadata: TritonMLAMetadata,  # type: ignore[override]
+        output: torch.Tensor,
+        output_scale: torch.Tensor | None = None,
+        output_block_scale: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        # It reads whole pages.
+        step = attn_metadata
+        clear_tails(kv_cache, step.block_table, step.query_start_loc, step.seq_lens)
+        return super().forward(layer, query, key, value, kv_cache, step, output)
+
     def forward_mqa(
         self,
         layer: Any,
@@ -31,7 +53,6 @@ class FlashAttentionMLAImpl(TritonMLAImpl):
     ) -> None:
         """Attend to latents; query (T, Q, nope + rope) -> output (T, Q, v)."""
         nope, rank = layer.qk_nope_head_dim, layer.kv_lora_rank
-        clear_tails(kv_cache, step.block_table, step.query_start_loc, step.seq_lens)
         latents = kv_cache.unsqueeze(2)
         result = library("flash_attn.cute.interface").flash_attn_varlen_func(
             query[..., nope:],

@@ -10,6 +10,7 @@ import functools
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 
 from vllm.v1.attention.backend import AttentionImpl, MultipleOf
@@ -27,6 +28,12 @@ def _wrapper(device: torch.device) -> Any:
     """The library's wrapper; all layers of a model share one plan of a step, and its workspace."""
     workspace = torch.zeros(_WORKSPACE_BYTES, dtype=torch.uint8, device=device)
     return library("flashinfer.mla").BatchMLAPagedAttentionWrapper(workspace)
+
+
+@functools.cache
+def _copied(device: torch.device) -> torch.cuda.Event | None:
+    """Recorded behind each plan, whose host memory the next one overwrites."""
+    return torch.cuda.Event() if device.type == "cuda" else None
 
 
 class FlashInferMLAImpl(TritonMLAImpl):
@@ -62,15 +69,24 @@ class FlashInferMLAImpl(TritonMLAImpl):
         step: Absorbed,
     ) -> None:
         page = kv_cache.shape[1]
-        counts = (step.seq_lens + page - 1) // page
-        columns = torch.arange(step.block_table.shape[1], device=query.device)
-        ends = torch.zeros_like(step.query_start_loc)
-        torch.cumsum(counts, 0, out=ends[1:])
+        counts = -(-step.host_lens.astype(np.int64) // page)
+        ends = torch.zeros(counts.size + 1, dtype=torch.int32)
+        ends[1:] = torch.from_numpy(counts.cumsum())
+        total, device = int(ends[-1]), query.device
+        on_device = torch.from_numpy(counts).to(device, non_blocking=True)
+        rows = torch.repeat_interleave(
+            torch.arange(counts.size, device=device), on_device, output_size=total
+        )
+        first = on_device.cumsum(0) - on_device
+        columns = torch.arange(total, device=device) - first[rows]
+        copied = _copied(device)
+        if copied is not None:
+            copied.synchronize()
         wrapper.plan(
-            step.query_start_loc,
+            torch.arange(counts.size + 1, dtype=torch.int32),
             ends,
-            step.block_table[columns < counts[:, None]],
-            step.seq_lens,
+            step.block_table[rows, columns],
+            torch.from_numpy(step.host_lens.astype(np.int32)),
             layer.num_heads,
             layer.kv_lora_rank,
             layer.qk_rope_head_dim,
@@ -80,6 +96,8 @@ class FlashInferMLAImpl(TritonMLAImpl):
             query.dtype,
             kv_cache.dtype,
         )
+        if copied is not None:
+            copied.record()
 
 
 class FlashInferMLABackend(TritonMLABackend):

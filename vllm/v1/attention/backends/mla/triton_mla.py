@@ -1,15 +1,16 @@
 """TRITON_MLA: attention over a cache of latents by our own Triton kernels, on any layout.
 
 Decodes, and chunks of few tokens, attend to the latents themselves (``forward_mqa``), split over
-the device by the plan of ``triton_decode``. Prompts have the latents they see expanded to keys and
+the device by the plan of ``triton_shares``. Prompts have the latents they see expanded to keys and
 values of as many heads at a time as a bound on memory allows (``forward_mha``). Runs on NVIDIA
 GPUs, and on the CPU under TRITON_INTERPRET=1 for tests.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
@@ -26,14 +27,18 @@ from vllm.v1.attention.backend import (
 from vllm.v1.attention.backends.mla.common import MLAImpl
 from vllm.v1.attention.backends.mla.cpu_mla import tokens_worth_expanding
 from vllm.v1.attention.backends.torch_ref import PagedAttentionMetadata
-from vllm.v1.attention.ops.triton_decode import DecodePlan, make_plan_buffers, plan_decodes
-from vllm.v1.attention.ops.triton_mla import absorbed_attention, head_tiles, store_latents
+from vllm.v1.attention.ops.triton_mla import (
+    absorbed_attention,
+    make_absorbed_buffers,
+    store_latents,
+)
 from vllm.v1.attention.ops.triton_mla_prefill import (
     attention_tiles,
     expand_latents,
     expand_tiles,
     expanded_attention,
 )
+from vllm.v1.attention.ops.triton_shares import SharePlan, plan_shares
 from vllm.v1.kv_cache_interface import KVCacheSpec
 
 if TYPE_CHECKING:
@@ -53,13 +58,15 @@ class Absorbed:
 
     rows: torch.Tensor | None
     """(n,) int64 tokens of the step; None where they are all of them."""
-    plan: DecodePlan
+    plan: SharePlan
     query_start_loc: torch.Tensor
     """(n + 1,) int32."""
     seq_lens: torch.Tensor
     """(n,) int32."""
     block_table: torch.Tensor
     """(n, max blocks) int32."""
+    host_lens: np.ndarray
+    """(n,) ``seq_lens`` in host memory."""
     library_plans: dict[Any, Any] = field(default_factory=dict)
     """What a library has planned for this step, by what it has planned with."""
 
@@ -77,11 +84,10 @@ class Expanded:
 class TritonMLAMetadata(PagedAttentionMetadata):
     """One step. Which requests expand depends on the layer's widths: decided once for each."""
 
-    plan: DecodePlan | None
+    plan: SharePlan | None
     """Of a step in which every request has one token; made in place, for captured graphs."""
-    head_tiles: int
-    longest: int
-    """No request is ever longer."""
+    make_buffers: Callable[[int], SharePlan]
+    """For as many requests."""
     host_starts: np.ndarray
     host_lens: np.ndarray
     _splits: dict[int, tuple[Absorbed | None, Expanded | None]] = field(default_factory=dict)
@@ -89,7 +95,7 @@ class TritonMLAMetadata(PagedAttentionMetadata):
     def split(self, expand_from: int) -> tuple[Absorbed | None, Expanded | None]:
         """The tokens of requests with fewer new ones than ``expand_from``, and the others."""
         if expand_from not in self._splits and self.plan is not None:
-            everything = self.query_start_loc, self.seq_lens, self.block_table
+            everything = self.query_start_loc, self.seq_lens, self.block_table, self.host_lens
             self._splits[expand_from] = Absorbed(None, self.plan, *everything), None
         if expand_from not in self._splits:
             counts = np.diff(self.host_starts)
@@ -112,7 +118,7 @@ class TritonMLAMetadata(PagedAttentionMetadata):
         on_device = torch.from_numpy(packed).to(device, non_blocking=True)
         starts = torch.arange(owners.size + 1, dtype=torch.int32, device=device)
         seq_lens = on_device[1].int()
-        plan = plan_decodes(seq_lens, starts, self.head_tiles, self.longest)
+        plan = plan_shares(seq_lens, starts, self.make_buffers(owners.size))
         everything = owners.size == self.num_actual_tokens
         return Absorbed(
             rows=None if everything else on_device[0],
@@ -120,6 +126,7 @@ class TritonMLAMetadata(PagedAttentionMetadata):
             query_start_loc=starts,
             seq_lens=seq_lens,
             block_table=self.block_table[on_device[2]],
+            host_lens=lens,
         )
 
     def _expanded(self, requests: np.ndarray, counts: np.ndarray) -> Expanded | None:
@@ -149,13 +156,11 @@ class TritonMLAMetadataBuilder(AttentionMetadataBuilder[TritonMLAMetadata]):
     ) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         model = vllm_config.model_config
-        self._longest = model.max_model_len
-        self._head_tiles = head_tiles(
-            model.get_num_attention_heads(vllm_config.parallel_config), model.dtype
+        heads = model.get_num_attention_heads(vllm_config.parallel_config)
+        self._make_buffers = partial(
+            make_absorbed_buffers, num_heads=heads, dtype=model.dtype, device=device
         )
-        self._buffers = make_plan_buffers(
-            vllm_config.scheduler_config.max_num_seqs, self._head_tiles, self._longest, device
-        )
+        self._buffers = self._make_buffers(vllm_config.scheduler_config.max_num_seqs)
 
     def build(
         self,
@@ -166,18 +171,11 @@ class TritonMLAMetadataBuilder(AttentionMetadataBuilder[TritonMLAMetadata]):
         common = common_attn_metadata
         plan = None
         if common.max_query_len == 1:
-            plan = plan_decodes(
-                common.seq_lens,
-                common.query_start_loc,
-                self._head_tiles,
-                self._longest,
-                buffers=self._buffers,
-            )
+            plan = plan_shares(common.seq_lens, common.query_start_loc, self._buffers)
         return TritonMLAMetadata.of(
             common,
             plan=plan,
-            head_tiles=self._head_tiles,
-            longest=self._longest,
+            make_buffers=self._make_buffers,
             host_starts=common.query_start_loc_cpu[: common.num_reqs + 1].numpy(),
             host_lens=common.seq_lens_cpu[: common.num_reqs].numpy(),
         )

@@ -15,7 +15,9 @@ from collections.abc import Callable
 
 import httpx
 import uvicorn
-from fastapi import FastAPI, HTTPException
+from fastapi import FastAPI, HTTPException, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
 from pydantic import BaseModel, Field
 
 from vllm.distributed.kv_transfer.kv_connector.v1.mooncake.messages import Discard, sealed
@@ -53,6 +55,12 @@ def make_bootstrap_app(
     """
     app = FastAPI(title="Mooncake bootstrap server", openapi_url=None)
     entries: dict[int, dict[str, object]] = {}
+
+    @app.exception_handler(RequestValidationError)
+    async def refuse(request: Request, error: RequestValidationError) -> JSONResponse:
+        # Without what was sent: bytes that are no text could not be sent back.
+        problems = [{"loc": each["loc"], "msg": each["msg"]} for each in error.errors()]
+        return JSONResponse({"detail": problems}, 422)
 
     @app.post("/register")
     async def register_worker(worker: Registration) -> dict[str, str]:

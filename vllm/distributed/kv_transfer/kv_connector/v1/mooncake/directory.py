@@ -18,13 +18,21 @@ import msgspec
 from vllm.distributed.kv_transfer.kv_connector.v1.mooncake.messages import checked_address
 from vllm.errors import KVTransferError
 
-__all__ = ["Directory", "Engine", "EngineEntry", "ask_bootstrap"]
+__all__ = [
+    "Directory",
+    "Engine",
+    "EngineEntry",
+    "ask_bootstrap",
+    "engines_of",
+    "read_entries",
+]
 
 _LONGEST_ANSWER = 1 << 20
 _ASK_SECONDS = 5.0
 _KNOWN_SECONDS = 3600.0
 _UNKNOWN_SECONDS = 0.5
 _MOST_KNOWN = 1024
+_MOST_RANKS = 1024
 
 
 class EngineEntry(msgspec.Struct, kw_only=True):
@@ -62,14 +70,24 @@ def ask_bootstrap(address: str) -> dict[int, EngineEntry]:
                 body += chunk
                 if len(body) > _LONGEST_ANSWER:
                     raise KVTransferError(f"the bootstrap server {address} answers too much")
-        return msgspec.json.decode(body, type=dict[int, EngineEntry])
-    except (msgspec.DecodeError, msgspec.ValidationError) as error:
-        raise KVTransferError(f"{address}/query is malformed: {error}") from error
+        return read_entries(address, body)
     except (httpx.HTTPError, httpx.InvalidURL, ValueError, OSError) as error:
         raise KVTransferError(f"the bootstrap server {address} failed: {error!r}") from error
 
 
-def _engines(address: str, entries: dict[int, EngineEntry]) -> dict[str, Engine]:
+def read_entries(address: str, body: bytes) -> dict[int, EngineEntry]:
+    """What a bootstrap server has answered.
+
+    Raises:
+        KVTransferError: it is no such answer.
+    """
+    try:
+        return msgspec.json.decode(body, type=dict[int, EngineEntry])
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise KVTransferError(f"{address}/query is malformed: {error}") from error
+
+
+def engines_of(address: str, entries: dict[int, EngineEntry]) -> dict[str, Engine]:
     """By engine id, those that are complete.
 
     Raises:
@@ -78,6 +96,8 @@ def _engines(address: str, entries: dict[int, EngineEntry]) -> dict[str, Engine]
     found = {}
     for entry in entries.values():
         size = len(entry.worker_addr) if entry.tp_size is None else entry.tp_size
+        if not 0 <= size <= _MOST_RANKS:
+            raise KVTransferError(f"{address}/query names an engine of {size} ranks")
         if sorted(entry.worker_addr) != list(range(size)):
             continue
         if any(list(stages) != [0] for stages in entry.worker_addr.values()):
@@ -144,7 +164,7 @@ class Directory:
         )
 
     def _look(self, address: str) -> dict[str, Engine]:
-        return _engines(address, self._ask(address))
+        return engines_of(address, self._ask(address))
 
     def forget(self, address: str) -> None:
         """What is known of this server is out of date."""

@@ -16,6 +16,7 @@ import httpx
 import msgspec
 
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorMetadata
+from vllm.distributed.kv_transfer.kv_connector.v1.compatibility import Rank, RankCount
 from vllm.errors import ConfigError, VLLMValidationError
 
 __all__ = [
@@ -255,8 +256,8 @@ class PeerLayout(msgspec.Struct, kw_only=True):
     engine_id: str
     session: str
     """Differs after a restart, also under the same engine id."""
-    tp_rank: int
-    tp_size: int
+    tp_rank: Rank
+    tp_size: RankCount
     agent: bytes
     """Of its transport port."""
     descriptor: str
@@ -294,8 +295,8 @@ class MooncakeXferMetadata(msgspec.Struct, kw_only=True, tag="xfer"):
     """ "Write these blocks": asked again until it is answered."""
 
     remote_session: str
-    remote_tp_rank: int
-    remote_tp_size: int
+    remote_tp_rank: Rank
+    remote_tp_size: RankCount
     req_blocks: dict[str, Wanted]
     """By the decoder's request id."""
     layout_id: str
@@ -308,7 +309,7 @@ class Heartbeat(msgspec.Struct, kw_only=True, tag="heartbeat"):
     """These will be fetched."""
 
     remote_session: str
-    remote_tp_size: int
+    remote_tp_size: RankCount
     transfer_ids: list[str]
 
 
@@ -316,8 +317,8 @@ class Withdrawal(msgspec.Struct, kw_only=True, tag="withdraw"):
     """These need not be written any more; answered once that is certain."""
 
     remote_session: str
-    remote_tp_rank: int
-    remote_tp_size: int
+    remote_tp_rank: Rank
+    remote_tp_size: RankCount
     requests: dict[str, str]
     """Transfer ids by the decoder's request id."""
     num_readers: int = 1

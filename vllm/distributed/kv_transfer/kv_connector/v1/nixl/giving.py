@@ -46,6 +46,9 @@ from vllm.errors import KVTransferError
 __all__ = ["Giver", "LeaseView"]
 
 _MOST_CONSUMERS = 1024
+_MOST_JOBS = 4096
+_MOST_EARLY_ASKS = 1024
+"""Of one request: a rank of a consumer asks once for each of its answers."""
 _MOST_REMEMBERED = 4096
 
 
@@ -206,10 +209,16 @@ class Giver:
             # The step that tells us of the lease may be on its way.
             waiting = self._early.setdefault(ask.request_id, [])
             waiting[:] = [pair for pair in waiting if (pair[0], pair[1].job) != (sender, ask.job)]
+            if len(waiting) >= _MOST_EARLY_ASKS:
+                self._refuse(sender, ask, "too many wait for this request")
+                return False
             waiting.append((sender, ask))
             while len(self._early) > _MOST_REMEMBERED:
                 self._early.popitem(last=False)
             return True
+        if len(self._jobs) >= _MOST_JOBS:
+            self._refuse(sender, ask, f"{_MOST_JOBS} transfers are under way")
+            return False
         try:
             if lease.generation != ask.generation:
                 raise KVTransferError("the lease is of another generation")
@@ -272,7 +281,11 @@ class Giver:
     def _take_grants(self, job: _Job, ask: Ask) -> None:
         pair = job.consumer.pair
         if pair is not None:
-            job.grants.update(own for own in ask.grants if own[1] < pair.target.num_slots)
+            job.grants.update(
+                (chunk, slot)
+                for chunk, slot in ask.grants
+                if chunk < len(job.chunks) and slot < pair.target.num_slots
+            )
 
     def lease_is_there(self, request_id: str) -> None:
         """Take up what was asked for too early."""

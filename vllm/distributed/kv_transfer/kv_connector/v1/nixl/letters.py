@@ -91,6 +91,6 @@ def decode(message: bytes) -> Ask | Told | None:
                 return None
         else:
             return None
-    except (msgspec.DecodeError, msgspec.ValidationError):
+    except (msgspec.DecodeError, UnicodeDecodeError):
         return None
     return letter

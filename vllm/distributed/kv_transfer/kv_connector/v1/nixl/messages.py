@@ -17,6 +17,8 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorMetadata,
 )
 from vllm.distributed.kv_transfer.kv_connector.v1.compatibility import (
+    Rank,
+    RankCount,
     check_factors,
     compatibility_hash,
 )
@@ -242,8 +244,8 @@ class AgentMetadata(msgspec.Struct, kw_only=True):
     engine_id: str
     session: str
     """Differs after a restart, also under the same engine id."""
-    tp_rank: int
-    tp_size: int
+    tp_rank: Rank
+    tp_size: RankCount
     agent: bytes
     descriptor: str
     """``CacheDescriptor`` as JSON."""
