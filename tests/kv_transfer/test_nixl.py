@@ -160,7 +160,7 @@ def worker_of(llm):
     """What D's transfer thread has done."""
     worker = core_of(llm).executor.worker.model_runner._connector._connector._worker
     return SimpleNamespace(
-        ways=set(worker.ways_taken), registers_blocks=worker._local.registers_blocks
+        ways=set(worker.loads.ways_taken), registers_blocks=worker._local.registers_blocks
     )
 
 
