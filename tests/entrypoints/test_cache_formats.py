@@ -148,7 +148,7 @@ REFUSED = [
     ),
     (
         ("--kv-cache-dtype", "fp8", "--kv-cache-dtype-skip-layers", "7"), {},
-        "--kv-cache-dtype-skip-layers: no layer with a cache is called '7'; there are 0, 1, 2",
+        "--kv-cache-dtype-skip-layers '7' means no layer that attends",
     ),
     (
         ("--kv-cache-dtype", "turboquant_k8v4", "--attention-backend", "CPU_ATTN"), {},

@@ -21,6 +21,7 @@ from vllm.v1.kv_cache.blocks import (
     copy_block_runs,
     runs_of_views,
 )
+from vllm.v1.kv_cache.declare import check_skipped_layers
 from vllm.v1.kv_cache.planner import BackendConstraints
 from vllm.v1.kv_cache.resolver import select_common_block_size as _common_block_size
 from vllm.v1.kv_cache.views import (
@@ -183,29 +184,15 @@ def get_kv_cache_specs(
     """What the layers declare, as their backends pack it; layers without a cache are left out.
 
     Raises:
-        ConfigError: --kv-cache-dtype-skip-layers names a layer that there is not.
+        ConfigError: --kv-cache-dtype-skip-layers has an entry that means none of them.
     """
-    _check_skipped(layers, vllm_config)
     specs = {}
     for name, layer in layers.items():
         spec = layer.get_kv_cache_spec(vllm_config)
         if spec is not None:
             specs[name] = layer.get_attn_backend().customize_spec(spec).with_layer_name(name)
+    check_skipped_layers(specs, vllm_config)
     return specs
-
-
-def _check_skipped(layers: Mapping[str, AttentionLayerBase], vllm_config: VllmConfig) -> None:
-    numbers = {part for name in layers for part in name.split(".") if part.isdecimal()}
-    for skipped in vllm_config.cache_config.kv_cache_dtype_skip_layers:
-        if skipped not in numbers and skipped not in layers and skipped != "sliding_window":
-            known = sorted(numbers, key=int)
-            raise ConfigError(
-                f"--kv-cache-dtype-skip-layers: no layer with a cache is called {skipped!r}; there "
-                f"are {', '.join(known)}, names such as {next(iter(layers), '')}, and "
-                "sliding_window for all that have one",
-                parameter="kv_cache_dtype_skip_layers",
-                value=skipped,
-            )
 
 
 def get_backend_constraints(
