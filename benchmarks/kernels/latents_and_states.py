@@ -49,16 +49,17 @@ OPTIONS: dict[str, Any] = {"device": "cuda", "dtype": torch.bfloat16}
 Row = dict[str, Any]
 Case = tuple[str, Callable[[], Row]]
 # Tried beside the default, at 64 x 4096.
+_GROUPS: dict[str, Any] = {"rows": 64, "tile": 64, "warps": 8, "stages": 3, "by_groups": True}
 CONFIGS = {
     16: [
-        AbsorbedConfig(rows=16, tile=64, warps=4, stages=2, tokens_first=True),
-        AbsorbedConfig(rows=64, tile=64, warps=8, stages=3, by_groups=True),
+        AbsorbedConfig(**_GROUPS, bulk=False),
         AbsorbedConfig(rows=16, tile=64, warps=4, stages=2, resident=2),
+        AbsorbedConfig(rows=16, tile=64, warps=4, stages=3, tokens_first=True),
     ],
-    32: [AbsorbedConfig(rows=32, tile=64, warps=8, stages=3, tokens_first=True)],
+    32: [],
     128: [
+        AbsorbedConfig(**_GROUPS, bulk=False),
         AbsorbedConfig(rows=64, tile=64, warps=8, stages=3),
-        AbsorbedConfig(rows=32, tile=64, warps=4, stages=2, tokens_first=True),
     ],
 }
 _CHUNKS = [
@@ -339,14 +340,11 @@ def cases() -> Iterator[Case]:
     for heads in (16, 32, 128):
         for name, lengths in batches.items():
             yield f"mla decode, {heads} heads, {name}", partial(decode, heads, lengths)
-        if heads == 16:
-            config = CONFIGS[16][1]
-            name = "mla variant, 16 heads, 1 x 32768, by groups"
-            yield name, partial(decode, heads, [32768], config)
         for config in CONFIGS[heads]:
             sizes = f"{config.rows} rows, {config.tile} tokens, {config.warps} warps, "
             sizes += f"{config.stages} stages, {config.resident} resident"
             sizes += ", tokens first" * config.tokens_first + ", by groups" * config.by_groups
+            sizes += ", bulk" * (config.by_groups and config.bulk)
             name = f"mla variant, {heads} heads, 64 x 4096, {sizes}"
             yield name, partial(decode, heads, [4096] * 64, config)
     yield "mla plan, 64", partial(plan_time, 64)

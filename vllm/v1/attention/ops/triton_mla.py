@@ -203,7 +203,7 @@ class AbsorbedConfig:
     """``rows`` heads of a program, ``tile`` tokens of an iteration (divides 64), and the launch.
 
     ``tokens_first`` transposes the products; ``resident`` programs of a multiprocessor are planned.
-    With ``by_groups`` ``triton_mla_hopper`` takes what it can.
+    With ``by_groups`` ``triton_mla_hopper`` takes what it can, with ``bulk`` copies of whole tiles.
     """
 
     rows: int
@@ -213,6 +213,7 @@ class AbsorbedConfig:
     tokens_first: bool = False
     resident: int = 1
     by_groups: bool = False
+    bulk: bool = True
 
 
 @functools.cache
@@ -231,7 +232,7 @@ def default_absorbed_config(
         if facts.shared_memory_per_multiprocessor < _SHARED_BYTES:
             return AbsorbedConfig(rows=16, tile=32, warps=4, stages=2, resident=2)
         has_groups = facts.major == 9
-    if num_heads <= 16:
+    if num_heads <= 16 and not has_groups:
         return AbsorbedConfig(rows=16, tile=64, warps=4, stages=3, tokens_first=True)
     return AbsorbedConfig(rows=64, tile=64, warps=8, stages=3, by_groups=has_groups)
 
@@ -291,9 +292,7 @@ def absorbed_attention(
         # Gluon is imported where it can run: the interpreter knows nothing of it.
         from vllm.v1.attention.ops import triton_mla_hopper
 
-        triton_mla_hopper.wide_absorbed_kernel[grid](
-            *arguments, **sizes, num_warps=triton_mla_hopper.WARPS, **options(query.device)
-        )
+        triton_mla_hopper.launch(grid, arguments, sizes, kv_cache, config.bulk)
     else:
         _absorbed_kernel[grid](
             *arguments, **sizes, ROWS=config.rows,
