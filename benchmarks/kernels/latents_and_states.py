@@ -52,13 +52,13 @@ Case = tuple[str, Callable[[], Row]]
 _GROUPS: dict[str, Any] = {"rows": 64, "tile": 64, "warps": 8, "stages": 3, "by_groups": True}
 CONFIGS = {
     16: [
-        AbsorbedConfig(**_GROUPS, bulk=False),
-        AbsorbedConfig(rows=16, tile=64, warps=4, stages=2, resident=2),
-        AbsorbedConfig(rows=16, tile=64, warps=4, stages=3, tokens_first=True),
+        AbsorbedConfig(**_GROUPS),
+        AbsorbedConfig(**_GROUPS, bulk=True),
+        AbsorbedConfig(rows=16, tile=32, warps=4, stages=3, resident=2),
     ],
-    32: [],
+    32: [AbsorbedConfig(**_GROUPS, bulk=True)],
     128: [
-        AbsorbedConfig(**_GROUPS, bulk=False),
+        AbsorbedConfig(**_GROUPS, bulk=True),
         AbsorbedConfig(rows=64, tile=64, warps=8, stages=3),
     ],
 }
@@ -343,7 +343,7 @@ def cases() -> Iterator[Case]:
         for config in CONFIGS[heads]:
             sizes = f"{config.rows} rows, {config.tile} tokens, {config.warps} warps, "
             sizes += f"{config.stages} stages, {config.resident} resident"
-            sizes += ", tokens first" * config.tokens_first + ", by groups" * config.by_groups
+            sizes += ", by groups" * config.by_groups
             sizes += ", bulk" * (config.by_groups and config.bulk)
             name = f"mla variant, {heads} heads, 64 x 4096, {sizes}"
             yield name, partial(decode, heads, [4096] * 64, config)
