@@ -52,13 +52,12 @@ Case = tuple[str, Callable[[], Row]]
 _GROUPS: dict[str, Any] = {"rows": 64, "tile": 64, "warps": 8, "stages": 3, "by_groups": True}
 CONFIGS = {
     16: [
-        AbsorbedConfig(**_GROUPS),
-        AbsorbedConfig(**_GROUPS, bulk=True),
-        AbsorbedConfig(rows=16, tile=32, warps=4, stages=3, resident=2),
+        AbsorbedConfig(**_GROUPS, bulk=False),
+        AbsorbedConfig(rows=16, tile=64, warps=4, stages=2, resident=2),
     ],
-    32: [AbsorbedConfig(**_GROUPS, bulk=True)],
+    32: [],
     128: [
-        AbsorbedConfig(**_GROUPS, bulk=True),
+        AbsorbedConfig(**_GROUPS, bulk=False),
         AbsorbedConfig(rows=64, tile=64, warps=8, stages=3),
     ],
 }

@@ -190,7 +190,7 @@ class AbsorbedConfig:
     stages: int
     resident: int = 1
     by_groups: bool = False
-    bulk: bool = False
+    bulk: bool = True
 
 
 @functools.cache
@@ -209,7 +209,7 @@ def default_absorbed_config(
         if facts.shared_memory_per_multiprocessor < _SHARED_BYTES:
             return AbsorbedConfig(rows=16, tile=32, warps=4, stages=2, resident=2)
         has_groups = facts.major == 9
-    if num_heads <= 16:
+    if num_heads <= 16 and not has_groups:
         return AbsorbedConfig(rows=16, tile=64, warps=4, stages=2, resident=2)
     return AbsorbedConfig(rows=64, tile=64, warps=8, stages=3, by_groups=has_groups)
 
