@@ -12,6 +12,7 @@ import argparse
 import json
 import multiprocessing
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from functools import partial
@@ -30,12 +31,12 @@ from vllm.v1.attention.ops.triton_decode import plan_decodes
 from vllm.v1.attention.ops.triton_paged_attention import default_config, paged_attention
 
 PAGE = 64
-FORMATS = ("fp8_e4m3", "int8_per_token_head", "int4_per_token_head", "nvfp4")
+FORMATS = ("fp8_e4m3", "int8_per_token_head", "int4_per_token_head", "nvfp4", "turboquant_4bit_nc")
 # Tokens of a tile, registers of a thread, the next tile fetched ahead; None: the general kernel.
 Variant = tuple[int, int, bool] | None
 VARIANTS: tuple[Variant, ...] = (
-    (16, 168, True), (32, 168, False), (32, 168, True), (32, 208, True), (32, 255, False),
-    (32, 255, True), None,
+    (16, 168, True), (16, 255, True), (32, 168, False), (32, 168, True), (32, 208, True),
+    (32, 255, False), (32, 255, True), None,
 )  # fmt: skip
 WAVES = (4, 8, 12, 16)
 Job = tuple[str, Variant]
@@ -46,22 +47,24 @@ def run(inputs: dict[str, Any], variant: Variant) -> partial[None]:
     if variant is None:
         config = replace(config, byte_decode=False)
     else:
-        names = ("byte_tile", "byte_registers", "byte_prefetch")
-        config = replace(config, **dict(zip(names, variant, strict=True)))
+        tile, registers, prefetch = variant
+        config = replace(
+            config, byte_tile=tile, byte_registers=registers, byte_prefetch=prefetch
+        )  # fmt: skip
     return partial(paged_attention, **inputs, config=config)
 
 
 def compile_job(job: Job) -> None:
-    run(batch([256], PAGE, job[0], False), job[1])()
+    run(batch([8192], PAGE, job[0], False), job[1])()
     torch.cuda.synchronize()
 
 
-def measure(name: str) -> list[dict[str, Any]]:
+def measure(name: str, all_waves: Sequence[int]) -> list[dict[str, Any]]:
     inputs = batch([8192] * 64, PAGE, name, prefill=False)
     size = 64 * 8192 * KV_HEADS * content_bytes(inputs["fmt"])
     rows = []
     for variant in VARIANTS if inputs["fmt"] else (None,):
-        for waves in WAVES if variant else (8,):
+        for waves in all_waves if variant else (8,):
             inputs["plan"] = plan_decodes(
                 inputs["seq_lens"], inputs["query_start_loc"], KV_HEADS, 8192, waves=waves
             )
@@ -80,6 +83,7 @@ def measure(name: str) -> list[dict[str, Any]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--formats", nargs="*", default=FORMATS)
+    parser.add_argument("--waves", type=int, nargs="*", default=WAVES)
     parser.add_argument("--output", type=Path, help="write the result as JSON here")
     args = parser.parse_args()
     jobs: list[Job] = [(name, variant) for name in args.formats for variant in VARIANTS]
@@ -96,7 +100,7 @@ def main() -> None:
     }
     print(result["ceilings"], flush=True)
     for name in ("LBHNC", *args.formats):
-        result["rows"] += measure(name)
+        result["rows"] += measure(name, args.waves)
         torch.cuda.empty_cache()
         if args.output:
             args.output.write_text(json.dumps(result, indent=1) + "\n")

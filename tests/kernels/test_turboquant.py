@@ -19,6 +19,8 @@ from tests.kernels.attention_case import (
 )
 from vllm.errors import ConfigError
 from vllm.v1.attention.backends.turboquant_attn import TurboQuantBackend
+from vllm.v1.attention.ops.triton_byte_decode import fits_byte_decode
+from vllm.v1.attention.ops.triton_slot_codes import key_codes_asm, value_codes_asm
 from vllm.v1.attention.ops.turboquant import (
     TURBOQUANT_FORMATS,
     hadamard,
@@ -99,6 +101,77 @@ def test_attention_over_slots_equals_float64(name: str, rng: random.Random) -> N
     assert relative_error(attend(step, "TURBOQUANT"), exact(step)) < TOLERANCE[case.dtype]
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_decodes_over_slots_equal_float64(name: str, rng: random.Random) -> None:
+    """By the kernel that reads words: any page stride, any page a multiple of 16."""
+    options = rng.choice([{}, {"window": 24}, {"soft_cap": 20.0}, {"alibi": True}, {"sinks": True}])
+    case = Case(
+        lengths=((70, 1), (33, 1), (1, 1)), kv_heads=rng.choice([1, 3]),
+        group=rng.choice([1, 3, 7]), head_size=rng.choice([64, 128, 256]),
+        page=rng.choice([16, 32]), layout=rng.choice(["LBHNC", "LBNHC", "BHLNC", "padded"]),
+        cache_dtype=name, dtype=rng.choice([torch.float32, torch.float16]), **options,
+    )  # fmt: skip
+    print(case)
+    assert fits_byte_decode(case.format, case.head_size, case.page, case.group)
+    step = make_step(case, rng, DEVICE)
+    store(step, "TORCH_REF")
+    assert relative_error(attend(step, "TURBOQUANT"), exact(step)) < TOLERANCE[case.dtype]
+
+
+def run_ptx(source: str, words: tuple[int, int]) -> list[int]:
+    """The eight results of inline PTX over two words: what the instructions say, in integers."""
+    registers: dict[str, int] = {"$8": words[0], "$9": words[1]}
+
+    def prmt(a: int, b: int, selector: int) -> int:
+        data, result = (a | b << 32).to_bytes(8, "little"), 0
+        for place in range(4):
+            nibble = selector >> (4 * place) & 15
+            byte = data[nibble & 7]
+            result |= ((255 if byte & 128 else 0) if nibble & 8 else byte) << (8 * place)
+        return result
+
+    def lop3(a: int, b: int, c: int, table: int) -> int:
+        return sum(
+            1 << bit for bit in range(32)
+            if table >> ((a >> bit & 1) << 2 | (b >> bit & 1) << 1 | (c >> bit & 1)) & 1
+        )  # fmt: skip
+
+    def halves(a: int, b: int) -> int:
+        x, y = (torch.tensor([v & 65535, v >> 16]).to(torch.uint16).view(torch.float16)
+                for v in (a, b))  # fmt: skip
+        low, high = (x - y).view(torch.uint16).tolist()
+        return low | high << 16
+
+    operations = {
+        "mov.b32": lambda a: a, "prmt.b32": prmt, "and.b32": lambda a, b: a & b,
+        "shr.u32": lambda a, b: a >> b, "shl.b32": lambda a, b: a << b,
+        "sub.u32": lambda a, b: a - b, "lop3.b32": lop3, "sub.f16x2": halves,
+    }  # fmt: skip
+    for line in source.strip("{}\n").splitlines()[1:]:
+        name, operands = line.rstrip(";").split(" ", 1)
+        target, *others = operands.split(", ")
+        values = (int(x, 0) if x[0].isdigit() else registers[x] for x in others)
+        registers[target] = operations[name](*values) & 0xFFFFFFFF
+    return [registers[f"${i}"] for i in range(8)]
+
+
+@pytest.mark.parametrize("bits", [3, 4])
+@pytest.mark.parametrize("side", ["key", "value"])
+def test_the_ptx_turns_every_code_into_its_number(side: str, bits: int, rng: random.Random) -> None:
+    if side == "key":
+        source = key_codes_asm(bits)
+        numbers = torch.tensor(normal_levels(bits)[0]).half()
+    else:
+        source = value_codes_asm(bits)
+        numbers = (torch.arange(1 << bits) - (1 << (bits - 1))).half()
+    for _ in range(64):
+        codes = [[rng.randrange(1 << bits) for _ in range(8)] for _ in range(2)]
+        words = [sum(code << (4 * i) for i, code in enumerate(row)) for row in codes]
+        found = torch.tensor(run_ptx(source, (words[0], words[1])), dtype=torch.int64)
+        both = torch.stack([found & 65535, found >> 16]).to(torch.uint16).view(torch.float16)
+        assert torch.equal(both, numbers[torch.tensor(codes)])
+
+
 # The interpreter rounds to fp8 in its own way.
 @pytest.mark.parametrize(
     "name", [pytest.param(n, marks=[pytest.mark.gpu] * (n == "turboquant_k8v4")) for n in NAMES]
@@ -131,12 +204,26 @@ def test_what_cannot_be_rotated_is_refused() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", NAMES)
-def test_attention_over_slots_in_bfloat16(name: str, rng: random.Random) -> None:
-    for lengths in (((133, 20), (60, 60), (70, 1), (1, 1)), ((1700, 1), (300, 1))):
+@pytest.mark.parametrize("layout", ["LBHNC", "LBNHC", "padded"])
+def test_decodes_over_slots_in_bfloat16(name: str, layout: str, rng: random.Random) -> None:
+    for head_size, page, group in ((128, 64, 4), (64, 16, 7), (256, 32, 16), (32, 16, 1)):
         case = Case(
-            lengths=lengths, kv_heads=2, group=4, head_size=128, page=64, cache_dtype=name,
-            dtype=torch.bfloat16,
+            lengths=((1700, 1), (300, 1), (17, 1)), kv_heads=3, group=group, head_size=head_size,
+            page=page, layout=layout, cache_dtype=name, dtype=torch.bfloat16,
         )  # fmt: skip
         step = make_step(case, rng, DEVICE)
         store(step, "TURBOQUANT")
-        assert relative_error(attend(step, "TURBOQUANT"), exact(step)) < TOLERANCE[torch.bfloat16]
+        error = relative_error(attend(step, "TURBOQUANT"), exact(step))
+        assert error < TOLERANCE[torch.bfloat16], case
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", NAMES)
+def test_prompts_over_slots_in_bfloat16(name: str, rng: random.Random) -> None:
+    case = Case(
+        lengths=((133, 20), (60, 60), (70, 1), (1, 1)), kv_heads=2, group=4, head_size=128, page=64,
+        cache_dtype=name, dtype=torch.bfloat16,
+    )  # fmt: skip
+    step = make_step(case, rng, DEVICE)
+    store(step, "TURBOQUANT")
+    assert relative_error(attend(step, "TURBOQUANT"), exact(step)) < TOLERANCE[torch.bfloat16]

@@ -7,21 +7,17 @@ GPUs too, where they are tested, and under TRITON_INTERPRET=1. Not run on AMD ha
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
-import triton
 
-from vllm.v1.attention.backend import AttentionBackend, MultipleOf
 from vllm.v1.attention.backends.torch_ref import PagedAttentionImpl
 from vllm.v1.attention.backends.triton_attn import (
+    TritonAttentionBackend,
     TritonAttentionMetadata,
-    TritonAttentionMetadataBuilder,
 )
 from vllm.v1.attention.ops.paged_attn import PagedAttention
 from vllm.v1.attention.ops.triton_split_attention import split_attention, store_split
-from vllm.v1.kv_cache_interface import KVCacheSpec
 
 __all__ = ["RocmAttentionBackend", "SplitAttentionBackend", "SplitAttentionImpl"]
 
@@ -77,45 +73,18 @@ class SplitAttentionImpl(PagedAttentionImpl):
         store_split(key, value, *self._split(kv_cache), slot_mapping)
 
 
-class SplitAttentionBackend(AttentionBackend):
-    """What the backends over these kernels declare: plain caches, any layout."""
+class SplitAttentionBackend(TritonAttentionBackend):
+    """What the backends over these kernels declare: as TRITON_ATTN, but for plain caches alone."""
 
-    supported_dtypes: ClassVar[list[torch.dtype]] = [torch.bfloat16, torch.float16, torch.float32]
     supported_kv_cache_dtypes: ClassVar[list[str]] = ["auto", "bfloat16", "float16", "float32"]
-    forward_includes_kv_cache_update = False
-    fits_cuda_graphs = True
 
     @staticmethod
     def get_impl_cls() -> type[SplitAttentionImpl]:
         return SplitAttentionImpl
 
-    @staticmethod
-    def get_builder_cls() -> type[TritonAttentionMetadataBuilder]:
-        return TritonAttentionMetadataBuilder
-
-    @staticmethod
-    def get_supported_kernel_block_sizes(
-        kv_cache_spec: KVCacheSpec | None = None,
-    ) -> Sequence[int | MultipleOf]:
-        return [MultipleOf(16)]
-
     @classmethod
     def get_supported_head_sizes(cls) -> list[int]:
         return list(range(8, 257, 8))
-
-    @classmethod
-    def supports_sink(cls) -> bool:
-        return True
-
-    @classmethod
-    def validate_configuration(cls, **wanted: Any) -> list[str]:
-        reasons = super().validate_configuration(**wanted)
-        if not torch.cuda.is_available() and not triton.knobs.runtime.interpret:
-            reasons.append("needs a GPU (or TRITON_INTERPRET=1)")
-        cache_dtype = wanted.get("kv_cache_dtype") or "auto"
-        if cache_dtype not in ("auto", str(wanted["dtype"]).removeprefix("torch.")):
-            reasons.append(f"a {cache_dtype} cache needs a model of that dtype")
-        return reasons
 
 
 class RocmAttentionBackend(SplitAttentionBackend):

@@ -70,7 +70,7 @@ class TritonAttentionMetadataBuilder(AttentionMetadataBuilder[TritonAttentionMet
         assert isinstance(kv_cache_spec, AttentionSpec)
         self._kv_heads = kv_cache_spec.num_kv_heads
         mode = kv_cache_spec.kv_quant_mode
-        has_bytes = mode is not KVQuantMode.NONE and not mode.is_turboquant
+        has_bytes = mode is not KVQuantMode.NONE
         self._buffers = make_plan_buffers(
             vllm_config.scheduler_config.max_num_seqs,
             self._kv_heads,
@@ -246,7 +246,7 @@ class TritonAttentionBackend(AttentionBackend):
         return "TRITON_ATTN"
 
     @staticmethod
-    def get_impl_cls() -> type[TritonAttentionImpl]:
+    def get_impl_cls() -> type[PagedAttentionImpl]:
         return TritonAttentionImpl
 
     @staticmethod
@@ -271,7 +271,7 @@ class TritonAttentionBackend(AttentionBackend):
     def validate_configuration(cls, **wanted: Any) -> list[str]:
         reasons = super().validate_configuration(**wanted)
         if not torch.cuda.is_available() and not triton.knobs.runtime.interpret:
-            reasons.append("needs a CUDA device (or TRITON_INTERPRET=1)")
+            reasons.append("needs a GPU (or TRITON_INTERPRET=1)")
         cache_dtype = wanted.get("kv_cache_dtype") or "auto"
         fmt = kv_format(cache_dtype)
         if fmt is None:

@@ -19,7 +19,6 @@ Owns this kernel; plans, splitting and merging are those of ``triton_decode``.
 
 from __future__ import annotations
 
-import functools
 import math
 
 import torch
@@ -33,9 +32,19 @@ from vllm.v1.attention.ops.triton_decode import (
     WAVES,
     DecodePlan,
     finish_item,
-    shaped,
+    open_item,
 )
 from vllm.v1.attention.ops.triton_formats import FormatArguments, layer_scales, numbers
+from vllm.v1.attention.ops.triton_slot_codes import (
+    interprets,
+    key_dimensions,
+    key_tile,
+    slot_constants,
+    value_dimensions,
+    value_tile,
+)
+from vllm.v1.attention.ops.triton_softmax import open_softmax, shaped, softmax_step
+from vllm.v1.attention.ops.turboquant import TurboQuantFormat
 
 __all__ = ["byte_decode_attention", "decode_waves", "fits_byte_decode"]
 
@@ -45,7 +54,6 @@ __all__ = ["byte_decode_attention", "decode_waves", "fits_byte_decode"]
 _REGISTERS = 255
 _BYTE_WAVES = 4
 _HEAD_SIZES = (64, 128, 256)
-_FIELDS = 8
 
 
 @triton.jit
@@ -53,7 +61,7 @@ def _key_tile(raw, scales, COMPUTE: tl.constexpr, FORMAT: tl.constexpr, ASM: tl.
     """Bytes (4, 8, R, C, VEC) as one or two right sides (dimensions, tokens) of a product."""
     low, high = numbers(raw, scales, COMPUTE, FORMAT, ASM)
     low = _key_side(low)
-    if FORMAT >= 5:
+    if (FORMAT == 5) | (FORMAT == 6):
         high = _key_side(high)
     else:
         high = low
@@ -110,17 +118,18 @@ def _prefetch(addresses):
 
 @triton.jit
 def _byte_decode_kernel(
-    q_ptr, kv_ptr, kv_scale_ptr, out_ptr, part_ptr, lse_ptr, block_table_ptr, items_ptr, count_ptr,
-    arrived_ptr, slopes_ptr, sinks_ptr, scale, v_scale, soft_cap,
+    q_ptr, kv_ptr, kv_scale_ptr, levels_ptr, out_ptr, part_ptr, lse_ptr, block_table_ptr, items_ptr,
+    count_ptr, arrived_ptr, slopes_ptr, sinks_ptr, scale, v_scale, soft_cap,
     stride_q_t, stride_q_h, stride_o_t, stride_o_h,
     stride_kv_b, stride_kv_h, stride_kv_n, stride_s_b, stride_s_h, stride_s_n, stride_bt,
     stride_part_i, stride_part_h, stride_lse_i,
     WINDOW: tl.constexpr, HAS_SOFT_CAP: tl.constexpr, HAS_ALIBI: tl.constexpr,
-    HAS_SINKS: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, FIELDS: tl.constexpr,
+    HAS_SINKS: tl.constexpr, GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, ROWS: tl.constexpr,
     D: tl.constexpr, PAGE: tl.constexpr, TILE: tl.constexpr, K_VEC: tl.constexpr,
     V_VEC: tl.constexpr, COMPUTE: tl.constexpr, ASM: tl.constexpr, PREFETCH: tl.constexpr,
     CONTENT: tl.constexpr, MAX_SPLITS: tl.constexpr,
     FORMAT: tl.constexpr, V_AT: tl.constexpr, V_SCALE_AT: tl.constexpr, UNIT: tl.constexpr,
+    K_BITS: tl.constexpr, V_BITS: tl.constexpr, K_ASM: tl.constexpr, V_ASM: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
     """One item, for all query heads of one KV head; a tile lies in one page."""
@@ -130,18 +139,14 @@ def _byte_decode_kernel(
     index = tl.program_id(1)
     if index >= tl.load(count_ptr):
         return
-    item = items_ptr + index * FIELDS
-    request = tl.load(item)
-    start = tl.load(item + 1)
-    end = tl.load(item + 2)
-    split = tl.load(item + 3)
-    num_splits = tl.load(item + 4)
-    row = tl.load(item + 5).to(tl.int64)
-    length = tl.load(item + 6)
+    request, start, end, split, num_splits, row, length = open_item(items_ptr, index)
 
-    HALVES: tl.constexpr = 2 if FORMAT >= 5 else 1
+    IS_SLOT: tl.constexpr = FORMAT >= 7
+    HAS_CODED_KEYS: tl.constexpr = FORMAT >= 8
+    HALVES: tl.constexpr = 2 if (FORMAT == 5) | (FORMAT == 6) else 1
     COLUMNS: tl.constexpr = D // HALVES
-    PER_HEAD: tl.constexpr = (FORMAT >= 3) & (FORMAT <= 5)
+    PER_HEAD: tl.constexpr = (FORMAT >= 3) & (FORMAT != 6)
+    HAS_KEY_SCALES: tl.constexpr = PER_HEAD & (FORMAT != 7)
     GROUPED: tl.constexpr = FORMAT == 6
     rows = tl.arange(0, ROWS)
     row_valid = rows < GROUP
@@ -153,6 +158,10 @@ def _byte_decode_kernel(
     # Column i * 8 + g of the values' side.
     at = column // 8
     v_byte = (at // V_VEC * 8 + column % 8) * V_VEC + at % V_VEC
+    if HAS_CODED_KEYS:
+        k_byte = key_dimensions(D)
+    if IS_SLOT:
+        v_byte = value_dimensions(D)
     at_q = q_ptr + row * stride_q_t + heads[:, None] * stride_q_h
     q_low = tl.load(
         at_q + (k_byte * HALVES)[None, :], mask=row_valid[:, None], other=0.0
@@ -168,22 +177,16 @@ def _byte_decode_kernel(
     power = tl.exp2(tl.floor(tl.log2(tl.maximum(most, 1.0e-30))))
     q_low = (q_low / power[:, None]).to(COMPUTE)
     q_high = (q_high / power[:, None]).to(COMPUTE)
-    slopes = tl.zeros([ROWS], tl.float32)
-    if HAS_ALIBI:
-        slopes = tl.load(slopes_ptr + heads, mask=row_valid, other=0.0)
     positions_q = tl.zeros([ROWS], tl.int32) + (length - 1)
-    top = tl.full([ROWS], -1.0e30, tl.float32)
-    total = tl.zeros([ROWS], tl.float32)
-    # A sink is one more score without a value; it counts once, in the first split.
-    if HAS_SINKS:  # noqa: SIM102 (a constexpr prunes the branch)
-        if split == 0:
-            top = tl.load(sinks_ptr + heads, mask=row_valid, other=0.0).to(tl.float32)
-            top *= 1.4426950408889634
-            total += 1.0
+    slopes, top, total = open_softmax(
+        slopes_ptr, sinks_ptr, heads, row_valid, split == 0, ROWS, HAS_ALIBI, HAS_SINKS
+    )
     low_acc = tl.zeros([ROWS, COLUMNS], tl.float32)
     high_acc = tl.zeros([ROWS, COLUMNS], tl.float32)
     # Largest of the values' scales so far: weights are relative to it, within float16's range.
     unit = 1.0e-30
+    # What the zeros of slots add to every dimension.
+    zero_acc = tl.zeros([ROWS], tl.float32)
 
     K_RUNS: tl.constexpr = COLUMNS // (4 * K_VEC)
     V_RUNS: tl.constexpr = COLUMNS // (8 * V_VEC)
@@ -232,10 +235,20 @@ def _byte_decode_kernel(
         k_rows = tl.minimum(tl.maximum(k_token, first), last)
         v_rows = tl.minimum(tl.maximum(v_token, first), last)
         n_rows = tl.minimum(tl.maximum(n_token, first), last)
-        raw_k = tl.load(page + k_rows * stride_kv_n * UNIT + k_in_row)
-        raw_v = tl.load(page + V_AT + v_rows * stride_kv_n * UNIT + v_in_row)
-        k_groups = raw_k
-        v_groups = raw_v
+        if HAS_CODED_KEYS:
+            k_low = key_tile(
+                page, stride_kv_n * UNIT, first, last, levels_ptr, TILE, D, K_BITS, K_ASM, COMPUTE
+            )
+        else:
+            raw_k = tl.load(page + k_rows * stride_kv_n * UNIT + k_in_row)
+            k_groups = raw_k
+        if IS_SLOT:
+            v_low = value_tile(
+                page + V_AT, stride_kv_n * UNIT, first, last, TILE, D, V_BITS, V_ASM, COMPUTE
+            )
+        else:
+            raw_v = tl.load(page + V_AT + v_rows * stride_kv_n * UNIT + v_in_row)
+            v_groups = raw_v
         if GROUPED:
             k_group = k_run * K_VEC // 8 + tl.arange(0, K_GROUPS)[None, None, None, None, :]
             v_group = v_run * V_VEC // 8 + tl.arange(0, V_GROUPS)[None, None, None, None, :]
@@ -254,34 +267,38 @@ def _byte_decode_kernel(
                 _prefetch(lines + V_SCALE_AT)
         block = next_block
         next_block = coming
-        k_low, k_high = _key_tile(raw_k, k_groups, COMPUTE, FORMAT, ASM)
+        if not HAS_CODED_KEYS:
+            k_low, k_high = _key_tile(raw_k, k_groups, COMPUTE, FORMAT, ASM)
         s = tl.dot(q_low, k_low, input_precision="ieee")
         if HALVES == 2:
             s = tl.dot(q_high, k_high, s, input_precision="ieee")
         s = s * power[:, None]
         if PER_HEAD:
             at_scale = page_scales + n_rows * stride_s_n
-            s = s * tl.load(at_scale)[None, :]
+        if HAS_KEY_SCALES:
+            s = s * tl.load(at_scale).to(tl.float32)[None, :]
         tokens = begin + n_token
         s = shaped(s, positions_q, tokens, slopes, scale, soft_cap, HAS_SOFT_CAP, HAS_ALIBI)
         seen = (n_token >= first) & (n_token <= last)
         s = tl.where(seen[None, :], s, float("-inf"))
-        new_top = tl.maximum(top, tl.max(s, 1))
-        p = tl.exp2(s - new_top[:, None])
-        shrink = tl.exp2(top - new_top)
-        total = total * shrink + tl.sum(p, 1)
+        p, shrink, total, top = softmax_step(s, top, total)
         if PER_HEAD:
-            v_scales = tl.load(at_scale + V_SCALE_AT)
+            v_scales = tl.load(at_scale + V_SCALE_AT).to(tl.float32)
+            if IS_SLOT:
+                # Codes come less half their number.
+                zeros = tl.load(at_scale + V_SCALE_AT + 1).to(tl.float32)
+                zeros += v_scales * (1 << (V_BITS - 1))
+                zero_acc = zero_acc * shrink + tl.sum(p * zeros[None, :], 1)
             new_unit = tl.maximum(unit, tl.max(v_scales, 0))
             p = p * (v_scales / new_unit)[None, :]
             shrink *= unit / new_unit
             unit = new_unit
-        v_low, v_high = _value_tile(raw_v, v_groups, COMPUTE, FORMAT, ASM)
+        if not IS_SLOT:
+            v_low, v_high = _value_tile(raw_v, v_groups, COMPUTE, FORMAT, ASM)
         p = _weights(p.to(COMPUTE))
         low_acc = tl.dot(p, v_low, low_acc * shrink[:, None], input_precision="ieee")
         if HALVES == 2:
             high_acc = tl.dot(p, v_high, high_acc * shrink[:, None], input_precision="ieee")
-        top = new_top
     factor = v_scale / total
     if PER_HEAD:
         factor *= unit
@@ -291,10 +308,13 @@ def _byte_decode_kernel(
     else:
         acc = low_acc
         dims = v_byte
+    acc *= factor[:, None]
+    if IS_SLOT:
+        acc += (zero_acc / total)[:, None]
     finish_item(
-        acc * factor[:, None], total, top, out_ptr, part_ptr, lse_ptr, arrived_ptr, index, request,
+        acc, total, top, out_ptr, part_ptr, lse_ptr, arrived_ptr, index, request,
         split, num_splits, row, head, heads, row_valid, dims, stride_o_t, stride_o_h,
-        stride_part_i, stride_part_h, stride_lse_i, D, ROWS, D, MAX_SPLITS, 1,
+        stride_part_i, stride_part_h, stride_lse_i, D, ROWS, D, MAX_SPLITS, 1, GROUP, GROUP_PAD,
     )  # fmt: skip
 
 
@@ -308,7 +328,7 @@ def _widest(alignment: int, run: int) -> int:
 
 def fits_byte_decode(fmt: KVFormat | None, head_size: int, page: int, group: int) -> bool:
     """The kernel knows such a cache."""
-    if fmt is None or fmt.code > 6 or head_size not in _HEAD_SIZES:
+    if fmt is None or head_size not in _HEAD_SIZES:
         return False
     return page % 16 == 0 and group <= 32
 
@@ -316,11 +336,6 @@ def fits_byte_decode(fmt: KVFormat | None, head_size: int, page: int, group: int
 def decode_waves(is_quantised: bool, head_size: int) -> int:
     """Programs per multiprocessor that a plan of decodes over such a cache aims at."""
     return _BYTE_WAVES if is_quantised and head_size in _HEAD_SIZES else WAVES
-
-
-@functools.cache
-def _interprets() -> bool:
-    return bool(triton.knobs.runtime.interpret)
 
 
 def byte_decode_attention(
@@ -354,24 +369,30 @@ def byte_decode_attention(
     group, page = num_heads // cache.kv_heads, kv_cache.shape[2]
     part = q.new_empty((plan.num_items, num_heads, head_size), dtype=torch.float32)
     lse = q.new_empty((plan.num_items, num_heads), dtype=torch.float32)
-    bytes_of_side = fmt.data_bytes(head_size)
-    k_vec = _widest(cache.alignment, bytes_of_side // 4)
-    v_vec = _widest(math.gcd(cache.alignment, cache.constants["V_AT"]), bytes_of_side // 8)
+    slots = fmt if isinstance(fmt, TurboQuantFormat) else None
+    bytes_of_side = head_size if slots else fmt.data_bytes(head_size)
+    k_vec = v_vec = 4
+    if slots is None or not slots.rotates:
+        k_vec = _widest(cache.alignment, bytes_of_side // 4)
+    if slots is None:
+        v_vec = _widest(math.gcd(cache.alignment, cache.constants["V_AT"]), bytes_of_side // 8)
     is_half = q.dtype != torch.float32
     # Rows of 256 bytes alone come as fast without (383 against 404 us), all others faster with.
     prefetch = fmt.per_token_head or fmt.code == 6 if prefetch is None else prefetch
     _byte_decode_kernel[(cache.kv_heads, plan.num_items)](
-        q, cache.data, cache.scales, out, part, lse, block_table, plan.items, plan.count,
-        plan.arrived, alibi_slopes, sinks, scale * shared.k * cache.factor,
+        q, cache.data, cache.scales, cache.levels, out, part, lse, block_table, plan.items,
+        plan.count, plan.arrived, alibi_slopes, sinks, scale * shared.k * cache.factor,
         shared.v * cache.factor, soft_cap,
         q.stride(0), q.stride(1), out.stride(0), out.stride(1), *cache.strides,
         *cache.scale_strides, block_table.stride(0), part.stride(0), part.stride(1),
         lse.stride(0),
         WINDOW=window, HAS_SOFT_CAP=soft_cap > 0, HAS_ALIBI=alibi_slopes is not None,
-        HAS_SINKS=sinks is not None, GROUP=group, ROWS=max(16, triton.next_power_of_2(group)),
-        FIELDS=_FIELDS, D=head_size, PAGE=page, TILE=tile or (32 if page % 32 == 0 else 16),
+        HAS_SINKS=sinks is not None, GROUP=group, GROUP_PAD=triton.next_power_of_2(group),
+        ROWS=max(16, triton.next_power_of_2(group)), D=head_size, PAGE=page,
+        TILE=tile or (32 if page % 32 == 0 else 16),
         K_VEC=k_vec, V_VEC=v_vec, COMPUTE=tl.float16 if is_half else tl.float32,
-        ASM=is_half and not _interprets(),
-        PREFETCH=prefetch and not _interprets(), CONTENT=kv_cache.shape[3], MAX_SPLITS=MAX_SPLITS,
-        num_warps=1, num_stages=1, maxnreg=registers, **cache.constants, **options(q.device),
+        ASM=is_half and not interprets(),
+        PREFETCH=prefetch and not interprets(), CONTENT=kv_cache.shape[3], MAX_SPLITS=MAX_SPLITS,
+        num_warps=1, num_stages=1, maxnreg=registers, **cache.constants,
+        **slot_constants(fmt, q.dtype), **options(q.device),
     )  # fmt: skip

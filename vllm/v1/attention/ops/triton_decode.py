@@ -23,7 +23,8 @@ import triton.language as tl
 from vllm.utils.dependent_launch import await_previous, options, release
 from vllm.v1.attention.ops.kv_formats import KVFormat, SideScales
 from vllm.v1.attention.ops.triton_formats import FormatArguments, layer_scales, scaled, widened
-from vllm.v1.attention.ops.triton_slots import slot_keys, slot_values
+from vllm.v1.attention.ops.triton_slot_codes import slot_constants, slot_keys, slot_values
+from vllm.v1.attention.ops.triton_softmax import open_softmax, score, softmax_step
 
 __all__ = [
     "MAX_SPLITS",
@@ -34,13 +35,13 @@ __all__ = [
     "make_plan_buffers",
     "max_items",
     "num_multiprocessors",
+    "open_item",
     "plan_decodes",
-    "score",
-    "shaped",
 ]
 
 # int32 fields of an item: request, first token, end, split, number of splits, query row.
 _FIELDS = 8
+_ITEM_FIELDS = tl.constexpr(_FIELDS)
 # Shortest stretch worth a program of its own, in tokens.
 _MIN_CHUNK = 256
 # One program merges the splits of a request and head: no more than this many.
@@ -49,38 +50,6 @@ MAX_SPLITS = 64
 WAVES = 8
 # Items begin at multiples of this: a multiple of every tile.
 _ALIGN = 64
-
-
-@triton.jit
-def score(
-    q, k, k_scales, positions_q, tokens, slopes, scale, soft_cap,
-    HAS_SCALES: tl.constexpr, HAS_SOFT_CAP: tl.constexpr, HAS_ALIBI: tl.constexpr,
-    PRECISION: tl.constexpr,
-):  # fmt: skip
-    """Scores of a tile in base 2, soft cap and ALiBi applied, before masking."""
-    s = tl.dot(q, k, input_precision=PRECISION)
-    if HAS_SCALES:
-        s = s * k_scales[None, :]
-    return shaped(s, positions_q, tokens, slopes, scale, soft_cap, HAS_SOFT_CAP, HAS_ALIBI)
-
-
-@triton.jit
-def shaped(
-    s, positions_q, tokens, slopes, scale, soft_cap,
-    HAS_SOFT_CAP: tl.constexpr, HAS_ALIBI: tl.constexpr,
-):  # fmt: skip
-    """Products of queries and keys as scores in base 2."""
-    if HAS_SOFT_CAP:
-        # tanh(x) = 2 / (1 + exp(-2x)) - 1
-        x = s * (scale / soft_cap)
-        s = soft_cap * (2.0 / (1.0 + tl.exp2(-2.8853900817779268 * x)) - 1.0)
-        s = s * 1.4426950408889634
-    else:
-        s = s * (scale * 1.4426950408889634)
-    if HAS_ALIBI:
-        distance = (tokens[None, :] - positions_q[:, None]).to(tl.float32)
-        s += slopes[:, None] * distance * 1.4426950408889634
-    return s
 
 
 @triton.jit(do_not_specialize=["requests", "target", "min_chunk"])
@@ -119,27 +88,51 @@ def _plan_kernel(
 
 
 @triton.jit
+def open_item(items_ptr, index):
+    """Request, first token, end, split, number of splits, query row (int64), length."""
+    item = items_ptr + index * _ITEM_FIELDS
+    row = tl.load(item + 5).to(tl.int64)
+    return (
+        tl.load(item), tl.load(item + 1), tl.load(item + 2), tl.load(item + 3), tl.load(item + 4),
+        row, tl.load(item + 6),
+    )  # fmt: skip
+
+
+@triton.jit
 def finish_item(
     acc, total, top, out_ptr, part_ptr, lse_ptr, arrived_ptr, index, request, split, num_splits,
     row, head, heads, row_valid, dims, stride_o_t, stride_o_h, stride_part_i, stride_part_h,
     stride_lse_i, D: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-    MAX_SPLITS: tl.constexpr, AT_ONCE: tl.constexpr,
+    MAX_SPLITS: tl.constexpr, AT_ONCE: tl.constexpr, GROUP: tl.constexpr = 0,
+    GROUP_PAD: tl.constexpr = 0, sums_ptr=None, stride_sums_t=0,
 ):  # fmt: skip
     """Write an item's output ``(ROWS, COLUMNS)``, column c being dimension ``dims[c]``.
 
     An item that is all of its request writes the output; the others leave it (fp32) and its
     log2-sum-exp, and the last to arrive merges them, in the order of the tokens.
+
+    AT_ONCE: parts of all ``ROWS`` that a merging program has in its registers. GROUP: only so many
+    rows are heads, ``head * GROUP`` and the next; the merge then reads more parts of these
+    (``GROUP_PAD``, a power of two) instead. sums_ptr: where log2-sum-exps of all tokens go, too.
     """
-    at_out = out_ptr + row * stride_o_t + heads[:, None] * stride_o_h + dims[None, :]
-    out_valid = row_valid[:, None] & (dims < D)[None, :]
+    columns = tl.arange(0, COLUMNS)
+    in_content = columns < D
+    at_out = out_ptr + row * stride_o_t
     if num_splits == 1:
-        tl.store(at_out, acc, mask=out_valid)
+        tl.store(
+            at_out + heads[:, None] * stride_o_h + dims[None, :], acc,
+            mask=row_valid[:, None] & in_content[None, :],
+        )  # fmt: skip
+        if sums_ptr is not None:
+            at_sums = sums_ptr + row * stride_sums_t + heads
+            tl.store(at_sums, top + tl.log2(total), mask=row_valid)
         return
-    at_part = part_ptr + heads[:, None] * stride_part_h + dims[None, :]
-    at_lse = lse_ptr + heads
     mine = index.to(tl.int64)
-    tl.store(at_part + mine * stride_part_i, acc, mask=out_valid)
-    tl.store(at_lse + mine * stride_lse_i, top + tl.log2(total), mask=row_valid)
+    tl.store(
+        part_ptr + mine * stride_part_i + heads[:, None] * stride_part_h + columns[None, :], acc,
+        mask=row_valid[:, None] & in_content[None, :],
+    )  # fmt: skip
+    tl.store(lse_ptr + mine * stride_lse_i + heads, top + tl.log2(total), mask=row_valid)
     # All threads have written before the one that counts says so.
     tl.debug_barrier()
     arrived = arrived_ptr + request * tl.num_programs(0) + head
@@ -147,32 +140,43 @@ def finish_item(
         return
     # For the next launch.
     tl.store(arrived, 0)
-    first = mine - split
+    if GROUP > 0:
+        heads = head * GROUP + tl.arange(0, GROUP_PAD)
+        row_valid = tl.arange(0, GROUP_PAD) < GROUP
+    MERGED: tl.constexpr = heads.shape[0]
+    PARTS: tl.constexpr = AT_ONCE * ROWS // MERGED
+    at_lse = lse_ptr + (mine - split) * stride_lse_i + heads
+    at_part = part_ptr + (mine - split) * stride_part_i
+    at_part = at_part + heads[:, None] * stride_part_h + columns[None, :]
     # Past the first-level cache, which knows nothing of other multiprocessors' writes.
     splits = tl.arange(0, MAX_SPLITS)
     all_lse = tl.load(
-        at_lse[None, :] + (first + splits)[:, None] * stride_lse_i,
+        at_lse[None, :] + splits[:, None] * stride_lse_i,
         mask=(splits < num_splits)[:, None] & row_valid[None, :], other=-1.0e30,
         cache_modifier=".cg",
     )  # fmt: skip
     top = tl.max(all_lse, 0)
     total = tl.sum(tl.exp2(all_lse - top[None, :]), 0)
-    acc = tl.zeros([ROWS, COLUMNS], tl.float32)
-    for begin in tl.range(0, num_splits, AT_ONCE):
-        # Reads that don't wait for each other.
-        for ahead in tl.static_range(AT_ONCE):
-            other = begin + ahead
-            there = other < num_splits
-            lse = tl.load(
-                at_lse + (first + other) * stride_lse_i, mask=row_valid & there, other=-1.0e30,
-                cache_modifier=".cg",
-            )  # fmt: skip
-            part = tl.load(
-                at_part + (first + other) * stride_part_i, mask=out_valid & there, other=0.0,
-                cache_modifier=".cg",
-            )  # fmt: skip
-            acc += part * tl.exp2(lse - top)[:, None]
-    tl.store(at_out, acc / total[:, None], mask=out_valid)
+    acc = tl.zeros([MERGED, COLUMNS], tl.float32)
+    # Reads that don't wait for each other: a turn costs as long as one of them.
+    for begin in tl.range(0, num_splits, PARTS):
+        other = begin + tl.arange(0, PARTS)
+        there = (other < num_splits)[:, None] & row_valid[None, :]
+        lse = tl.load(
+            at_lse[None, :] + other[:, None] * stride_lse_i, mask=there, other=-1.0e30,
+            cache_modifier=".cg",
+        )  # fmt: skip
+        parts = tl.load(
+            at_part[None, :, :] + other[:, None, None] * stride_part_i,
+            mask=there[:, :, None] & in_content[None, None, :], other=0.0, cache_modifier=".cg",
+        )  # fmt: skip
+        acc += tl.sum(parts * tl.exp2(lse - top[None, :])[:, :, None], 0)
+    tl.store(
+        at_out + heads[:, None] * stride_o_h + dims[None, :], acc / total[:, None],
+        mask=row_valid[:, None] & in_content[None, :],
+    )  # fmt: skip
+    if sums_ptr is not None:
+        tl.store(sums_ptr + row * stride_sums_t + heads, top + tl.log2(total), mask=row_valid)
 
 
 @triton.jit
@@ -183,10 +187,11 @@ def _decode_kernel(
     stride_kv_b, stride_kv_h, stride_kv_n, stride_s_b, stride_s_h, stride_s_n, stride_bt,
     stride_part_i, stride_part_h, stride_lse_i,
     WINDOW: tl.constexpr, HAS_SOFT_CAP: tl.constexpr, HAS_ALIBI: tl.constexpr,
-    HAS_SINKS: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, FIELDS: tl.constexpr,
+    HAS_SINKS: tl.constexpr, GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, ROWS: tl.constexpr,
     D: tl.constexpr, D_PAD: tl.constexpr, PAGE: tl.constexpr, TILE: tl.constexpr,
     PRECISION: tl.constexpr, MAX_SPLITS: tl.constexpr, FORMAT: tl.constexpr, V_AT: tl.constexpr,
-    V_SCALE_AT: tl.constexpr, UNIT: tl.constexpr, PDL: tl.constexpr,
+    V_SCALE_AT: tl.constexpr, UNIT: tl.constexpr, K_BITS: tl.constexpr, V_BITS: tl.constexpr,
+    K_ASM: tl.constexpr, V_ASM: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One item, for all query heads of one KV head.
 
@@ -199,14 +204,7 @@ def _decode_kernel(
     index = tl.program_id(1)
     if index >= tl.load(count_ptr):
         return
-    item = items_ptr + index * FIELDS
-    request = tl.load(item)
-    start = tl.load(item + 1)
-    end = tl.load(item + 2)
-    split = tl.load(item + 3)
-    num_splits = tl.load(item + 4)
-    row = tl.load(item + 5).to(tl.int64)
-    length = tl.load(item + 6)
+    request, start, end, split, num_splits, row, length = open_item(items_ptr, index)
 
     rows = tl.arange(0, ROWS)
     row_valid = rows < GROUP
@@ -217,18 +215,10 @@ def _decode_kernel(
         q_ptr + row * stride_q_t + heads[:, None] * stride_q_h + dims[None, :],
         mask=row_valid[:, None] & dim_valid[None, :], other=0.0,
     )  # fmt: skip
-    slopes = tl.zeros([ROWS], tl.float32)
-    if HAS_ALIBI:
-        slopes = tl.load(slopes_ptr + heads, mask=row_valid, other=0.0)
     positions_q = tl.zeros([ROWS], tl.int32) + (length - 1)
-    top = tl.full([ROWS], -1.0e30, tl.float32)
-    total = tl.zeros([ROWS], tl.float32)
-    # A sink is one more score without a value; it counts once, in the first split.
-    if HAS_SINKS:  # noqa: SIM102 (a constexpr prunes the branch)
-        if split == 0:
-            top = tl.load(sinks_ptr + heads, mask=row_valid, other=0.0).to(tl.float32)
-            top *= 1.4426950408889634
-            total += 1.0
+    slopes, top, total = open_softmax(
+        slopes_ptr, sinks_ptr, heads, row_valid, split == 0, ROWS, HAS_ALIBI, HAS_SINKS
+    )
     acc = tl.zeros([ROWS, D_PAD], tl.float32)
     # Of a token's key and value; with a zero, too, in TurboQuant's slots.
     IS_SLOT: tl.constexpr = FORMAT >= 7
@@ -267,9 +257,9 @@ def _decode_kernel(
                 mask=valid[:, None] & dim_valid[None, :], other=0.0,
             )  # fmt: skip
         elif IS_SLOT:
-            there = valid[:, None] & dim_valid[None, :]
-            k = tl.trans(slot_keys(kv_ptr + at, dims, there, levels_ptr, q.dtype, FORMAT))
-            v = slot_values(kv_ptr + at + V_AT, dims, there, q.dtype, FORMAT)
+            # Whatever lies behind the last token are numbers, of weight 0.
+            k = tl.trans(slot_keys(kv_ptr + at, levels_ptr, D, K_BITS, K_ASM, q.dtype))
+            v = slot_values(kv_ptr + at + V_AT, D, V_BITS, V_ASM, q.dtype)
         else:
             there = valid[:, None] & byte_valid[None, :]
             at_byte = kv_ptr + at[:, None] + byte[None, :]
@@ -290,24 +280,24 @@ def _decode_kernel(
             HAS_ALIBI, PRECISION,
         )  # fmt: skip
         s = tl.where(valid[None, :], s, float("-inf"))
-        new_top = tl.maximum(top, tl.max(s, 1))
-        p = tl.exp2(s - new_top[:, None])
-        shrink = tl.exp2(top - new_top)
-        total = total * shrink + tl.sum(p, 1)
+        p, shrink, total, top = softmax_step(s, top, total)
         acc = acc * shrink[:, None]
         if IS_SLOT:
             zeros = tl.load(at_scale + V_SCALE_AT + 1, mask=valid, other=0.0).to(tl.float32)
-            acc += tl.sum(p * zeros[None, :], 1)[:, None]
         if HAS_SCALES | IS_SLOT:
             v_scales = tl.load(at_scale + V_SCALE_AT, mask=valid, other=0.0).to(tl.float32)
+        if IS_SLOT:
+            # Codes come less half their number.
+            zeros += v_scales * (1 << (V_BITS - 1))
+            acc += tl.sum(p * zeros[None, :], 1)[:, None]
+        if HAS_SCALES | IS_SLOT:
             p = p * v_scales[None, :]
         acc += tl.dot(p.to(v.dtype), v, input_precision=PRECISION)
-        top = new_top
     acc *= (v_scale / total)[:, None]
     finish_item(
         acc, total, top, out_ptr, part_ptr, lse_ptr, arrived_ptr, index, request, split, num_splits,
         row, head, heads, row_valid, dims, stride_o_t, stride_o_h, stride_part_i, stride_part_h,
-        stride_lse_i, D, ROWS, D_PAD, MAX_SPLITS, 4,
+        stride_lse_i, D, ROWS, D_PAD, MAX_SPLITS, 4, GROUP, GROUP_PAD,
     )  # fmt: skip
 
 
@@ -451,9 +441,10 @@ def decode_attention(
         q.stride(0), q.stride(1), out.stride(0), out.stride(1), *cache.strides,
         *cache.scale_strides, block_table.stride(0), part.stride(0), part.stride(1), lse.stride(0),
         WINDOW=window, HAS_SOFT_CAP=soft_cap > 0, HAS_ALIBI=alibi_slopes is not None,
-        HAS_SINKS=sinks is not None, GROUP=group, ROWS=max(16, triton.next_power_of_2(group)),
-        FIELDS=_FIELDS, D=head_size, D_PAD=triton.next_power_of_2(head_size), PAGE=page,
-        TILE=tile, PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
+        HAS_SINKS=sinks is not None, GROUP=group, GROUP_PAD=triton.next_power_of_2(group),
+        ROWS=max(16, triton.next_power_of_2(group)), D=head_size,
+        D_PAD=triton.next_power_of_2(head_size), PAGE=page, TILE=tile,
+        PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
         MAX_SPLITS=MAX_SPLITS, num_warps=num_warps, num_stages=num_stages, **cache.constants,
-        **options(q.device),
+        **slot_constants(fmt, q.dtype), **options(q.device),
     )  # fmt: skip

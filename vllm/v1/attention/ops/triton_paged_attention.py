@@ -31,10 +31,10 @@ from vllm.v1.attention.ops.triton_decode import (
     DecodePlan,
     decode_attention,
     plan_decodes,
-    score,
 )
 from vllm.v1.attention.ops.triton_formats import FormatArguments, layer_scales, scaled, widened
-from vllm.v1.attention.ops.triton_slots import slot_keys, slot_values
+from vllm.v1.attention.ops.triton_slot_codes import slot_constants, slot_keys, slot_values
+from vllm.v1.attention.ops.triton_softmax import open_softmax, score, softmax_step
 
 
 @triton.jit
@@ -46,7 +46,8 @@ def _attend(
     HAS_SOFT_CAP: tl.constexpr, HAS_ALIBI: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr,
     PAGE: tl.constexpr, TILE: tl.constexpr, USE_TMA: tl.constexpr, PRECISION: tl.constexpr,
     STAGES: tl.constexpr, FORMAT: tl.constexpr, V_AT: tl.constexpr, V_SCALE_AT: tl.constexpr,
-    UNIT: tl.constexpr,
+    UNIT: tl.constexpr, K_BITS: tl.constexpr, V_BITS: tl.constexpr, K_ASM: tl.constexpr,
+    V_ASM: tl.constexpr,
 ):  # fmt: skip
     """Online softmax over the tiles of ``[start, end)``; only a MASKED call looks at bounds."""
     IS_SLOT: tl.constexpr = FORMAT >= 7
@@ -72,8 +73,7 @@ def _attend(
             at = base + block.to(tl.int64) * stride_kv_b * UNIT
             at += (tokens % PAGE) * stride_kv_n * UNIT
             if IS_SLOT:
-                there = (tokens >= 0)[:, None] & (dims < D)[None, :]
-                k = tl.trans(slot_keys(kv_ptr + at, dims, there, levels_ptr, q.dtype, FORMAT))
+                k = tl.trans(slot_keys(kv_ptr + at, levels_ptr, D, K_BITS, K_ASM, q.dtype))
                 at_scale = kv_scale_ptr + scale_base + block.to(tl.int64) * stride_s_b
                 at_scale += (tokens % PAGE) * stride_s_n
                 if HAS_SCALES:
@@ -109,16 +109,15 @@ def _attend(
             if WINDOW > 0:
                 seen = seen & (tokens[None, :] > positions_q[:, None] - WINDOW)
             s = tl.where(seen, s, -1.0e30)
-        new_top = tl.maximum(top, tl.max(s, 1))
-        p = tl.exp2(s - new_top[:, None])
-        shrink = tl.exp2(top - new_top)
-        total = total * shrink + tl.sum(p, 1)
+        p, shrink, total, top = softmax_step(s, top, total)
         if USE_TMA:
             v = kv_desc.load([block, head, begin % PAGE, D]).reshape(TILE, D)
         elif IS_SLOT:
-            v = slot_values(kv_ptr + at + V_AT, dims, there, q.dtype, FORMAT)
+            v = slot_values(kv_ptr + at + V_AT, D, V_BITS, V_ASM, q.dtype)
             v_scales = tl.load(at_scale + V_SCALE_AT).to(tl.float32)
+            # Codes come less half their number.
             zeros = tl.load(at_scale + V_SCALE_AT + 1).to(tl.float32)
+            zeros += v_scales * (1 << (V_BITS - 1))
             if MASKED:
                 inside = (tokens >= lowest) & (tokens < highest)
                 v_scales = tl.where(inside, v_scales, 0.0)
@@ -148,8 +147,29 @@ def _attend(
         if IS_SLOT:
             acc += zero[:, None]
         acc = tl.dot(p.to(v.dtype), v, acc, input_precision=PRECISION)
-        top = new_top
     return acc, total, top
+
+
+@triton.jit
+def query_tile(query_start_ptr, num_requests, tile, TOKENS: tl.constexpr):
+    """Whose a tile of queries is: request, its first row, its rows, first token of the tile.
+
+    Request ``i`` owns the tiles from ``query_start[i] // TOKENS + i`` on: an upper bound of what
+    the requests before it need, so no prefix sum is wanted and some tiles have no work.
+    """
+    low = 0
+    high = num_requests
+    while low < high:
+        middle = (low + high) // 2
+        if tl.load(query_start_ptr + middle) // TOKENS + middle <= tile:
+            low = middle + 1
+        else:
+            high = middle
+    request = low - 1
+    first = tl.load(query_start_ptr + request)
+    query_len = tl.load(query_start_ptr + request + 1) - first
+    begin_q = (tile - (first // TOKENS + request)) * TOKENS
+    return request, first, query_len, begin_q
 
 
 @triton.jit(do_not_specialize=["num_requests"])
@@ -163,29 +183,17 @@ def _prefill_kernel(
     GROUP: tl.constexpr, TOKENS: tl.constexpr, ROWS: tl.constexpr,
     D: tl.constexpr, D_PAD: tl.constexpr, PAGE: tl.constexpr, TILE: tl.constexpr,
     USE_TMA: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr, FORMAT: tl.constexpr,
-    V_AT: tl.constexpr, V_SCALE_AT: tl.constexpr, UNIT: tl.constexpr,
+    V_AT: tl.constexpr, V_SCALE_AT: tl.constexpr, UNIT: tl.constexpr, K_BITS: tl.constexpr,
+    V_BITS: tl.constexpr, K_ASM: tl.constexpr, V_ASM: tl.constexpr,
 ):  # fmt: skip
     """One tile of ``TOKENS`` query tokens x ``GROUP`` heads against all its visible KV.
 
-    Row ``r`` of the tile is token ``r // GROUP`` and head ``r % GROUP``. Request ``i`` owns the
-    tiles from ``query_start[i] // TOKENS + i`` on: an upper bound of what the requests before
-    it need, so no prefix sum is wanted and some tiles have no work. The last tiles of a prompt
+    Row ``r`` of the tile is token ``r // GROUP`` and head ``r % GROUP``. The last tiles of a prompt
     see most KV, so tile numbers run backwards.
     """
     head = tl.program_id(0)
     tile = tl.num_programs(1) - 1 - tl.program_id(1)
-    low = 0
-    high = num_requests
-    while low < high:
-        middle = (low + high) // 2
-        if tl.load(query_start_ptr + middle) // TOKENS + middle <= tile:
-            low = middle + 1
-        else:
-            high = middle
-    request = low - 1
-    first = tl.load(query_start_ptr + request)
-    query_len = tl.load(query_start_ptr + request + 1) - first
-    begin_q = (tile - (first // TOKENS + request)) * TOKENS
+    request, first, query_len, begin_q = query_tile(query_start_ptr, num_requests, tile, TOKENS)
     # Requests with one query token are the decode kernel's.
     if (begin_q >= query_len) | (query_len == 1):
         return
@@ -204,19 +212,13 @@ def _prefill_kernel(
         q_ptr + at_q[:, None] * stride_q_t + heads[:, None] * stride_q_h + dims[None, :],
         mask=row_valid[:, None] & dim_valid[None, :], other=0.0,
     )  # fmt: skip
-    slopes = tl.zeros([ROWS], tl.float32)
-    if HAS_ALIBI:
-        slopes = tl.load(slopes_ptr + heads, mask=row_valid, other=0.0)
-    top = tl.full([ROWS], -1.0e30, tl.float32)
-    total = tl.zeros([ROWS], tl.float32)
-    if HAS_SINKS:
-        top = tl.load(sinks_ptr + heads, mask=row_valid, other=0.0).to(tl.float32)
-        top *= 1.4426950408889634
-        total += 1.0
+    slopes, top, total = open_softmax(
+        slopes_ptr, sinks_ptr, heads, row_valid, True, ROWS, HAS_ALIBI, HAS_SINKS
+    )
     acc = tl.zeros([ROWS, D_PAD], tl.float32)
     base = head.to(tl.int64) * stride_kv_h * UNIT
     scale_base = head.to(tl.int64) * stride_s_h
-    table = block_table_ptr + request.to(tl.int64) * stride_bt  # type: ignore[attr-defined]
+    table = block_table_ptr + request.to(tl.int64) * stride_bt
     # Tokens [lowest, highest) are seen by some row; tiles in [full_start, full_end) by all.
     lowest = 0
     full_start = 0
@@ -235,21 +237,21 @@ def _prefill_kernel(
             tl.minimum(full_start, highest), lowest, highest,
             stride_kv_b, stride_kv_n, stride_s_b, stride_s_n, True, CAUSAL, WINDOW, HAS_SOFT_CAP,
             HAS_ALIBI, D, D_PAD, PAGE, TILE, USE_TMA, PRECISION, STAGES, FORMAT, V_AT, V_SCALE_AT,
-            UNIT,
+            UNIT, K_BITS, V_BITS, K_ASM, V_ASM,
         )  # fmt: skip
     acc, total, top = _attend(
         acc, total, top, q, kv_ptr, kv_scale_ptr, levels_ptr, kv_desc, base, scale_base, table,
         head, positions_q, dims, slopes, scale, soft_cap, full_start, full_end, lowest, highest,
         stride_kv_b, stride_kv_n, stride_s_b, stride_s_n, False, CAUSAL, WINDOW, HAS_SOFT_CAP,
         HAS_ALIBI, D, D_PAD, PAGE, TILE, USE_TMA, PRECISION, STAGES, FORMAT, V_AT, V_SCALE_AT,
-        UNIT,
+        UNIT, K_BITS, V_BITS, K_ASM, V_ASM,
     )  # fmt: skip
     acc, total, top = _attend(
         acc, total, top, q, kv_ptr, kv_scale_ptr, levels_ptr, kv_desc, base, scale_base, table,
         head, positions_q, dims, slopes, scale, soft_cap, full_end, highest, lowest, highest,
         stride_kv_b, stride_kv_n, stride_s_b, stride_s_n, True, CAUSAL, WINDOW, HAS_SOFT_CAP,
         HAS_ALIBI, D, D_PAD, PAGE, TILE, USE_TMA, PRECISION, STAGES, FORMAT, V_AT, V_SCALE_AT,
-        UNIT,
+        UNIT, K_BITS, V_BITS, K_ASM, V_ASM,
     )  # fmt: skip
     acc *= (v_scale / total)[:, None]
     tl.store(
@@ -397,4 +399,5 @@ def paged_attention(
             D_PAD=triton.next_power_of_2(head_size), PAGE=page, TILE=tile, USE_TMA=config.tma,
             PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
             num_warps=config.prefill_warps, STAGES=config.prefill_stages, **cache.constants,
+            **slot_constants(fmt, q.dtype),
         )  # fmt: skip

@@ -1,7 +1,7 @@
-"""TurboQuant slots in Triton: storing them, and reading them inside the attention kernels.
+"""Storing TurboQuant slots in Triton.
 
-What the bytes say is in ``turboquant``, whose codes (7 and up) are the ``FORMAT`` here. Keys come
-rotated already. Slots lie where the cache's strides say; nothing is flattened.
+What the bytes say is in ``turboquant``; reading them is ``triton_slot_codes``'s. Slots lie where
+the cache's strides say; nothing is flattened.
 """
 
 from __future__ import annotations
@@ -12,48 +12,10 @@ import triton.language as tl
 
 from vllm.v1.attention.ops.turboquant import TurboQuantFormat, hadamard, levels_on
 
-__all__ = ["slot_keys", "slot_values", "store_slots"]
+__all__ = ["store_slots"]
 
-_K8V4 = tl.constexpr(7)
-_K4V4 = tl.constexpr(8)
-_K3V3 = tl.constexpr(10)
 # Heads of one program.
 _HEADS = 8
-
-
-@triton.jit
-def _codes(at, dims, there, BITS: tl.constexpr):
-    """Codes (rows, D) of data that begins at the addresses ``at`` (rows,)."""
-    bit = dims * BITS
-    word = tl.load(at[:, None] + (bit // 8)[None, :], mask=there, other=0).to(tl.int32)
-    if BITS == 3:
-        crosses = there & (bit % 8 > 5)[None, :]
-        high = tl.load(at[:, None] + (bit // 8 + 1)[None, :], mask=crosses, other=0).to(tl.int32)
-        word = word | (high << 8)
-    return (word >> (bit % 8)[None, :]) & ((1 << BITS) - 1)
-
-
-@triton.jit
-def slot_keys(at, dims, there, levels_ptr, DTYPE: tl.constexpr, FORMAT: tl.constexpr):
-    """Keys (rows, D) of slots at the addresses ``at``, rotated, their lengths left out."""
-    if FORMAT == _K8V4:
-        raw = tl.load(at[:, None] + dims[None, :], mask=there, other=0)
-        k = raw.to(tl.float8e4nv, bitcast=True).to(DTYPE)
-    elif FORMAT == _K4V4:
-        k = tl.load(levels_ptr + _codes(at, dims, there, 4)).to(DTYPE)
-    else:
-        k = tl.load(levels_ptr + _codes(at, dims, there, 3)).to(DTYPE)
-    return k
-
-
-@triton.jit
-def slot_values(at, dims, there, DTYPE: tl.constexpr, FORMAT: tl.constexpr):
-    """Codes of values (rows, D) whose data begins at the addresses ``at``."""
-    if FORMAT == _K3V3:
-        v = _codes(at, dims, there, 3).to(DTYPE)
-    else:
-        v = _codes(at, dims, there, 4).to(DTYPE)
-    return v
 
 
 @triton.jit

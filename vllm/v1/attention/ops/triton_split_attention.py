@@ -13,40 +13,29 @@ import torch
 import triton
 import triton.language as tl
 
-from vllm.v1.attention.ops.triton_decode import DecodePlan, plan_decodes
+from vllm.v1.attention.ops.triton_decode import (
+    MAX_SPLITS,
+    DecodePlan,
+    finish_item,
+    open_item,
+    plan_decodes,
+)
+from vllm.v1.attention.ops.triton_paged_attention import query_tile
+from vllm.v1.attention.ops.triton_softmax import open_softmax, score, softmax_step
 
 __all__ = ["split_attention", "store_split"]
-
-# As in ``triton_decode``.
-_FIELDS = 8
-_MAX_SPLITS = 64
-
-
-@triton.jit
-def _scores(
-    q, k, positions, tokens, slopes, scale, soft_cap,
-    HAS_SOFT_CAP: tl.constexpr, HAS_ALIBI: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """Scores of a tile in base 2, soft cap and ALiBi applied, before masking."""
-    s = tl.dot(q, k, input_precision=PRECISION) * scale
-    if HAS_SOFT_CAP:
-        # tanh(x) = 2 / (1 + exp(-2x)) - 1
-        s = soft_cap * (2.0 / (1.0 + tl.exp2(s * (-2.8853900817779268 / soft_cap))) - 1.0)
-    if HAS_ALIBI:
-        s += slopes[:, None] * (tokens[None, :] - positions[:, None]).to(tl.float32)
-    return s * 1.4426950408889634
 
 
 @triton.jit
 def _paged_decode_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, part_ptr, lse_ptr, block_table_ptr, items_ptr, count_ptr,
-    arrived_ptr, slopes_ptr, sinks_ptr, all_lse_ptr, scale, soft_cap,
+    arrived_ptr, slopes_ptr, sinks_ptr, sums_ptr, scale, soft_cap,
     stride_q_t, stride_q_h, stride_o_t, stride_o_h, stride_k_b, stride_k_h, stride_k_n,
     stride_v_b, stride_v_h, stride_v_n, stride_bt, stride_part_i, stride_part_h, stride_lse_i,
-    stride_all_t,
+    stride_sums_t,
     WINDOW: tl.constexpr, HAS_SOFT_CAP: tl.constexpr, HAS_ALIBI: tl.constexpr,
-    HAS_SINKS: tl.constexpr, HAS_LSE: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr,
-    FIELDS: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, DV: tl.constexpr,
+    HAS_SINKS: tl.constexpr, GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, ROWS: tl.constexpr,
+    D: tl.constexpr, D_PAD: tl.constexpr, DV: tl.constexpr,
     DV_PAD: tl.constexpr, PAGE: tl.constexpr, TILE: tl.constexpr, PRECISION: tl.constexpr,
     MAX_SPLITS: tl.constexpr,
 ):  # fmt: skip
@@ -55,14 +44,7 @@ def _paged_decode_kernel(
     index = tl.program_id(1)
     if index >= tl.load(count_ptr):
         return
-    item = items_ptr + index * FIELDS
-    request = tl.load(item)
-    start = tl.load(item + 1)
-    end = tl.load(item + 2)
-    split = tl.load(item + 3)
-    num_splits = tl.load(item + 4)
-    row = tl.load(item + 5).to(tl.int64)
-    length = tl.load(item + 6)
+    request, start, end, split, num_splits, row, length = open_item(items_ptr, index)
     rows = tl.arange(0, ROWS)
     row_valid = rows < GROUP
     heads = head * GROUP + rows
@@ -74,18 +56,10 @@ def _paged_decode_kernel(
         q_ptr + row * stride_q_t + heads[:, None] * stride_q_h + dims[None, :],
         mask=row_valid[:, None] & dim_valid[None, :], other=0.0,
     )  # fmt: skip
-    slopes = tl.zeros([ROWS], tl.float32)
-    if HAS_ALIBI:
-        slopes = tl.load(slopes_ptr + heads, mask=row_valid, other=0.0)
     positions = tl.zeros([ROWS], tl.int32) + (length - 1)
-    top = tl.full([ROWS], -1.0e30, tl.float32)
-    total = tl.zeros([ROWS], tl.float32)
-    # A sink is one more score without a value; it counts once, in the first split.
-    if HAS_SINKS:  # noqa: SIM102 (a constexpr prunes the branch)
-        if split == 0:
-            top = tl.load(sinks_ptr + heads, mask=row_valid, other=0.0).to(tl.float32)
-            top *= 1.4426950408889634
-            total += 1.0
+    slopes, top, total = open_softmax(
+        slopes_ptr, sinks_ptr, heads, row_valid, split == 0, ROWS, HAS_ALIBI, HAS_SINKS
+    )
     acc = tl.zeros([ROWS, DV_PAD], tl.float32)
     k_base = k_ptr + head.to(tl.int64) * stride_k_h
     v_base = v_ptr + head.to(tl.int64) * stride_v_h
@@ -101,63 +75,23 @@ def _paged_decode_kernel(
             k_base + (block * stride_k_b + slot * stride_k_n)[None, :] + dims[:, None],
             mask=valid[None, :] & dim_valid[:, None], other=0.0,
         )  # fmt: skip
-        s = _scores(
-            q, k, positions, tokens, slopes, scale, soft_cap, HAS_SOFT_CAP, HAS_ALIBI, PRECISION
-        )
+        s = score(
+            q, k, tokens, positions, tokens, slopes, scale, soft_cap, False, HAS_SOFT_CAP,
+            HAS_ALIBI, PRECISION,
+        )  # fmt: skip
         s = tl.where(valid[None, :], s, float("-inf"))
-        new_top = tl.maximum(top, tl.max(s, 1))
-        p = tl.exp2(s - new_top[:, None])
-        shrink = tl.exp2(top - new_top)
-        total = total * shrink + tl.sum(p, 1)
+        p, shrink, total, top = softmax_step(s, top, total)
         v = tl.load(
             v_base + (block * stride_v_b + slot * stride_v_n)[:, None] + v_dims[None, :],
             mask=valid[:, None] & v_valid[None, :], other=0.0,
         )  # fmt: skip
         acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision=PRECISION)
-        top = new_top
     acc *= (1.0 / total)[:, None]
-    at_out = out_ptr + row * stride_o_t + heads[:, None] * stride_o_h + v_dims[None, :]
-    out_valid = row_valid[:, None] & v_valid[None, :]
-    if num_splits == 1:
-        tl.store(at_out, acc, mask=out_valid)
-        if HAS_LSE:
-            tl.store(all_lse_ptr + row * stride_all_t + heads, top + tl.log2(total), mask=row_valid)
-        return
-    at_part = part_ptr + heads[:, None] * stride_part_h + v_dims[None, :]
-    at_lse = lse_ptr + heads
-    mine = index.to(tl.int64)
-    tl.store(at_part + mine * stride_part_i, acc, mask=out_valid)
-    tl.store(at_lse + mine * stride_lse_i, top + tl.log2(total), mask=row_valid)
-    # All threads have written before the one that counts says so.
-    tl.debug_barrier()
-    arrived = arrived_ptr + request * tl.num_programs(0) + head
-    if tl.atomic_add(arrived, 1, sem="acq_rel") != num_splits - 1:
-        return
-    # For the next launch.
-    tl.store(arrived, 0)
-    first = mine - split
-    splits = tl.arange(0, MAX_SPLITS)
-    all_lse = tl.load(
-        at_lse[None, :] + (first + splits)[:, None] * stride_lse_i,
-        mask=(splits < num_splits)[:, None] & row_valid[None, :], other=-1.0e30,
-        cache_modifier=".cg",
+    finish_item(
+        acc, total, top, out_ptr, part_ptr, lse_ptr, arrived_ptr, index, request, split, num_splits,
+        row, head, heads, row_valid, v_dims, stride_o_t, stride_o_h, stride_part_i, stride_part_h,
+        stride_lse_i, DV, ROWS, DV_PAD, MAX_SPLITS, 4, GROUP, GROUP_PAD, sums_ptr, stride_sums_t,
     )  # fmt: skip
-    top = tl.max(all_lse, 0)
-    total = tl.sum(tl.exp2(all_lse - top[None, :]), 0)
-    acc = tl.zeros([ROWS, DV_PAD], tl.float32)
-    for other in tl.range(0, num_splits):
-        lse = tl.load(
-            at_lse + (first + other) * stride_lse_i, mask=row_valid, other=-1.0e30,
-            cache_modifier=".cg",
-        )  # fmt: skip
-        x = tl.load(
-            at_part + (first + other) * stride_part_i, mask=out_valid, other=0.0,
-            cache_modifier=".cg",
-        )  # fmt: skip
-        acc += x * tl.exp2(lse - top)[:, None]
-    tl.store(at_out, acc / total[:, None], mask=out_valid)
-    if HAS_LSE:
-        tl.store(all_lse_ptr + row * stride_all_t + heads, top + tl.log2(total), mask=row_valid)
 
 
 @triton.jit
@@ -186,9 +120,10 @@ def _attend(
             k_base + (block * stride_k_b + slot * stride_k_n)[None, :] + dims[:, None],
             mask=k_mask, other=0.0,
         )  # fmt: skip
-        s = _scores(
-            q, k, positions, tokens, slopes, scale, soft_cap, HAS_SOFT_CAP, HAS_ALIBI, PRECISION
-        )
+        s = score(
+            q, k, tokens, positions, tokens, slopes, scale, soft_cap, False, HAS_SOFT_CAP,
+            HAS_ALIBI, PRECISION,
+        )  # fmt: skip
         if MASKED:
             seen = there[None, :]
             if CAUSAL:
@@ -196,16 +131,12 @@ def _attend(
             if WINDOW > 0:
                 seen = seen & (tokens[None, :] > positions[:, None] - WINDOW)
             s = tl.where(seen, s, -1.0e30)
-        new_top = tl.maximum(top, tl.max(s, 1))
-        p = tl.exp2(s - new_top[:, None])
-        shrink = tl.exp2(top - new_top)
-        total = total * shrink + tl.sum(p, 1)
+        p, shrink, total, top = softmax_step(s, top, total)
         v = tl.load(
             v_base + (block * stride_v_b + slot * stride_v_n)[:, None] + v_dims[None, :],
             mask=v_mask, other=0.0,
         )  # fmt: skip
         acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision=PRECISION)
-        top = new_top
     return acc, total, top
 
 
@@ -221,25 +152,10 @@ def _prefix_prefill_kernel(
     DV_PAD: tl.constexpr, PAGE: tl.constexpr, TILE: tl.constexpr, STAGES: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """``TOKENS`` new tokens x ``GROUP`` heads against their prefix and themselves.
-
-    Request ``i`` owns the tiles from ``query_start[i] // TOKENS + i`` on: an upper bound of what
-    the requests before it need.
-    """
+    """``TOKENS`` new tokens x ``GROUP`` heads against their prefix and themselves."""
     head = tl.program_id(0)
     tile = tl.num_programs(1) - 1 - tl.program_id(1)
-    low = 0
-    high = requests
-    while low < high:
-        middle = (low + high) // 2
-        if tl.load(query_start_ptr + middle) // TOKENS + middle <= tile:
-            low = middle + 1
-        else:
-            high = middle
-    request = low - 1
-    first = tl.load(query_start_ptr + request)
-    query_len = tl.load(query_start_ptr + request + 1) - first
-    begin_q = (tile - (first // TOKENS + request)) * TOKENS
+    request, first, query_len, begin_q = query_tile(query_start_ptr, requests, tile, TOKENS)
     # Requests with one query token are the decode kernel's.
     if (begin_q >= query_len) | (query_len == 1):
         return
@@ -257,19 +173,13 @@ def _prefix_prefill_kernel(
         q_ptr + at_q[:, None] * stride_q_t + heads[:, None] * stride_q_h + dims[None, :],
         mask=row_valid[:, None] & (dims < D)[None, :], other=0.0,
     )  # fmt: skip
-    slopes = tl.zeros([ROWS], tl.float32)
-    if HAS_ALIBI:
-        slopes = tl.load(slopes_ptr + heads, mask=row_valid, other=0.0)
-    top = tl.full([ROWS], -1.0e30, tl.float32)
-    total = tl.zeros([ROWS], tl.float32)
-    if HAS_SINKS:
-        top = tl.load(sinks_ptr + heads, mask=row_valid, other=0.0).to(tl.float32)
-        top *= 1.4426950408889634
-        total += 1.0
+    slopes, top, total = open_softmax(
+        slopes_ptr, sinks_ptr, heads, row_valid, True, ROWS, HAS_ALIBI, HAS_SINKS
+    )
     acc = tl.zeros([ROWS, DV_PAD], tl.float32)
     k_base = k_ptr + head.to(tl.int64) * stride_k_h
     v_base = v_ptr + head.to(tl.int64) * stride_v_h
-    table = block_table_ptr + request.to(tl.int64) * stride_bt  # type: ignore[attr-defined]
+    table = block_table_ptr + request.to(tl.int64) * stride_bt
     # Tokens [lowest, highest) are seen by some row; tiles in [full_start, full_end) by all.
     lowest = 0
     full_start = 0
@@ -367,8 +277,8 @@ def split_attention(
             q, key_cache, value_cache, out, part, part_lse, block_table, plan.items, plan.count,
             plan.arrived, alibi_slopes, sinks, lse, scale, soft_cap, *strides, *part.stride()[:2],
             part_lse.stride(0), 0 if lse is None else lse.stride(0), **shared,
-            HAS_LSE=lse is not None, ROWS=max(16, triton.next_power_of_2(group)), FIELDS=_FIELDS,
-            TILE=32 if wide else 64, MAX_SPLITS=_MAX_SPLITS, num_warps=4, num_stages=2,
+            GROUP_PAD=triton.next_power_of_2(group), ROWS=max(16, triton.next_power_of_2(group)),
+            TILE=32 if wide else 64, MAX_SPLITS=MAX_SPLITS, num_warps=4, num_stages=2,
         )  # fmt: skip
     if max_query_len > 1:
         rows = max(64 if wide else 128, triton.next_power_of_2(group))
