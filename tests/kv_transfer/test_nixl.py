@@ -212,6 +212,24 @@ def test_formats_without_a_conversion_are_refused_with_both(make_nixl, caplog):
     assert "--kv-cache-dtype is fp8_e4m3 here and fp8_e5m2 there" in caplog.text
 
 
+def test_scales_that_were_found_on_both_sides_are_the_same(make_llm, make_nixl):
+    given = {"kv_cache_dtype": "fp8", "calculate_kv_scales": True}
+    p, d = (make_nixl(role, **given) for role in ("kv_producer", "kv_consumer"))
+    tokens, outputs = decode(d, PROMPTS, prefill(p, PROMPTS))
+    assert [out.num_cached_tokens for out in outputs] == [70, 33, 128, 5]
+    assert tokens == greedy(make_llm(**given), PROMPTS)
+
+
+@pytest.mark.parametrize("there", ["fp8", "auto"])
+def test_numbers_under_other_scales_are_refused(make_nixl, caplog, there):
+    p = make_nixl("kv_producer", kv_cache_dtype="fp8", calculate_kv_scales=True)
+    d = make_nixl("kv_consumer", kv_cache_dtype=there)
+    with pytest.raises(KVTransferError, match="kv_load_failure_policy"):
+        decode(d, PROMPTS[:1], prefill(p, PROMPTS[:1]))
+    assert "kv_scales: none here, " in caplog.text
+    assert "(--calculate-kv-scales) there" in caplog.text
+
+
 @pytest.mark.parametrize(
     ("theirs", "ours"), [(2, 1), (1, 2), pytest.param(2, 2, marks=pytest.mark.slow)]
 )
@@ -254,14 +272,14 @@ def test_an_expired_lease_frees_the_blocks_and_a_late_reader_sees_it(make_nixl):
 
 
 def test_a_lease_is_prolonged_while_somebody_waits(make_nixl):
-    p = make_nixl("kv_producer", {"kv_lease_duration": 0.3})
+    p = make_nixl("kv_producer", {"kv_lease_duration": 0.6})
     d = make_nixl("kv_consumer", max_num_seqs=1, num_gpu_blocks_override=20)
     first = prefill(p, PROMPTS[:1])
     decode(d, PROMPTS[:1], first)
     answers = prefill(p, PROMPTS[1:3])
     # One after the other: the second waits far longer than its lease.
-    tokens, _ = decode(d, PROMPTS[1:3], answers, count=100)
-    assert tokens == greedy(make_nixl(), PROMPTS[1:3], count=100)
+    tokens, _ = decode(d, PROMPTS[1:3], answers, count=150)
+    assert tokens == greedy(make_nixl(), PROMPTS[1:3], count=150)
     wait_until_free(p)
 
 
