@@ -212,6 +212,28 @@ class KVCacheManager:
             self.cache_blocks(request, min(num_computed_or_new, request.num_tokens))
         return KVCacheBlocks(tuple(new_blocks))
 
+    def allocate_next_token(self, request: Request) -> tuple[list[int], ...]:
+        """As ``allocate_slots`` for one token of a running request, where enough blocks are free.
+
+        Returns:
+            The ids of the blocks added to each group's row.
+        """
+        request_id, num_computed = request.request_id, request.num_computed_tokens
+        num_tokens = min(num_computed + 1, self.max_model_len)
+        ids = []
+        capacity = 1 << 62
+        for manager in self.managers:
+            manager.remove_skipped_blocks(request_id, num_computed)
+            length = request.num_encoder_tokens if manager.counts_encoder_tokens else num_tokens
+            blocks = manager.allocate_new_blocks(request_id, length)
+            ids.append([block.block_id for block in blocks])
+            row_length = len(manager.req_to_blocks[request_id])
+            capacity = min(capacity, manager.get_token_capacity(row_length))
+        request.kv_capacity = capacity
+        if self.enable_caching:
+            self.cache_blocks(request, min(num_computed + 1, request.num_tokens))
+        return tuple(ids)
+
     def cache_blocks(self, request: Request, num_computed_tokens: int) -> None:
         """Let the full blocks of the first ``num_computed_tokens`` tokens be found."""
         if self.enable_caching:

@@ -303,9 +303,7 @@ class Scheduler(SchedulerInterface):
         step.blocks = [None] * len(running)
         step.budget -= len(running)
         for index in needy:
-            blocks = kv.allocate_slots(running[index], 1)
-            assert blocks is not None
-            step.blocks[index] = blocks.get_block_ids()
+            step.blocks[index] = kv.allocate_next_token(running[index])
         return True
 
     def _schedule_running(self, step: Step) -> None:
