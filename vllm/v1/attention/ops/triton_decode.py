@@ -258,7 +258,7 @@ def _decode_kernel(
             )  # fmt: skip
         elif IS_SLOT:
             # Whatever lies behind the last token are numbers, of weight 0.
-            k = tl.trans(slot_keys(kv_ptr + at, levels_ptr, D, K_BITS, K_ASM, q.dtype))
+            k = slot_keys(kv_ptr + at, levels_ptr, D, K_BITS, K_ASM, q.dtype)
             v = slot_values(kv_ptr + at + V_AT, D, V_BITS, V_ASM, q.dtype)
         else:
             there = valid[:, None] & byte_valid[None, :]
