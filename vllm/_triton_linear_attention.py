@@ -36,11 +36,15 @@ _VECTOR_BLOCK = 32
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ChunkConfig:
-    """Tokens of a chunk, and the launch of the kernel that goes from chunk to chunk."""
+    """Tokens of a chunk, and the launch of the kernel that goes from chunk to chunk.
+
+    With ``narrow`` that kernel's products are of numbers in the inputs' dtype, not of tf32.
+    """
 
     tokens: int
     warps: int
     stages: int
+    narrow: bool = False
 
 
 def chunk_config(dtype: torch.dtype, vector: bool) -> ChunkConfig:
@@ -49,9 +53,9 @@ def chunk_config(dtype: torch.dtype, vector: bool) -> ChunkConfig:
     Exact products of float32 take three passes and as many operands; decays of each number of a
     key are kept for all pairs of a chunk's tokens.
     """
-    if vector or dtype == torch.float32:
-        return ChunkConfig(tokens=16, warps=4, stages=1 if dtype == torch.float32 else 2)
-    return ChunkConfig(tokens=32, warps=4, stages=2)
+    if dtype == torch.float32:
+        return ChunkConfig(tokens=16, warps=4, stages=1)
+    return ChunkConfig(tokens=16 if vector else 32, warps=4, stages=2, narrow=True)
 
 
 @triton.jit
@@ -142,6 +146,14 @@ def _unit_rows(ptr, token, stride_t, dims, mask, NORMALIZE: tl.constexpr):
     x = x.to(tl.float32)
     if NORMALIZE:
         x *= tl.rsqrt(tl.sum(x * x, 1) + _NORM_EPS)[:, None]
+    return x
+
+
+@triton.jit
+def _factor(x, like_ptr, NARROW: tl.constexpr):
+    """A factor of a product, in the dtype that the product takes."""
+    if NARROW:
+        x = x.to(like_ptr.dtype.element_ty)
     return x
 
 
@@ -248,6 +260,7 @@ def _chunks_kernel(
     DK: tl.constexpr, DK_PAD: tl.constexpr, DV: tl.constexpr, GROUP: tl.constexpr,
     HAS_GATE: tl.constexpr, VECTOR: tl.constexpr, DELTA: tl.constexpr, NORMALIZE: tl.constexpr,
     VALUES: tl.constexpr, CHUNK: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
+    NARROW: tl.constexpr,
 ):  # fmt: skip
     """Some rows of one head's memory through all tokens of one request."""
     request = tl.program_id(2).to(tl.int64)
@@ -309,18 +322,25 @@ def _chunks_kernel(
                 k_then = k * tl.exp(all_left - left)[:, None]
                 decay = tl.exp(all_left)
                 between = tl.where(not_later, left[:, None] - left[None, :], float("-inf"))
-                products = tl.dot(q, tl.trans(k), input_precision=PRECISION) * tl.exp(between)
+                products = tl.dot(
+                    _factor(q, v_ptr, NARROW), tl.trans(_factor(k, v_ptr, NARROW)),
+                    input_precision=PRECISION,
+                ) * tl.exp(between)  # fmt: skip
+            known_memory = tl.trans(_factor(memory, v_ptr, NARROW))
             if DELTA:
                 beta = _strengths(beta_ptr, token, head, there, stride_beta)
-                known = tl.dot(k_now, tl.trans(memory), input_precision=PRECISION)
+                k_now = _factor(k_now, v_ptr, NARROW)
+                known = tl.dot(k_now, known_memory, input_precision=PRECISION)
                 inverse = tl.load(inverse_ptr + at)
                 v = tl.dot(inverse, (v - known) * beta[:, None], input_precision=PRECISION)
-            out = tl.dot(q_now, tl.trans(memory), input_precision=PRECISION)
-            out = tl.dot(products, v, out, input_precision=PRECISION)
+            v = _factor(v, v_ptr, NARROW)
+            out = tl.dot(_factor(q_now, v_ptr, NARROW), known_memory, input_precision=PRECISION)
+            out = tl.dot(_factor(products, v_ptr, NARROW), v, out, input_precision=PRECISION)
             tl.store(
                 out_ptr + token[:, None] * stride_o_t + head * stride_o_h + values[None, :], out,
                 mask=there[:, None] & v_valid[None, :],
             )  # fmt: skip
+            k_then = _factor(k_then, v_ptr, NARROW)
             memory = tl.dot(tl.trans(v), k_then, memory * decay, input_precision=PRECISION)
             chunk += 1
         target = tl.load(targets_ptr + segment).to(tl.int64)
@@ -390,5 +410,5 @@ def linear_attention(
         *pointers, inverse, products, segments.token_starts, segments.request_starts,
         segments.sources, segments.targets, scale, *strides, **sizes, **kind, DV=value_size,
         VALUES=_CHUNK_VALUES, CHUNK=chunk, STAGES=config.stages, PRECISION=precision,
-        num_warps=config.warps,
+        NARROW=config.narrow, num_warps=config.warps,
     )  # fmt: skip

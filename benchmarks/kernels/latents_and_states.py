@@ -29,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from vllm import _triton_state_ops as state_ops
 from vllm._torch_state_ops import StateSegments
-from vllm._triton_linear_attention import linear_attention
+from vllm._triton_linear_attention import ChunkConfig, linear_attention
 from vllm.v1.attention.ops.triton_mla import (
     AbsorbedConfig,
     absorbed_attention,
@@ -60,6 +60,17 @@ CONFIGS = {
         AbsorbedConfig(rows=64, tile=64, warps=8, stages=3),
         AbsorbedConfig(rows=32, tile=64, warps=4, stages=2, tokens_first=True),
     ],
+}
+_CHUNKS = [
+    ChunkConfig(tokens=32, warps=4, stages=2),
+    ChunkConfig(tokens=32, warps=4, stages=2, narrow=True),
+    ChunkConfig(tokens=32, warps=8, stages=2, narrow=True),
+    ChunkConfig(tokens=64, warps=8, stages=2, narrow=True),
+]
+CHUNKS = {
+    "gated": _CHUNKS[:3],
+    "lightning": _CHUNKS,
+    "kimi": [ChunkConfig(tokens=16, warps=warps, stages=2, narrow=True) for warps in (4, 8)],
 }
 warm_only = False
 
@@ -237,7 +248,7 @@ def num_bytes(*tensors: torch.Tensor | None) -> int:
     return sum(t.numel() * t.element_size() for t in tensors if t is not None)
 
 
-def delta_rule(kind: str, requests: int, tokens: int) -> Row:
+def delta_rule(kind: str, requests: int, tokens: int, config: ChunkConfig | None = None) -> Row:
     """Qwen3-Next's sizes (gated), Kimi Linear's (kimi), MiniMax-Text-01's (lightning)."""
     heads, key_heads, size = {"gated": (32, 16, 128), "kimi": (32, 32, 128)}.get(
         kind, (64, 64, 128)
@@ -259,6 +270,16 @@ def delta_rule(kind: str, requests: int, tokens: int) -> Row:
         linear_attention, query, key, value, gate, beta, rates, biases, state,
         segments(requests, tokens), size**-0.5, kind != "lightning", out,
     )  # fmt: skip
+    if config is not None:
+        before = state.clone()
+        partial(call, config=ChunkConfig(tokens=16, warps=4, stages=2))()
+        exact = out.float()
+        state.copy_(before)
+        call = partial(call, config=config)
+        call()
+        error = float((out.float() - exact).norm() / exact.norm())
+        row = timed(call, requests, tokens, state, 0)
+        return row | {"other_than_tf32_percent": error * 100}
     others = num_bytes(query, key, value, gate, beta, out)
     return timed(call, requests, tokens, state, others)
 
@@ -316,6 +337,10 @@ def cases() -> Iterator[Case]:
     for heads in (16, 32, 128):
         for name, lengths in batches.items():
             yield f"mla decode, {heads} heads, {name}", partial(decode, heads, lengths)
+        if heads == 16:
+            config = CONFIGS[16][1]
+            name = "mla variant, 16 heads, 1 x 32768, by groups"
+            yield name, partial(decode, heads, [32768], config)
         for config in CONFIGS[heads]:
             sizes = f"{config.rows} rows, {config.tile} tokens, {config.warps} warps, "
             sizes += f"{config.stages} stages, {config.resident} resident"
@@ -328,10 +353,15 @@ def cases() -> Iterator[Case]:
     for kind in ("gated", "kimi", "lightning"):
         yield f"{kind} step, 64", partial(delta_rule, kind, 64, 1)
         yield f"{kind} prompt, 1 x 4096", partial(delta_rule, kind, 1, 4096)
-    for name, run in (("mamba2", mamba2), ("mamba1", mamba1), ("conv", conv)):
+        for chunk in CHUNKS[kind]:
+            sizes = f"{chunk.tokens} tokens, {chunk.warps} warps, {chunk.stages} stages"
+            sizes += ", narrow" * chunk.narrow
+            run = partial(delta_rule, kind, 1, 4096, chunk)
+            yield f"{kind} variant, 1 x 4096, {sizes}", run
+    for name, make in (("mamba2", mamba2), ("mamba1", mamba1), ("conv", conv)):
         for requests in (64,) if name == "mamba2" else (64, 256, 1024):
-            yield f"{name} step, {requests}", partial(run, requests, 1)
-        yield f"{name} prompt, 1 x 4096", partial(run, 1, 4096)
+            yield f"{name} step, {requests}", partial(make, requests, 1)
+        yield f"{name} prompt, 1 x 4096", partial(make, 1, 4096)
 
 
 def main() -> None:

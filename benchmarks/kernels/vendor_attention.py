@@ -87,7 +87,7 @@ def measure(kind: str, name: str, page: int, backend: str, lengths: list[int]) -
 
     def call() -> None:
         if backend == LIBRARY:
-            impl._by_library(query, cache, step, out, without_decodes=False)
+            impl._by_library(query, cache, step, out)
         else:
             impl.forward(None, query, None, None, cache, step, out)
 
@@ -108,7 +108,7 @@ def warm(case: tuple[str, str, int, str, list[int]]) -> None:
     impl, step, inputs = prepare(backend, page, short, kind == "prefill")
     arguments = inputs["q"], inputs["kv_cache"], step, inputs["out"]
     if backend == LIBRARY:
-        impl._by_library(*arguments, without_decodes=False)
+        impl._by_library(*arguments)
     else:
         query, cache, _, out = arguments
         impl.forward(None, query, None, None, cache, step, out)

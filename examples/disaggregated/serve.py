@@ -58,19 +58,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("model", nargs="?", default="smollm2")
     parser.add_argument("--connector", choices=tuple(CONNECTORS), default="nixl")
+    parser.add_argument("--kv-cache-memory-bytes", default="1G", help="of each server")
     parser.add_argument("--once", action="store_true", help="end after the answer")
     parser.add_argument("--question", default="What is a KV cache? Answer in one sentence.")
     options = parser.parse_args()
+    # By itself, each would take what one machine or GPU has for caches.
+    share = ("--kv-cache-memory-bytes", options.kv_cache_memory_bytes)
     # NIXL: each engine answers handshakes on a port of its own. Mooncake: decoders and the router
     # find prefill workers through the bootstrap server of their engine.
     prefill = running(
-        *("serve", options.model, "--port", str(PREFILL)),
+        *("serve", options.model, "--port", str(PREFILL), *share),
         *("--kv-transfer-config", transfer_config(options.connector, "kv_producer")),
         VLLM_NIXL_SIDE_CHANNEL_PORT="5600",
         VLLM_MOONCAKE_BOOTSTRAP_PORT=str(BOOTSTRAP),
     )
     decode = running(
-        *("serve", options.model, "--port", str(DECODE)),
+        *("serve", options.model, "--port", str(DECODE), *share),
         *("--kv-transfer-config", transfer_config(options.connector, "kv_consumer")),
         VLLM_NIXL_SIDE_CHANNEL_PORT="5601",
     )

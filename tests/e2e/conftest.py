@@ -82,4 +82,4 @@ def prompts() -> list[list[int]]:
     for index, length in enumerate(lengths):
         own = [rng.randrange(100, 49000) for _ in range(length)]
         made.append((shared + own)[:length] if index % 2 and length > 200 else own)
-    return [made[index] for index in by_effort([0, 4, 7, 10, 12, 13, 15, 17], range(len(made)))]
+    return [made[index] for index in by_effort([0, 3, 4, 7, 10, 12, 15, 17], range(len(made)))]

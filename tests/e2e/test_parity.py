@@ -12,7 +12,7 @@ from vllm import LLM, SamplingParams
 # Twenty prompts by the judge and by us, one after the other: minutes on a busy machine.
 pytestmark = pytest.mark.timeout(1200)
 
-NUM_TOKENS = by_effort(24, 64)
+NUM_TOKENS = by_effort(40, 64)
 GREEDY = SamplingParams(temperature=0.0, max_tokens=NUM_TOKENS, ignore_eos=True, logprobs=5)
 
 

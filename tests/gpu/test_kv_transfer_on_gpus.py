@@ -59,18 +59,6 @@ def fleet(tmp_path_factory):
         made.close()
 
 
-@pytest.fixture(scope="module")
-def pairs(fleet):
-    """P on one GPU, D on the other, and a plain server, of every way: all started at once."""
-    setups = {}
-    for way, setup in WAYS.items():
-        other = replace(setup, layout="BHLNC", block_size=32)
-        setups[way] = on(setup, 0, "kv_producer"), on(other, 1, "kv_consumer"), on(LLAMA, 1)
-    flat = list(dict.fromkeys(setup for three in setups.values() for setup in three))
-    running = dict(zip(flat, fleet.all_of(*flat), strict=True))
-    return {way: [running[setup] for setup in three] for way, three in setups.items()}
-
-
 def compare(p, d, plain):
     prompts = make_prompts(12)
     expected = in_parallel(lambda prompt: plain.tokens(prompt, NUM_TOKENS), prompts)
@@ -84,9 +72,12 @@ def compare(p, d, plain):
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_every_way_brings_the_tokens_of_one_server(pairs, way):
-    """The layouts and block sizes of the two sides differ."""
-    d = compare(*pairs[way])
+def test_every_way_brings_the_tokens_of_one_server(fleet, way):
+    """P on one GPU, D on the other; the layouts and block sizes of the two sides differ."""
+    setup = WAYS[way]
+    other = replace(setup, layout="BHLNC", block_size=32)
+    servers = on(setup, 0, "kv_producer"), on(other, 1, "kv_consumer"), on(LLAMA, 1)
+    d = compare(*fleet.all_of(*servers))
     other = {"push": "descriptors", "push staged": "staging", "host buffer": "staging"}
     took = None if way == "auto" else other.get(way, way)
     if took is not None:

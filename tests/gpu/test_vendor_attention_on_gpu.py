@@ -133,9 +133,10 @@ def test_values_of_another_width(widths) -> None:
 
 
 @pytest.mark.parametrize("lengths", STEPS.values(), ids=STEPS)
-def test_caches_of_e4m3(lengths) -> None:
+@pytest.mark.parametrize("cache_dtype", ["fp8_e4m3", "fp8_e5m2"])
+def test_caches_of_single_bytes(cache_dtype, lengths) -> None:
     for order in ("LBHNC", "BHLNC"):
-        check(step("FLASHINFER", lengths, cache_dtype="fp8", order=order))
+        check(step("FLASHINFER", lengths, cache_dtype=cache_dtype, order=order))
 
 
 @pytest.mark.parametrize("name", BOTH)

@@ -112,3 +112,8 @@ class Combinations:
 
 def _pairs(row: Sequence[int]) -> set[Pair]:
     return {(a, x, b, y) for (a, x), (b, y) in itertools.combinations(enumerate(row), 2)}
+
+
+def covering_array(features: Mapping[str, Sequence[Any]], rng: random.Random) -> list[Row]:
+    """Rows in which every pair of values comes up, where everything goes with everything."""
+    return Combinations(features, (), lambda _: None).covering_rows(rng)

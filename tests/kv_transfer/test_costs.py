@@ -48,7 +48,7 @@ def test_a_way_that_was_slow_is_left_and_tried_again_later():
 
     first = choose()
     assert first.way == "staging"
-    for _ in range(3):
+    for _ in range(4):
         seen.learn("staging", first.seconds["staging"], 5 * first.seconds["staging"])
     assert choose().way == "descriptors"
     turns = 0
@@ -60,6 +60,15 @@ def test_a_way_that_was_slow_is_left_and_tried_again_later():
 
 def test_one_absurd_measurement_does_not_rule_a_way_out_for_ever():
     seen = Experience()
+    seen.learn("staging", 1e-3, 1e-3)
     seen.learn("staging", 1e-3, 1e6)
-    assert seen.factor("staging") <= 5
+    assert 1 < seen.factor("staging") <= 5
     assert seen.factor("descriptors") == 1
+
+
+def test_the_first_transfer_of_a_way_is_not_held_against_it():
+    seen = Experience()
+    seen.learn("mapped", 1e-3, 1.0)
+    assert seen.factor("mapped") == 1
+    seen.learn("mapped", 1e-3, 4e-3)
+    assert seen.factor("mapped") == 2

@@ -54,7 +54,6 @@ class PullEngine(MemoryEngine):
             settings,
             self.port,
             self.ask,
-            backing=self.cache.backing,
             ring=self.ring,
             pushes="push" in way,
             threaded=False,
@@ -73,10 +72,8 @@ class PullEngine(MemoryEngine):
         super().step()
 
     def is_quiet(self):
-        worker = self.worker
-        busy = worker._loads or worker._leases or worker._giver.is_busy or worker._taker.is_busy
         ring_is_free = self.ring is None or self.ring.num_free == self.ring.shape.num_slots
-        return not busy and ring_is_free
+        return self.worker.is_idle and ring_is_free
 
 
 class PullCampaign(Campaign):

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from starlette.testclient import TestClient
 
 from tests.core.helpers import make_request
+from tests.effort import by_effort
 from tests.kv_transfer.campaigns import NUM_BLOCKS
 from tests.kv_transfer.test_faults import PullCampaign
 from tests.kv_transfer.test_mooncake_faults import PushCampaign
@@ -32,8 +33,8 @@ from vllm.distributed.kv_transfer.kv_connector.v1.nixl.side_channel import Hands
 from vllm.distributed.kv_transfer.transport.memory import MemoryChannel, MemoryPort
 from vllm.errors import KVTransferError, VLLMValidationError
 
-MANY = settings(max_examples=150, suppress_health_check=[HealthCheck.too_slow])
-FEW = settings(max_examples=25, suppress_health_check=[HealthCheck.too_slow])
+MANY = settings(max_examples=by_effort(60, 300), suppress_health_check=[HealthCheck.too_slow])
+FEW = settings(max_examples=by_effort(15, 100), suppress_health_check=[HealthCheck.too_slow])
 PROMPT = list(range(10, 60))
 
 numbers = st.integers(-(1 << 63), (1 << 64) - 1) | st.sampled_from(
@@ -167,7 +168,7 @@ class Stranger:
         for _ in range(2):
             self.p.step()
         assert (self.p.cache.backing == self.before).all()
-        assert set(self.p.worker._leases) == {"r"}
+        assert self.p.worker.leases.held == {"r"}
         return (self.p.worker.take_stats() or {}).get("refused_notifications", 0)
 
     def ends(self):

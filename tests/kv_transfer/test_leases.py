@@ -95,11 +95,11 @@ def test_a_waiting_request_keeps_its_lease_whatever_the_clocks_say(offset):
     hosts.d.scheduler.add_request(waiting)
     for _ in range(int(3 * LEASE / 0.1)):
         hosts.turn(0.1)
-    assert hosts.p.worker._leases and "r-d" not in hosts.d.ended
+    assert hosts.p.worker.leases and "r-d" not in hosts.d.ended
     assert "expired_leases" not in (hosts.p.worker.take_stats() or {})
     hosts.d.scheduler.finish_requests(["first", "second"], RequestStatus.FINISHED_ABORTED)
     for _ in range(200):
         hosts.turn()
     tokens, reason, _ = hosts.d.ended["r-d"]
     assert reason is FinishReason.LENGTH and tokens == expected_tokens(PROMPT, 3)
-    assert not hosts.p.worker._leases
+    assert not hosts.p.worker.leases

@@ -7,10 +7,11 @@ import uuid
 
 import pytest
 
+from tests.engine.conftest import ENGINE_ARGS
 from tests.entrypoints.server import free_port
 from tests.kv_transfer.conftest import greedy, prompt_of
 from tests.kv_transfer.mooncake import own_network, require_mooncake
-from vllm import SamplingParams
+from vllm import LLM, SamplingParams
 from vllm.errors import ConfigError, KVTransferError, VLLMError, VLLMValidationError
 
 PROMPTS = [prompt_of(70, 1), prompt_of(33, 2), prompt_of(128, 3), prompt_of(5, 4)]
@@ -319,6 +320,17 @@ def test_models_that_differ_are_refused_at_the_handshake(make_side, caplog):
     wait_until_free(p, d)
 
 
+@pytest.fixture(scope="module")
+def lone_decoder(network, tiny_model):
+    """For requests that it refuses."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+        options = {**ENGINE_ARGS, "block_size": 16, "kv_transfer_config": config("kv_consumer")}
+        llm = LLM(str(tiny_model), **options)
+    yield Side(llm, None, None)
+    llm.shutdown()
+
+
 GOOD = {
     "do_remote_prefill": True,
     "transfer_id": "t",
@@ -344,8 +356,9 @@ GOOD = {
         ({"do_remote_prefill": "yes"}, "do_remote_prefill"),
     ],
 )
-def test_hostile_parameters_are_refused_before_anything_is_taken(make_side, change, message):
-    d = make_side("kv_consumer")
+def test_hostile_parameters_are_refused_before_anything_is_taken(lone_decoder, change, message):
+    d = lone_decoder
+    d.names.clear()
     with pytest.raises((VLLMError, VLLMValidationError), match=message):
         d.submit(PROMPTS[:1], [sampling({**GOOD, **change}, 4)])
         run(d)

@@ -7,9 +7,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from tests.engine.conftest import ENGINE_ARGS
 from tests.entrypoints.server import free_port
 from tests.kv_transfer.conftest import greedy, prompt_of
-from vllm import SamplingParams
+from vllm import LLM, SamplingParams
 from vllm.distributed.kv_transfer.kv_connector.v1.nixl.side_channel import ask_handshake
 from vllm.errors import ConfigError, KVTransferError, VLLMError, VLLMValidationError
 
@@ -159,7 +160,7 @@ def worker_of(llm):
     """What D's transfer thread has done."""
     worker = core_of(llm).executor.worker.model_runner._connector._connector._worker
     return SimpleNamespace(
-        ways=set(worker.ways_taken), registers_blocks=worker._local.registers_blocks
+        ways=set(worker.loads.ways_taken), registers_blocks=worker._local.registers_blocks
     )
 
 
@@ -297,6 +298,17 @@ def test_models_that_differ_are_refused_at_the_handshake(make_nixl, caplog):
     assert "dtype: float32 here, bfloat16 there" in caplog.text
 
 
+@pytest.fixture(scope="module")
+def lone_decoder(tiny_model):
+    """For requests that it refuses."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+        options = {**ENGINE_ARGS, "block_size": 16, "kv_transfer_config": config("kv_consumer")}
+        llm = LLM(str(tiny_model), **options)
+    yield llm
+    llm.shutdown()
+
+
 GOOD = {
     "do_remote_prefill": True,
     "remote_engine_id": "e",
@@ -325,8 +337,8 @@ GOOD = {
         ({"remote_lease_slot": -1}, "negative"),
     ],
 )
-def test_hostile_parameters_are_refused_before_anything_is_taken(make_nixl, change, message):
-    d = make_nixl("kv_consumer")
+def test_hostile_parameters_are_refused_before_anything_is_taken(lone_decoder, change, message):
+    d = lone_decoder
     with pytest.raises((VLLMError, VLLMValidationError), match=message):
         decode(d, PROMPTS[:1], [{**GOOD, **change}])
     wait_until_free(d)

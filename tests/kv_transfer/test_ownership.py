@@ -64,7 +64,7 @@ def test_blocks_of_another_request_are_never_fetched(way):
         assert reason is FinishReason.ERROR, lie
         assert (cache == before).all(), lie
     # Nor has it ended the leases of others, or its own.
-    assert set(campaign.p.worker._leases) == {"others", "mine"}
+    assert campaign.p.worker.leases.held == {"others", "mine"}
     tokens, reason, _ = decode(campaign, "others-d", OTHERS, others)
     assert reason is FinishReason.LENGTH and tokens == expected_tokens(OTHERS, 3)
     campaign.settle()
@@ -88,8 +88,8 @@ def test_only_who_has_a_lease_prolongs_it(honest):
     for _ in range(60):
         campaign.clock.now += 0.1
         campaign.turn()
-    assert set(campaign.d.worker._expected) == {"r"}
-    assert set(campaign.p.worker._leases) == ({"others"} if honest else set())
+    assert campaign.d.worker.notices.expected == {"r"}
+    assert campaign.p.worker.leases.held == ({"others"} if honest else set())
 
 
 def test_parameters_of_a_longer_prompt_are_refused_at_once():
@@ -114,7 +114,7 @@ def test_all_that_fetch_for_one_request_share_its_lease():
     params = {**prefill(campaign, "r", MINE), "num_readers": 3}
     campaign.turns(1)
     for index in range(3):
-        assert "r" in campaign.p.worker._leases
+        assert "r" in campaign.p.worker.leases.held
         if index == 1:
             start(campaign, "r1", MINE, params)
             campaign.d.scheduler.finish_requests(["r1"], RequestStatus.FINISHED_ABORTED)
@@ -122,7 +122,7 @@ def test_all_that_fetch_for_one_request_share_its_lease():
             tokens, _, _ = decode(campaign, f"r{index}", MINE, params)
             assert tokens == expected_tokens(MINE, 3)
         campaign.turns(5)
-    assert not campaign.p.worker._leases
+    assert not campaign.p.worker.leases
     campaign.settle()
 
 
@@ -182,5 +182,5 @@ def test_logprobs_of_a_prompt_come_of_computing_it_here():
     assert campaign.d.ended["r-d"][0] == expected_tokens(MINE, 3)
     assert "transfers" not in (campaign.d.worker.take_stats() or {})
     campaign.turns(20)
-    assert not campaign.p.worker._leases
+    assert not campaign.p.worker.leases
     campaign.settle()

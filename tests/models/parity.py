@@ -17,7 +17,7 @@ from tests.models.harness import BLOCK_SIZE, VOCAB
 from vllm import LLM, SamplingParams
 from vllm.errors import CapacityError
 
-NUM_TOKENS = by_effort(24, 64)
+NUM_TOKENS = by_effort(40, 64)
 MAX_MODEL_LEN = 400
 TOLERANCE = 1e-4
 LENGTHS = (1, 5, 16, 33, 64, 100, 170, 300)

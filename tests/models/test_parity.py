@@ -1,6 +1,6 @@
 """Every architecture generates what transformers generates, whatever the scheduler does.
 
-Greedy tokens and logits of 64 steps (24 where slow tests are left out) for 8 prompts, in float32,
+Greedy tokens and logits of 64 steps (40 where slow tests are left out) for 8 prompts, in float32,
 through the whole engine: alone (the reference, itself proved equal to transformers), in one batch,
 with prompts in chunks, out of the prefix cache, and after preemption.
 """

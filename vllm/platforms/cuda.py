@@ -6,6 +6,7 @@ import os
 import sys
 from typing import TYPE_CHECKING, Any
 
+from vllm import envs
 from vllm.errors import UnsupportedError
 from vllm.platforms.interface import DeviceCapability, Platform, PlatformEnum
 
@@ -44,6 +45,12 @@ class CudaPlatform(Platform):
         # to serve anybody, until the host is restarted.
         os.environ.setdefault("NCCL_NVLS_ENABLE", "0")
         os.environ.setdefault("TORCH_SYMM_MEM_DISABLE_MULTICAST", "1")
+        # flash-attn-4 compiles each kernel for seconds; later starts find it.
+        os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED", "1")
+        os.environ.setdefault(
+            "FLASH_ATTENTION_CUTE_DSL_CACHE_DIR",
+            os.path.join(envs.VLLM_CACHE_ROOT, "flash_attention"),
+        )
 
     @classmethod
     def set_device(cls, local_rank: int) -> torch.device:

@@ -254,6 +254,16 @@ class Request:
             self._hash_new_blocks()
         return num_tokens
 
+    @property
+    def looks_at(self) -> int:
+        """At how many tokens there is more to do than to count them."""
+        return min(self._next_hash_at, self.max_total_tokens)
+
+    def hash_new_blocks(self) -> None:
+        """Hash the full blocks that tokens added outside of this class have made."""
+        if self.num_tokens >= self._next_hash_at:
+            self._hash_new_blocks()
+
     def append_output_token_ids(self, token_ids: list[int] | int) -> None:
         for token_id in (token_ids,) if isinstance(token_ids, int) else token_ids:
             self.append_output_token_id(token_id)

@@ -47,6 +47,8 @@ class TransportCosts:
     """Messages and launches of a chunk."""
     seconds_to_start: float
     """Asking the peer to gather, and its answer."""
+    num_slots: int
+    """Of the staging ring where nobody says."""
     slot_bytes: int
     """Of the staging ring where nobody says: hides a chunk's messages, or stays in the caches."""
     mapped_bytes_per_second: float = 0.0
@@ -78,11 +80,12 @@ NVLINK = TransportCosts(
     bytes_per_second=385e9,
     copy_bytes_per_second=1.5e12,
     copies_run_beside=True,
-    seconds_per_chunk=250e-6,
+    seconds_per_chunk=350e-6,
     seconds_to_start=400e-6,
-    slot_bytes=32 << 20,
-    mapped_bytes_per_second=210e9,
-    mapped_seconds=1e-3,
+    num_slots=4,
+    slot_bytes=64 << 20,
+    mapped_bytes_per_second=365e9,
+    mapped_seconds=0.5e-3,
 )
 HOST_COPIES = TransportCosts(
     name="host",
@@ -93,6 +96,7 @@ HOST_COPIES = TransportCosts(
     copies_run_beside=False,
     seconds_per_chunk=60e-6,
     seconds_to_start=1e-3,
+    num_slots=8,
     slot_bytes=1 << 21,
 )
 TRANSPORTS: Mapping[str, TransportCosts] = MappingProxyType(
@@ -116,14 +120,18 @@ class Experience:
 
     def __init__(self) -> None:
         self._factors: dict[Way, float] = {}
+        self._tried: set[Way] = set()
 
     def factor(self, way: Way) -> float:
         return self._factors.get(way, 1.0)
 
     def learn(self, way: Way, predicted: float, measured: float) -> None:
-        """What a transfer took."""
+        """What a transfer took. A way's first one tells nothing: it also builds kernels."""
         for other in self._factors.keys() - {way}:
             self._factors[other] **= self._FADES
+        if way not in self._tried:
+            self._tried.add(way)
+            return
         ratio = min(max(measured / predicted, 1 / self._MOST), self._MOST)
         self._factors[way] = self.factor(way) ** (1 - self._NEW) * ratio**self._NEW
 

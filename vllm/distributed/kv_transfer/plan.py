@@ -13,6 +13,7 @@ target.start(b, p)`` here. Descriptor number of that in a prepared list, on eith
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
@@ -184,26 +185,19 @@ class TransferTable:
 
     def num_descriptors(self, units: UnitBlocks) -> int:
         """Runs on the wire: neighbours on both sides are one."""
-        return sum(len(lengths) for _, _, lengths in self.runs(units))
+        if not len(units):
+            return 0
+        steps = [np.diff(starts) for starts in self._both_starts(units)]
+        return sum(
+            count * (1 + int(np.count_nonzero((steps[0] != length) | (steps[1] != length))))
+            for length, count in Counter(lane.length for lane in self.lanes).items()
+        )
 
-    def runs(self, units: UnitBlocks) -> Iterable[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-        """Of each lane: source offsets, target offsets and lengths, with neighbours joined."""
-        starts = [
+    def _both_starts(self, units: UnitBlocks) -> tuple[np.ndarray, np.ndarray]:
+        return (
             _starts(self.source, units.source_blocks, units.source_parts),
             _starts(self.target, units.target_blocks, units.target_parts),
-        ]
-        if not len(units):
-            return
-        for lane in self.lanes:
-            gap = np.ones(len(units), dtype=bool)
-            gap[1:] = (np.diff(starts[0]) != lane.length) | (np.diff(starts[1]) != lane.length)
-            first = np.flatnonzero(gap)
-            counts = np.diff(np.append(first, len(units)))
-            yield (
-                starts[0][first] + lane.source,
-                starts[1][first] + lane.target,
-                counts * lane.length,
-            )
+        )
 
 
 def _starts(grid: UnitGrid, blocks: np.ndarray, parts: np.ndarray) -> np.ndarray:

@@ -229,9 +229,9 @@ class TableMovers:
         self._given = scales or {}
         self._made: dict[str, Any] = {}
 
-    def _mover(self, name: str, pieces: np.ndarray) -> PieceMover:
+    def _mover(self, name: str, pieces: np.ndarray, *, of_peer: bool = False) -> PieceMover:
         if name not in self._made:
-            self._made[name] = make_mover(pieces, self._device)
+            self._made[name] = make_mover(pieces, self._device, of_peer=of_peer)
         mover: PieceMover = self._made[name]
         return mover
 
@@ -245,7 +245,7 @@ class TableMovers:
 
     @property
     def copy(self) -> PieceMover:
-        return self._mover("copy", self.table.copy_pieces())
+        return self._mover("copy", self.table.copy_pieces(), of_peer=True)
 
     @property
     def scales(self) -> torch.Tensor:

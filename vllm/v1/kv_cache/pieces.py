@@ -78,11 +78,11 @@ class _CpuMover(PieceMover):
 
 
 class _CudaMover(PieceMover):
-    def __init__(self, pieces: np.ndarray, device: torch.device) -> None:
-        from vllm.v1.kv_cache.triton_movers import PieceTable
+    def __init__(self, pieces: np.ndarray, device: torch.device, of_peer: bool) -> None:
+        from vllm.v1.kv_cache.triton_movers import LOCAL, PEER, PieceTable
 
         super().__init__(pieces)
-        self._table = PieceTable(self._pieces, device)
+        self._table = PieceTable(self._pieces, device, PEER if of_peer else LOCAL)
 
     def move(
         self,
@@ -96,9 +96,13 @@ class _CudaMover(PieceMover):
         self._table.move(source, target, source_starts, target_starts)
 
 
-def make_mover(pieces: Any, device: torch.device | str) -> PieceMover:
-    """A mover on ``device``; on a GPU its moves are queued on the current stream."""
+def make_mover(pieces: Any, device: torch.device | str, *, of_peer: bool = False) -> PieceMover:
+    """A mover on ``device``; on a GPU its moves are queued on the current stream.
+
+    Args:
+        of_peer: the source lies in another GPU's memory.
+    """
     device = torch.device(device)
     if device.type == "cpu":
         return _CpuMover(pieces)
-    return _CudaMover(pieces, device)
+    return _CudaMover(pieces, device, of_peer)

@@ -49,6 +49,8 @@ _KV_TRANSFER_COUNTERS = {
     "transfer_bytes": "Bytes of KV fetched from other engines.",
     "transfer_descriptors": "Runs of bytes that these were fetched in.",
     "transfer_seconds": "Seconds from the order to fetch until the last byte was confirmed.",
+    "transfer_post_seconds": "Of these, seconds until the copies were under way.",
+    "transfer_check_seconds": "Of these, seconds for confirming that the bytes were right.",
     "transfers_by_descriptors": "Ranks' shares whose runs went straight to their place.",
     "transfers_by_staging": "Ranks' shares that were gathered, moved as large runs and scattered.",
     "transfers_by_mapped": "Ranks' shares that a kernel read out of the peer's memory.",

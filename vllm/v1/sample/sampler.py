@@ -164,9 +164,10 @@ def _greedy(logits: torch.Tensor) -> torch.Tensor:
 
     A NaN counts as the largest value, so that looking at the chosen logit is enough.
     """
-    best = ops.argmax(logits)
-    chosen = logits.gather(-1, best[:, None]).squeeze(-1)
-    return torch.where(torch.isfinite(chosen), best, -1)
+    best = ops.argmax(logits).unsqueeze_(-1)
+    # Neither NaN nor infinity less itself is zero.
+    chosen = logits.gather(-1, best)
+    return torch.where(chosen.sub_(chosen) == 0, best, -1).squeeze_(-1)
 
 
 def _edit(logits: torch.Tensor, metadata: SamplingMetadata) -> torch.Tensor:

@@ -40,6 +40,8 @@ class BlockTable:
         self.blocks_per_manager_block = block_size // kernel_block_size
         width = max_num_blocks_per_req * self.blocks_per_manager_block
         self._table = device.make_buffer((max_num_reqs, width), torch.int32)
+        self._width = width
+        self._entries = self._table.np.reshape(-1)
         self._split = np.arange(self.blocks_per_manager_block, dtype=np.int32)
         self.num_blocks = np.zeros(max_num_reqs, dtype=np.int32)
         """Kernel blocks of each row."""
@@ -82,9 +84,11 @@ class BlockTable:
             out: int64 ``(T,)``.
         """
         size = self.kernel_block_size
-        block_index, offset = np.divmod(positions, size)
-        np.multiply(self.array[rows, block_index], size, out=out, dtype=np.int64)
-        out += offset
+        place = positions // size
+        np.multiply(place, -size, out=out)
+        out += positions
+        place += rows * self._width
+        out += np.multiply(self._entries[place], size, dtype=np.int64)
 
 
 class MultiGroupBlockTable:

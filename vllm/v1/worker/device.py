@@ -20,11 +20,21 @@ class HostBuffer:
     """
 
     def __init__(self, shape: tuple[int, ...], dtype: torch.dtype) -> None:
-        self.cpu = torch.zeros(shape, dtype=dtype)
-        self.np: np.ndarray = self.cpu.numpy()
+        self._hold(torch.zeros(shape, dtype=dtype))
+
+    def _hold(self, memory: torch.Tensor) -> None:
+        self.cpu = self._view = memory
+        self.np: np.ndarray = memory.numpy()
 
     def device_view(self, n: int) -> torch.Tensor:
-        return self.cpu[:n]
+        return self.host_view(n)
+
+    def host_view(self, n: int) -> torch.Tensor:
+        """The first ``n`` entries as the host sees them."""
+        view = self._view
+        if len(view) != n:
+            view = self._view = self.cpu[:n]
+        return view
 
 
 class DeviceLayer:

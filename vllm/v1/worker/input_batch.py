@@ -7,8 +7,9 @@ one ends, a new request or the last row takes its place. Knows nothing of models
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence, Set
+from collections.abc import Sequence, Set
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import numpy as np
 
@@ -28,7 +29,8 @@ _NO_EDITS = np.empty(0, dtype=np.int64)
 class CachedRequestState:
     """One request as the worker knows it, in the batch or not (not scheduled, or preempted).
 
-    ``num_computed_tokens`` is kept up to date only while the request is outside the batch.
+    ``num_computed_tokens`` is kept up to date only while the request is outside the batch, and so
+    is ``output_token_ids`` but for requests that need it between steps.
     """
 
     req_id: str
@@ -56,10 +58,6 @@ class CachedRequestState:
                 self.history = TokenHistory(self.prompt_token_ids, self.output_token_ids)
 
 
-def _no_request(token_id: int) -> None:
-    raise AssertionError("a token for a row without a request")
-
-
 def _has_penalties(params: SamplingParams) -> bool:
     return bool(
         params.repetition_penalty != 1.0
@@ -79,6 +77,9 @@ class InputBatch:
         num_encoder: int64 ``(max_num_reqs,)``, tokens that an encoder reads.
     """
 
+    keeps_outputs: ClassVar[bool] = False
+    """Every request's ``output_token_ids`` is kept up to date, by whoever learns of its tokens."""
+
     def __init__(
         self,
         max_num_reqs: int,
@@ -95,10 +96,14 @@ class InputBatch:
         self.req_ids: list[str] = []
         self.req_id_to_index: dict[str, int] = {}
         self.states: list[CachedRequestState] = []
-        # Of each row, how a token is added to its request's output.
-        self._append_token: list[Callable[[int], None]] = [_no_request] * max_num_reqs
         # One more column than a request may have tokens: the token sampled from the last one.
         self.token_ids = np.zeros((max_num_reqs, max_model_len + 1), dtype=np.int32)
+        self._flat_ids = self.token_ids.reshape(-1)
+        self._row_starts = np.arange(max_num_reqs) * (max_model_len + 1)
+        # Outputs of the others are put together from their rows once they leave.
+        self._follows_all = self.keeps_outputs or not isinstance(
+            self.changes, NullBatchUpdateBuilder
+        )
         self.num_tokens = np.zeros(max_num_reqs, dtype=np.int64)
         self.num_prompt = np.zeros(max_num_reqs, dtype=np.int64)
         self.num_computed = np.zeros(max_num_reqs, dtype=np.int64)
@@ -166,7 +171,6 @@ class InputBatch:
     def _fill(self, row: int, state: CachedRequestState) -> None:
         params = state.sampling_params
         num_prompt, num_tokens = len(state.prompt_token_ids), state.num_tokens
-        self._append_token[row] = state.output_token_ids.append
         self.token_ids[row, :num_prompt] = state.prompt_token_ids
         self.token_ids[row, num_prompt:num_tokens] = state.output_token_ids
         self.num_prompt[row] = num_prompt
@@ -211,9 +215,13 @@ class InputBatch:
     def remove(self, req_id: str) -> int:
         """Take a request out and return its row, which ``replace`` or ``condense`` must fill."""
         row = self.req_id_to_index.pop(req_id)
+        state = self.states[row]
+        if not self._is_followed(req_id):
+            output = state.output_token_ids
+            known = self.num_prompt[row] + len(output)
+            output.extend(self.token_ids[row, known : self.num_tokens[row]].tolist())
         for rows in self._sparse:
             rows.pop(req_id, None)
-        state = self.states[row]
         state.num_computed_tokens = int(self.num_computed[row])
         self.changes.note_removed(row)
         self._summary = None
@@ -232,7 +240,6 @@ class InputBatch:
         req_id = self.req_ids[source]
         self.req_ids[target] = req_id
         self.states[target] = self.states[source]
-        self._append_token[target] = self._append_token[source]
         self.req_id_to_index[req_id] = target
         for array in self._arrays:
             array[target] = array[source]
@@ -243,24 +250,30 @@ class InputBatch:
 
     # ---- tokens -----------------------------------------------------------------------------
 
-    def append_tokens(self, rows: np.ndarray, token_ids: np.ndarray) -> list[int]:
-        """Note one sampled token for each of ``rows`` (both int64 ``(n,)``); returns the tokens."""
-        self.token_ids[rows, self.num_tokens[rows]] = token_ids
-        self.num_tokens[rows] += 1
-        tokens: list[int] = token_ids.tolist()
-        appends = self._append_token
-        if len(tokens) == self.num_reqs:
-            for append, token in zip(appends, tokens, strict=False):
-                append(token)
+    def tokens_at(self, rows: np.ndarray, positions: np.ndarray) -> np.ndarray:
+        """int32 ``(n,)``, the tokens at ``positions`` of ``rows`` (both int64 ``(n,)``)."""
+        return self._flat_ids[self._row_starts[rows] + positions]
+
+    def append_tokens(self, rows: np.ndarray, token_ids: np.ndarray) -> None:
+        """Note one sampled token for each of ``rows`` (both int64 ``(n,)``, the rows ascending)."""
+        if rows.size == self.num_reqs:
+            counts = self.num_tokens[: rows.size]
+            self._flat_ids[self._row_starts[: rows.size] + counts] = token_ids
+            counts += 1
         else:
-            for row, token in zip(rows.tolist(), tokens, strict=True):
-                appends[row](token)
-        if self._penalised:
-            for row, token in zip(rows.tolist(), tokens, strict=True):
-                history = self.states[row].history
-                if history is not None:
-                    history.append(token)
-        return tokens
+            self.token_ids[rows, self.num_tokens[rows]] = token_ids
+            self.num_tokens[rows] += 1
+        if self._follows_all or self._penalised or self._bad_words:
+            for row, token in zip(rows.tolist(), token_ids.tolist(), strict=True):
+                state = self.states[row]
+                if self._is_followed(state.req_id):
+                    state.output_token_ids.append(token)
+                    if state.history is not None:
+                        state.history.append(token)
+
+    def _is_followed(self, req_id: str) -> bool:
+        """Somebody looks at the request's outputs between steps."""
+        return self._follows_all or req_id in self._penalised or req_id in self._bad_words
 
     def rewind(
         self, rows: np.ndarray, num_computed: Sequence[int], num_output: Sequence[int]

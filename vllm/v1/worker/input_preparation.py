@@ -70,35 +70,37 @@ class InputPreparer:
         in batch order) tokens of each request. They are valid until the next call.
         """
         num_reqs = batch.num_reqs
-        ends = np.cumsum(num_scheduled)
-        num_tokens = int(ends[-1])
-        starts = ends - num_scheduled
         computed = batch.num_computed[:num_reqs]
         seq_lens = computed + num_scheduled
-
+        num_tokens = int(num_scheduled.sum())
         positions = self._positions.np[:num_tokens]
         if num_tokens == num_reqs:
-            rows = self._arange[:num_reqs]
+            starts = rows = self._arange[:num_reqs]
+            ends = self._arange[1 : num_reqs + 1]
             positions[:] = computed
+            max_query_len = 1
         else:
+            ends = np.cumsum(num_scheduled)
+            starts = ends - num_scheduled
             rows = np.repeat(self._arange[:num_reqs], num_scheduled)
             np.subtract(self._arange[:num_tokens], (starts - computed)[rows], out=positions)
-        self._input_ids.np[:num_tokens] = batch.token_ids[rows, positions]
+            max_query_len = int(num_scheduled.max())
+        self._input_ids.np[:num_tokens] = batch.tokens_at(rows, positions)
 
         self._query_start_loc.np[1 : num_reqs + 1] = ends
         self._seq_lens.np[:num_reqs] = seq_lens
         self._num_computed.np[:num_reqs] = computed
-        max_query_len, max_seq_len = int(num_scheduled.max()), int(seq_lens.max())
+        max_seq_len = int(seq_lens.max())
         attention = []
         for table, slots in zip(batch.block_table.tables, self._slots, strict=True):
             table.slot_mapping(rows, positions, slots.np[:num_tokens])
             attention.append(
                 CommonAttentionMetadata(
                     query_start_loc=self._query_start_loc.device_view(num_reqs + 1),
-                    query_start_loc_cpu=self._query_start_loc.cpu[: num_reqs + 1],
+                    query_start_loc_cpu=self._query_start_loc.host_view(num_reqs + 1),
                     seq_lens=self._seq_lens.device_view(num_reqs),
-                    seq_lens_cpu=self._seq_lens.cpu[:num_reqs],
-                    num_computed_tokens_cpu=self._num_computed.cpu[:num_reqs],
+                    seq_lens_cpu=self._seq_lens.host_view(num_reqs),
+                    num_computed_tokens_cpu=self._num_computed.host_view(num_reqs),
                     num_reqs=num_reqs,
                     num_actual_tokens=num_tokens,
                     max_query_len=max_query_len,
@@ -107,7 +109,7 @@ class InputPreparer:
                     slot_mapping=slots.device_view(num_tokens),
                 )
             )
-        sample_rows = np.flatnonzero(seq_lens == batch.num_tokens[:num_reqs])
+        (sample_rows,) = (seq_lens == batch.num_tokens[:num_reqs]).nonzero()
         return StepInputs(
             num_reqs=num_reqs,
             num_tokens=num_tokens,

@@ -285,13 +285,7 @@ class ModelRunner:
         if scheduler_output.total_num_scheduled_tokens == 0:
             return self._only_transfer(scheduler_output)
         batch = self.batch
-        scheduled = scheduler_output.num_scheduled_tokens
-        step = self._preparer.prepare(
-            batch,
-            np.fromiter(
-                map(scheduled.__getitem__, batch.req_ids), dtype=np.int64, count=batch.num_reqs
-            ),
-        )
+        step = self._preparer.prepare(batch, self._counts(scheduler_output))
         self._encoder.prepare(batch, step)
         hidden, transferred = self._forward(scheduler_output, step)
         prompt_logprobs = self.prompt_logprobs.collect(batch, step, hidden)
@@ -299,11 +293,24 @@ class ModelRunner:
         self._open = OpenStep(step, logits, prompt_logprobs, transferred)
         if scheduler_output.has_structured_output_requests:
             return None
-        return self.sample_tokens(None)
+        return self._end_step(None)
 
     @torch.inference_mode()
     def sample_tokens(self, grammar_output: GrammarOutput | None) -> ModelRunnerOutput:
         """Sample from the logits of the step that ``execute_model`` left open."""
+        return self._end_step(grammar_output)
+
+    def _counts(self, scheduler_output: SchedulerOutput) -> np.ndarray:
+        """int64 ``(R,)``: tokens that each row of the batch computes, at least one."""
+        count = self.batch.num_reqs
+        if scheduler_output.total_num_scheduled_tokens == count:
+            return np.ones(count, dtype=np.int64)
+        scheduled = scheduler_output.num_scheduled_tokens
+        return np.fromiter(
+            map(scheduled.__getitem__, self.batch.req_ids), dtype=np.int64, count=count
+        )
+
+    def _end_step(self, grammar_output: GrammarOutput | None) -> ModelRunnerOutput:
         step = self._open
         assert step is not None, "there is no step to sample"
         self._open = None
@@ -381,13 +388,14 @@ class ModelRunner:
                     "forbidden by allowed_token_ids, bad_words or structured_outputs"
                 )
             rows, token_ids = rows[token_ids >= 0], token_ids[token_ids >= 0]
-        tokens = batch.append_tokens(rows, token_ids)
-        if len(tokens) == batch.num_reqs:
-            output.sampled_token_ids = [[token] for token in tokens]
+        batch.append_tokens(rows, token_ids)
+        sampled_ids: list[list[int]] = token_ids[:, None].tolist()
+        if rows.size == batch.num_reqs:
+            output.sampled_token_ids = sampled_ids
         else:
             output.sampled_token_ids = [[] for _ in output.req_ids]
-            for row, token in zip(rows.tolist(), tokens, strict=True):
-                output.sampled_token_ids[row].append(token)
+            for row, tokens in zip(rows.tolist(), sampled_ids, strict=True):
+                output.sampled_token_ids[row] = tokens
         if sampled.logprobs is not None:
             self._publish_logprobs(step.inputs.sample_rows, sampled.logprobs, output)
         return output
@@ -411,6 +419,16 @@ class ModelRunner:
     def _update_requests(self, scheduler_output: SchedulerOutput) -> None:
         """Bring requests and batch to what the scheduler says."""
         batch, requests = self.batch, self.requests
+        cached = scheduler_output.scheduled_cached_reqs
+        if (
+            cached.as_expected
+            and self._steady is not None
+            and not scheduler_output.finished_req_ids
+            and not scheduler_output.scheduled_new_reqs
+        ):
+            self._append_blocks(cached, self._steady[1])
+            self.logits_processors.update_state(batch.changes.take(batch.num_reqs))
+            return
         empty_rows: list[int] = []
         for req_id in scheduler_output.finished_req_ids:
             if requests.pop(req_id, None) is not None:
@@ -418,7 +436,7 @@ class ModelRunner:
                 if req_id in batch.req_id_to_index:
                     empty_rows.append(batch.remove(req_id))
         unscheduled = batch.req_id_to_index.keys() - scheduler_output.num_scheduled_tokens.keys()
-        resumed = scheduler_output.scheduled_cached_reqs.resumed_req_ids
+        resumed = cached.resumed_req_ids
         if resumed:
             unscheduled |= resumed & batch.req_id_to_index.keys()
         empty_rows.extend(batch.remove(req_id) for req_id in unscheduled)
@@ -445,7 +463,7 @@ class ModelRunner:
             requests[new.req_id] = state
             self.prompt_logprobs.track(state)
             entering.append(state)
-        entering += self._update_cached(scheduler_output.scheduled_cached_reqs)
+        entering += self._update_cached(cached)
 
         if entering or empty_rows:
             self._steady = None
@@ -479,6 +497,14 @@ class ModelRunner:
                     state.num_computed_tokens = computed
                     state.keep_output(num_output)
                     outside.append(state)
+        self._append_blocks(cached, rows)
+        return outside
+
+    def _append_blocks(self, cached: CachedRequestData, rows: list[int]) -> None:
+        """Note new blocks of requests; ``rows`` of the batch, -1 for those outside it."""
+        if not any(cached.new_block_ids):
+            return
+        batch = self.batch
         for i, new_blocks in enumerate(cached.new_block_ids):
             if new_blocks is None:
                 continue
@@ -491,7 +517,6 @@ class ModelRunner:
                 held.extend(ids)
             if row >= 0:
                 batch.block_table.append_row(row, new_blocks)
-        return outside
 
     # ---- for others -----------------------------------------------------------------------------
 

@@ -16,6 +16,16 @@ __all__ = ["NixlPort", "load_api"]
 
 _PACKAGES = ("nixl", "nixl_cu13", "nixl_cu12")
 _OWN = "NIXL_INIT_AGENT"
+_THREADS = {
+    "UCX": "num_threads",
+    "OBJ": "num_threads",
+    "LIBFABRIC": "num_threads",
+    "GDS_MT": "thread_count",
+    "UCCL": "num_cpus",
+}
+"""Each backend's name for the number of its threads."""
+_SPLIT = 128
+"""Descriptors that are worth a thread of their own."""
 
 
 def load_api() -> Any:
@@ -26,6 +36,15 @@ def load_api() -> Any:
     raise ConfigError(
         "this needs the package nixl: pip install 'vllm[nixl]'", parameter="kv_connector"
     )
+
+
+def _parameters(backend: str, num_threads: int) -> dict[str, str]:
+    """Of a backend: how many threads share a transfer's descriptors."""
+    name = _THREADS.get(backend)
+    if not num_threads or name is None:
+        return {}
+    split = {"split_batch_size": str(_SPLIT)} if backend == "UCX" else {}
+    return {name: str(num_threads), **split}
 
 
 class NixlPort(TransferPort):
@@ -45,12 +64,12 @@ class NixlPort(TransferPort):
             if key.startswith("nixl") and key.endswith("Error") and isinstance(value, type)
         )
         self._lost: type[BaseException] = errors.nixlRemoteDisconnectError
-        config = api.nixl_agent_config(
-            enable_prog_thread=False, num_threads=num_threads, backends=list(backends)
-        )
+        config = api.nixl_agent_config(enable_prog_thread=False, backends=[])
         with self._calling("making an agent"):
             self._agent = api.nixl_agent(name, config)
-        missing = sorted(set(backends) - set(self._agent.backends))
+            missing = sorted(set(backends) - set(self._agent.get_plugin_list()))
+            for backend in [] if missing else backends:
+                self._agent.create_backend(backend, _parameters(backend, num_threads))
         if missing:
             raise ConfigError(
                 f"NIXL has no backends {', '.join(missing)} here",

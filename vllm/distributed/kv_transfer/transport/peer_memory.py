@@ -2,7 +2,8 @@
 
 Everything that a plain NIXL agent does, it does by NIXL. Beside that it hands out a handle of the
 cache's allocation (CUDA's inter-process memory) and maps those of peers, so that a kernel here can
-read a peer's blocks where they lie. Where that cannot be (another host, no peer access, memory that
+read a peer's blocks where they lie; and small numbers of a peer's host memory are read without its
+help. Where that cannot be (another host, no peer access, memory that
 has no such handle) nothing is mapped, and descriptors or staging remain.
 """
 
@@ -17,6 +18,11 @@ from pathlib import Path
 import msgspec
 
 from vllm.distributed.kv_transfer.transport.nixl import NixlPort
+from vllm.distributed.kv_transfer.transport.peer_process import (
+    PeerProcess,
+    ProcessIdentity,
+    own_identity,
+)
 from vllm.distributed.kv_transfer.transport.port import PortError
 from vllm.logger import init_logger
 
@@ -48,6 +54,7 @@ class _Metadata(msgspec.Struct, array_like=True):
     kind: str
     """Of the cache's memory, as NIXL calls it."""
     device: int
+    process: ProcessIdentity
 
 
 def host_identity() -> str:
@@ -109,6 +116,7 @@ class PeerMemoryPort(NixlPort):
         self._shares: list[_Share] = []
         self._opened: dict[str, list[tuple[_Share, int]]] = {}
         """Of each peer: its allocations, and where they lie here."""
+        self._processes: dict[str, PeerProcess] = {}
 
     def register(self, regions: Sequence[tuple[int, int]], device: str) -> None:
         super().register(regions, device)
@@ -127,7 +135,12 @@ class PeerMemoryPort(NixlPort):
 
     def metadata(self) -> bytes:
         whole = _Metadata(
-            super().metadata(), host_identity(), self._shares, self._kind, self._device
+            super().metadata(),
+            host_identity(),
+            self._shares,
+            self._kind,
+            self._device,
+            own_identity(),
         )
         return msgspec.msgpack.encode(whole)
 
@@ -138,8 +151,11 @@ class PeerMemoryPort(NixlPort):
             raise PortError(f"not the metadata of an agent: {error}") from error
         peer = super().connect(whole.nixl)
         self._places[peer] = whole.kind, whole.device
-        if whole.host == host_identity() and self._driver is not None:
-            self._map(peer, whole.shares)
+        if whole.host == host_identity():
+            with contextlib.suppress(PortError):
+                self._processes[peer] = PeerProcess(whole.process)
+            if self._driver is not None:
+                self._map(peer, whole.shares)
         return peer
 
     def _map(self, peer: str, shares: Sequence[_Share]) -> None:
@@ -159,8 +175,12 @@ class PeerMemoryPort(NixlPort):
                 return place + address - share.base
         return None
 
+    def process(self, peer: str) -> PeerProcess | None:
+        return self._processes.get(peer)
+
     def disconnect(self, peer: str) -> None:
         super().disconnect(peer)
+        self._processes.pop(peer, None)
         for _, place in self._opened.pop(peer, ()):
             assert self._driver is not None
             self._driver.close(place)

@@ -8,9 +8,12 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+if TYPE_CHECKING:
+    from vllm.distributed.kv_transfer.transport.peer_process import PeerProcess
 
 __all__ = ["CopyPort", "PeerLostError", "PortError", "TransferPort"]
 
@@ -74,6 +77,10 @@ class CopyPort(ABC):
 
     def mapped(self, peer: str, address: int) -> int | None:
         """Where memory that a peer has registered can be read by a kernel here; None: nowhere."""
+        return None
+
+    def process(self, peer: str) -> PeerProcess | None:
+        """A reader of a peer's host memory; None where it cannot be read from here."""
         return None
 
     @abstractmethod

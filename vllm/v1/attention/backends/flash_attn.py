@@ -32,10 +32,15 @@ from vllm.v1.kv_cache_interface import KVCacheSpec
 __all__ = ["FlashAttentionBackend", "FlashAttentionDiffKVBackend", "FlashAttentionMetadata"]
 
 
+_MORE_THAN_A_TILE = 256
+"""Queries, by any number of heads that share keys."""
+
+
 @dataclass(slots=True)
 class FlashAttentionMetadata(TritonAttentionMetadata):
     prompt_lens: torch.Tensor | None = None
-    """(R,) int32: new tokens of requests with more than one, else 0; None where all are alike."""
+    """(R,) int32: new tokens of requests with more than one, else 0; None where the library
+    decodes too, and in steps of decodes."""
 
 
 class FlashAttentionMetadataBuilder(TritonAttentionMetadataBuilder):
@@ -49,7 +54,7 @@ class FlashAttentionMetadataBuilder(TritonAttentionMetadataBuilder):
         # Where the library decodes, it reads a shared prefix for each request.
         base = super().build(0 if splits_keys() else common_prefix_len, common, fast_build)
         prompt_lens = None
-        if base.plan is not None and common.max_query_len > 1:
+        if not splits_keys() and common.max_query_len > 1:
             counts = np.diff(common.query_start_loc_cpu[: common.num_reqs + 1].numpy())
             lens = torch.from_numpy(np.where(counts > 1, counts, 0).astype(np.int32))
             prompt_lens = lens.to(common.query_start_loc.device, non_blocking=True)
@@ -109,10 +114,9 @@ class _FlashForward:
         output_block_scale: torch.Tensor | None = None,
     ) -> torch.Tensor:
         step = attn_metadata
-        ours = step.plan is not None and not splits_keys()
-        if not ours or step.max_query_len > 1:
-            self._by_library(query, kv_cache, step, output, without_decodes=ours)
-        if ours:
+        if splits_keys() or step.max_query_len > 1:
+            self._by_library(query, kv_cache, step, output)
+        if step.plan is not None and not splits_keys():
             super().forward(  # type: ignore[misc]
                 layer, query, key, value, kv_cache, replace(step, max_query_len=1), output
             )
@@ -124,7 +128,6 @@ class _FlashForward:
         kv_cache: torch.Tensor,
         step: FlashAttentionMetadata,
         output: torch.Tensor,
-        without_decodes: bool,
     ) -> None:
         # It reads whole pages.
         clear_tails(kv_cache, step.block_table, step.query_start_loc, step.seq_lens)
@@ -135,13 +138,15 @@ class _FlashForward:
         tokens = step.num_actual_tokens
         check_alignment(query, keys, values, output)
         window = self.sliding_window - 1 if self.sliding_window else None
+        # Below it compiles another kernel, for prompts of one tile.
+        longest = max(step.max_query_len, _MORE_THAN_A_TILE) if step.max_query_len > 1 else 1
         library("flash_attn.cute.interface")._flash_attn_fwd(
             query[:tokens],
             keys.transpose(1, 2),
             values.transpose(1, 2),
             cu_seqlens_q=step.query_start_loc,
-            seqused_q=step.prompt_lens if without_decodes else None,
-            max_seqlen_q=step.max_query_len,
+            seqused_q=step.prompt_lens,
+            max_seqlen_q=longest,
             seqused_k=step.seq_lens,
             max_seqlen_k=step.max_seq_len,
             page_table=step.block_table,

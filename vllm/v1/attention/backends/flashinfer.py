@@ -93,7 +93,7 @@ class Planner:
     ) -> None:
         self._device = device
         self._max_num_seqs = max_num_seqs
-        self._max_model_len = max_model_len
+        self.max_model_len = max_model_len
         self._captures = captures
         self._workspace: torch.Tensor | None = None
         self._buffers: dict[LayerKind, DecodeBuffers] = {}
@@ -135,7 +135,7 @@ class Planner:
         }
         if fixed_size:
             if kind not in self._buffers:
-                pages = -(-self._max_model_len // kind.page)
+                pages = -(-self.max_model_len // kind.page)
                 self._buffers[kind] = DecodeBuffers.make(self._max_num_seqs, pages, self._device)
             buffers = self._buffers[kind]
             options |= {
@@ -395,8 +395,9 @@ class FlashInferImpl(TritonAttentionImpl):
             "sinks": self.sinks,
         }
         if step.max_query_len == 1:
+            # A bound for every step that a captured one stands for.
             library("flashinfer.decode").trtllm_batch_decode_with_kv_cache(
-                query, caches, max_seq_len=step.max_seq_len, **shared
+                query, caches, max_seq_len=step.planner.max_model_len, **shared
             )
             return
         key_starts = torch.zeros_like(step.query_start_loc)

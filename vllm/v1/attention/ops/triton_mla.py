@@ -9,13 +9,14 @@ heads as fit the rows of a tile. Programs take equal shares of all requests' tok
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
 import triton
 import triton.language as tl
 
-from vllm.utils.dependent_launch import await_previous, is_hopper, options, release
+from vllm.utils.dependent_launch import await_previous, options, release
 from vllm.v1.attention.ops.triton_decode import num_multiprocessors
 from vllm.v1.attention.ops.triton_shares import (
     PROGRAM_FIELDS,
@@ -35,6 +36,8 @@ __all__ = [
 ]
 
 LOG2_E = 1.4426950408889634
+# What the widest configuration takes.
+_SHARED_BYTES = 231_000
 
 
 @triton.jit
@@ -212,20 +215,24 @@ class AbsorbedConfig:
     by_groups: bool = False
 
 
+@functools.cache
 def default_absorbed_config(
     num_heads: int, dtype: torch.dtype, device: torch.device
 ) -> AbsorbedConfig:
     """What is fastest on an H100 at R = 512, where shared memory holds two tiles of 64 latents.
 
-    Other GPUs get tiles that fit 100 KiB.
+    GPUs with less shared memory get tiles that fit 100 KiB.
     """
     if dtype == torch.float32:
         return AbsorbedConfig(rows=16, tile=16, warps=4, stages=1, resident=2)
-    if device.type == "cuda" and not is_hopper(device):
-        return AbsorbedConfig(rows=16, tile=32, warps=4, stages=2, resident=2)
+    has_groups = False
+    if device.type == "cuda":
+        facts = torch.cuda.get_device_properties(device)
+        if facts.shared_memory_per_multiprocessor < _SHARED_BYTES:
+            return AbsorbedConfig(rows=16, tile=32, warps=4, stages=2, resident=2)
+        has_groups = facts.major == 9
     if num_heads <= 16:
         return AbsorbedConfig(rows=16, tile=64, warps=4, stages=3, tokens_first=True)
-    has_groups = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
     return AbsorbedConfig(rows=64, tile=64, warps=8, stages=3, by_groups=has_groups)
 
 

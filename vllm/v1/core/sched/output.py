@@ -45,6 +45,8 @@ class CachedRequestData:
     new_block_ids: list[tuple[list[int], ...] | None] = field(default_factory=list)
     num_computed_tokens: list[int] = field(default_factory=list)
     num_output_tokens: list[int] = field(default_factory=list)
+    as_expected: bool = False
+    """These are the requests of the step before, in its order, and each is one token further."""
 
     @property
     def num_reqs(self) -> int:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Set
+from collections.abc import Mapping, Set
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from vllm.v1.core.sched.utils import check_stop, logprobs_rows
 from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs
@@ -18,6 +20,76 @@ if TYPE_CHECKING:
 __all__ = ["StepResults"]
 
 
+class _Decodes:
+    """Requests of which a batch has one token each in every step, in its order.
+
+    While the batch stays, a step's tokens are taken in for all of them together: what needs a
+    look (a full block to hash, the longest length, a token that may end a request) is found by
+    comparing whole arrays. Valid until one of the requests ends or is preempted.
+    """
+
+    __slots__ = (
+        "_appends",
+        "_looks_at",
+        "_num_tokens",
+        "_stop_ids",
+        "clients",
+        "req_ids",
+        "requests",
+    )
+
+    def __init__(self, req_ids: list[str], requests: list[Request]) -> None:
+        self.req_ids = req_ids
+        self.requests = requests
+        self._appends = [request.all_token_ids.append for request in requests]
+        self._num_tokens = np.array([request.num_tokens for request in requests])
+        self._looks_at = np.array([request.looks_at for request in requests])
+        self._stop_ids = frozenset().union(*(request.stop_ids for request in requests))
+        self.clients: dict[int, list[int]] = {}
+        for index, request in enumerate(requests):
+            self.clients.setdefault(request.client_index, []).append(index)
+
+    @classmethod
+    def of(cls, req_ids: list[str], requests: Mapping[str, Request]) -> _Decodes | None:
+        """For a batch whose requests' next outputs are tokens and nothing else; else None."""
+        found: list[Request] = []
+        for request_id in req_ids:
+            request = requests.get(request_id)
+            if (
+                request is None
+                or request.use_structured_output
+                or request.events
+                or request.num_tokens == request.num_prompt_tokens
+            ):
+                return None
+            found.append(request)
+        return cls(req_ids, found)
+
+    def append(self, tokens: list[int]) -> list[int]:
+        """Add a token to each request; indices of those that it may end."""
+        for request, append, token in zip(self.requests, self._appends, tokens, strict=True):
+            append(token)
+            request.num_tokens = count = request.num_tokens + 1
+            if count > request.num_expected_tokens:
+                request.num_expected_tokens = count
+        self._num_tokens += 1
+        ending: list[int] = []
+        for index in (self._num_tokens >= self._looks_at).nonzero()[0].tolist():
+            request = self.requests[index]
+            request.hash_new_blocks()
+            self._looks_at[index] = request.looks_at
+            if request.num_tokens >= request.max_total_tokens:
+                ending.append(index)
+        if self._stop_ids and not self._stop_ids.isdisjoint(tokens):
+            stopping = {
+                index
+                for index, token in enumerate(tokens)
+                if token in self._stop_ids and token in self.requests[index].stop_ids
+            }
+            ending = sorted(stopping.union(ending))
+        return ending
+
+
 class StepResults:
     """Outputs by client, from where they arise until they are collected."""
 
@@ -25,6 +97,12 @@ class StepResults:
         self._scheduler = scheduler
         self._outputs: dict[int, list[EngineCoreOutput]] = {}
         self._finished: dict[int, set[str]] = {}
+        self._decodes: _Decodes | None = None
+        self._last_req_ids: list[str] = []
+
+    def forget_batch(self) -> None:
+        """A request has ended, or waits again."""
+        self._decodes = None
 
     @property
     def has_unsent(self) -> bool:
@@ -37,6 +115,8 @@ class StepResults:
         Args:
             discarded: requests whose samples mean nothing.
         """
+        if self._take_decodes(result, discarded):
+            return
         scheduler, outputs = self._scheduler, self._outputs
         get_request = scheduler.requests.get
         logprobs, prompt_logprobs = result.logprobs, result.prompt_logprobs_dict
@@ -86,6 +166,48 @@ class StepResults:
             client_outputs.append(output)
         if any_stopped:
             scheduler.drop_finished_from_running()
+        if not (logprobs or prompt_logprobs or discarded):
+            self._remember(result.req_ids)
+
+    def _remember(self, req_ids: list[str]) -> None:
+        """Expect the same batch again, once it has come twice."""
+        if req_ids and req_ids == self._last_req_ids:
+            self._decodes = _Decodes.of(req_ids, self._scheduler.requests)
+        self._last_req_ids = req_ids
+
+    def _take_decodes(self, result: ModelRunnerOutput, discarded: Set[str]) -> bool:
+        """``take_samples`` where the batch is that of the last step and all of it decodes.
+
+        False, with nothing done, where it is not.
+        """
+        req_ids, decodes = result.req_ids, self._decodes
+        if (
+            decodes is None
+            or decodes.req_ids != req_ids
+            or discarded
+            or result.logprobs
+            or result.prompt_logprobs_dict
+        ):
+            self._decodes = None
+            return False
+        lists = result.sampled_token_ids
+        tokens = [token_ids[0] for token_ids in lists if len(token_ids) == 1]
+        if len(tokens) != len(req_ids):
+            self._decodes = None
+            return False
+        new = list(map(EngineCoreOutput, req_ids, lists))
+        any_stopped = False
+        for index in decodes.append(tokens):
+            request = decodes.requests[index]
+            if check_stop(request):
+                new[index], was_running = self._end(request, lists[index])
+                any_stopped |= was_running
+        for client, indices in decodes.clients.items():
+            own = new if len(decodes.clients) == 1 else [new[index] for index in indices]
+            self._outputs.setdefault(client, []).extend(own)
+        if any_stopped:
+            self._scheduler.drop_finished_from_running()
+        return True
 
     def _end(self, request: Request, token_ids: list[int]) -> tuple[EngineCoreOutput, bool]:
         """Forget a request that a sample has ended; its last output, and whether it ran."""

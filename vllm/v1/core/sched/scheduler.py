@@ -21,10 +21,15 @@ from vllm.v1.core.kv_cache_utils import make_block_hasher
 from vllm.v1.core.sched.integrity import check_integrity
 from vllm.v1.core.sched.interface import GrammarManager, SchedulerInterface
 from vllm.v1.core.sched.kv_transfer import KVTransferTracker
-from vllm.v1.core.sched.output import GrammarOutput, SchedulerOutput
+from vllm.v1.core.sched.output import (
+    CachedRequestData,
+    GrammarOutput,
+    NewRequestData,
+    SchedulerOutput,
+)
 from vllm.v1.core.sched.request_queue import SchedulingPolicy, create_request_queue
 from vllm.v1.core.sched.results import StepResults
-from vllm.v1.core.sched.step import Step
+from vllm.v1.core.sched.step import LastDecodes, Step
 from vllm.v1.engine import EngineCoreEventType, EngineCoreOutputs, SchedulerStats
 from vllm.v1.kv_cache_interface import MambaSpec
 from vllm.v1.request import Request, RequestStatus
@@ -110,6 +115,9 @@ class Scheduler(SchedulerInterface):
         self.finished_req_ids: set[str] = set()
         """Ended since the last step; the workers hear of them in the next."""
         self._preempted_req_ids: set[str] = set()
+        # A connector may take tokens back that were counted as computed.
+        self._follows_decodes = connector is None
+        self._last_decodes: LastDecodes | None = None
         self.results = StepResults(self)
         # The request that did not fit, and the free blocks there were: no use in trying again
         # before more are free.
@@ -222,6 +230,7 @@ class Scheduler(SchedulerInterface):
         self._num_structured -= request.use_structured_output
         self._num_needing_tokens -= request.needs_known_tokens
         self.finished_req_ids.add(request_id)
+        self.results.forget_batch()
         if self.include_finished_set:
             self.results.add_finished(request)
         return params
@@ -288,6 +297,7 @@ class Scheduler(SchedulerInterface):
         for index in needy:
             if running[index].num_expected_tokens - running[index].num_computed_tokens != 1:
                 return False
+        step.is_decode = True
         step.running = running
         step.counts = [1] * len(running)
         step.blocks = [None] * len(running)
@@ -391,6 +401,7 @@ class Scheduler(SchedulerInterface):
         request.num_preemptions += 1
         self._num_preemptions += 1
         self._preempted_req_ids.add(request.request_id)
+        self.results.forget_batch()
         if self.log_stats:
             request.record_event(EngineCoreEventType.PREEMPTED)
         self.waiting.prepend_request(request)
@@ -500,7 +511,7 @@ class Scheduler(SchedulerInterface):
         self.kv_transfer.record(request.num_tokens - num_local, num_external)
 
     def _make_scheduler_output(self, step: Step) -> SchedulerOutput:
-        new_reqs, cached_reqs, num_scheduled = step.make_request_data(self.kv_cache_manager)
+        new_reqs, cached_reqs, num_scheduled = self._make_request_data(step)
         num_tokens = self.max_num_scheduled_tokens - step.budget
         self._num_scheduled_tokens += num_tokens
         output = SchedulerOutput(
@@ -524,6 +535,19 @@ class Scheduler(SchedulerInterface):
         if self._overlaps:
             step.expect_tokens()
         return output
+
+    def _make_request_data(
+        self, step: Step
+    ) -> tuple[list[NewRequestData], CachedRequestData, dict[str, int]]:
+        last = self._last_decodes
+        if last is not None:
+            last = self._last_decodes = step.follow(last)
+            if last is not None:
+                return [], last.cached, last.num_scheduled_tokens
+        new, cached, num_scheduled = step.make_request_data(self.kv_cache_manager)
+        if step.is_decode and not step.admitted and self._follows_decodes:
+            self._last_decodes = LastDecodes(step.running, cached, num_scheduled)
+        return new, cached, num_scheduled
 
     def _common_prefix_blocks(self) -> list[int]:
         kv = self.kv_cache_manager

@@ -10,7 +10,23 @@ if TYPE_CHECKING:
     from vllm.v1.core.kv_cache_manager import KVCacheManager
     from vllm.v1.request import Request
 
-__all__ = ["Step"]
+__all__ = ["LastDecodes", "Step"]
+
+
+class LastDecodes:
+    """What a step of decodes alone told the workers; nothing of it may be changed."""
+
+    __slots__ = ("cached", "num_scheduled_tokens", "running")
+
+    def __init__(
+        self,
+        running: list[Request],
+        cached: CachedRequestData,
+        num_scheduled_tokens: dict[str, int],
+    ) -> None:
+        self.running = running
+        self.cached = cached
+        self.num_scheduled_tokens = num_scheduled_tokens
 
 
 class Step:
@@ -18,7 +34,8 @@ class Step:
 
     ``counts`` and ``blocks`` (block ids per group, or None) run in step with ``running``, the
     requests that ran before; ``admitted_counts`` with ``admitted``, those that begin or resume.
-    ``budget`` is how many more tokens may be computed.
+    ``budget`` is how many more tokens may be computed. ``is_decode`` says that all of ``running``
+    compute one token each.
     """
 
     __slots__ = (
@@ -27,12 +44,14 @@ class Step:
         "blocks",
         "budget",
         "counts",
+        "is_decode",
         "preempted",
         "running",
     )
 
     def __init__(self, budget: int) -> None:
         self.budget = budget
+        self.is_decode = False
         self.running: list[Request] = []
         self.counts: list[int] = []
         self.blocks: list[tuple[list[int], ...] | None] = []
@@ -53,6 +72,23 @@ class Step:
     @property
     def has_structured_output_requests(self) -> bool:
         return any(request.use_structured_output for request in (*self.running, *self.admitted))
+
+    def follow(self, last: LastDecodes) -> LastDecodes | None:
+        """What to tell the workers where this step goes on with ``last``; None where it does not.
+
+        Only where nothing takes tokens back: counts are those of ``last``, one further.
+        """
+        if not self.is_decode or self.admitted or self.preempted or self.running != last.running:
+            return None
+        before = last.cached
+        cached = CachedRequestData(
+            req_ids=before.req_ids,
+            new_block_ids=self.blocks,
+            num_computed_tokens=[count + 1 for count in before.num_computed_tokens],
+            num_output_tokens=[count + 1 for count in before.num_output_tokens],
+            as_expected=True,
+        )
+        return LastDecodes(last.running, cached, last.num_scheduled_tokens)
 
     def make_request_data(
         self, kv_cache_manager: KVCacheManager
@@ -99,8 +135,12 @@ class Step:
 
     def advance(self) -> None:
         """Count the step's tokens as computed: later steps come after it on the device too."""
-        for request, count in zip(self.running, self.counts, strict=True):
-            request.num_computed_tokens += count
+        if self.is_decode:
+            for request in self.running:
+                request.num_computed_tokens += 1
+        else:
+            for request, count in zip(self.running, self.counts, strict=True):
+                request.num_computed_tokens += count
         for request, count in zip(self.admitted, self.admitted_counts, strict=True):
             request.num_computed_tokens += count
 

@@ -41,8 +41,7 @@ class _MirroredBuffer(HostBuffer):
     """Pinned memory with a copy on the device; ``device_view`` brings that up to date."""
 
     def __init__(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
-        self.cpu = _pinned(shape, dtype, device)
-        self.np = self.cpu.numpy()
+        self._hold(_pinned(shape, dtype, device))
         self.mirror = torch.zeros(shape, dtype=dtype, device=device)
 
     def device_view(self, n: int) -> torch.Tensor:

@@ -32,6 +32,7 @@ class AwaitedTokens:
 
 
 class DeviceInputBatch(InputBatch):
+    keeps_outputs = True
     changed = 0
     """How often a row has come, gone or moved."""
 

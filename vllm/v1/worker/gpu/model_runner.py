@@ -283,8 +283,7 @@ class GPUModelRunner(ModelRunner):
     def _draws_on_device(self, step: DeviceStepInputs) -> bool:
         return step.draw is not None and not self.logits_processors
 
-    @torch.inference_mode()
-    def sample_tokens(  # type: ignore[override]
+    def _end_step(  # type: ignore[override]
         self, grammar_output: GrammarOutput | None
     ) -> ModelRunnerOutput | PendingModelRunnerOutput:
         opened = self._open

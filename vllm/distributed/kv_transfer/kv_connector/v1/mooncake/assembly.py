@@ -18,11 +18,11 @@ from vllm.distributed.kv_transfer.kv_connector.v1.mooncake.messages import (
     PeerLayout,
 )
 from vllm.distributed.kv_transfer.kv_connector.v1.mooncake.receiver import Receiver
-from vllm.distributed.kv_transfer.kv_connector.v1.mooncake.results import Reports
 from vllm.distributed.kv_transfer.kv_connector.v1.mooncake.sender import Sender
 from vllm.distributed.kv_transfer.kv_connector.v1.mooncake.worker import MooncakeWorker
 from vllm.distributed.kv_transfer.kv_connector.v1.nixl.assembly import total_heads
 from vllm.distributed.kv_transfer.kv_connector.v1.nixl.peers import LocalSide
+from vllm.distributed.kv_transfer.kv_connector.v1.reports import Reports
 from vllm.distributed.kv_transfer.kv_connector.v1.seals import engine_secret, public_session
 from vllm.distributed.kv_transfer.transport.channel import Channel
 from vllm.distributed.kv_transfer.transport.port import CopyPort

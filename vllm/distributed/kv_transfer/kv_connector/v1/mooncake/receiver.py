@@ -30,7 +30,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.mooncake.messages import (
     decode_sealed,
     sealed,
 )
-from vllm.distributed.kv_transfer.kv_connector.v1.mooncake.results import Reports
+from vllm.distributed.kv_transfer.kv_connector.v1.reports import Reports
 from vllm.distributed.kv_transfer.kv_connector.v1.topology import TransferTopology
 from vllm.distributed.kv_transfer.transport.channel import Channel
 from vllm.errors import ConfigError, KVTransferError

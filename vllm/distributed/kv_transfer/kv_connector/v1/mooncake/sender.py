@@ -36,8 +36,8 @@ from vllm.distributed.kv_transfer.kv_connector.v1.mooncake.messages import (
     decode_sealed,
     sealed,
 )
-from vllm.distributed.kv_transfer.kv_connector.v1.mooncake.results import Reports
 from vllm.distributed.kv_transfer.kv_connector.v1.nixl.peers import LocalSide
+from vllm.distributed.kv_transfer.kv_connector.v1.reports import Reports
 from vllm.distributed.kv_transfer.kv_connector.v1.topology import TransferTopology
 from vllm.distributed.kv_transfer.plan import TransferPlan, plan_transfer
 from vllm.distributed.kv_transfer.transport.channel import Channel

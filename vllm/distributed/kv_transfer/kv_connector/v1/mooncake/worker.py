@@ -14,8 +14,8 @@ import time
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorTransferResults
 from vllm.distributed.kv_transfer.kv_connector.v1.mooncake.messages import MooncakeStepMetadata
 from vllm.distributed.kv_transfer.kv_connector.v1.mooncake.receiver import Receiver
-from vllm.distributed.kv_transfer.kv_connector.v1.mooncake.results import Reports
 from vllm.distributed.kv_transfer.kv_connector.v1.mooncake.sender import Sender
+from vllm.distributed.kv_transfer.kv_connector.v1.reports import Reports
 from vllm.distributed.kv_transfer.transport.channel import Channel
 from vllm.distributed.kv_transfer.transport.port import CopyPort
 from vllm.errors import KVTransferError

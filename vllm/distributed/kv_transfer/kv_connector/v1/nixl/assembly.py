@@ -100,20 +100,18 @@ def start_worker(
         ring=None if ring is None else ring.shape,
         registers_blocks=not on_host,
     )
-    return make_worker(
-        local, settings, port, ask_handshake, backing=backing, ring=ring, pushes=pushes
-    )
+    return make_worker(local, settings, port, ask_handshake, ring=ring, pushes=pushes)
 
 
 def make_ring(
     backing: torch.Tensor, settings: NixlSettings, device: str | None = None
 ) -> StagingRing | None:
     """The staging ring that the settings ask for; None for none."""
-    if not settings.staging_slots:
+    if settings.staging_slots == 0:
         return None
     costs = NVLINK if backing.is_cuda else HOST_COPIES
     size = settings.staging_slot_bytes or costs.slot_bytes
-    return StagingRing(backing, settings.staging_slots, size, device)
+    return StagingRing(backing, settings.staging_slots or costs.num_slots, size, device)
 
 
 def make_worker(
@@ -122,7 +120,6 @@ def make_worker(
     port: TransferPort,
     ask: AskHandshake,
     *,
-    backing: torch.Tensor | None = None,
     ring: StagingRing | None = None,
     pushes: bool = False,
     threaded: bool = True,
@@ -159,7 +156,6 @@ def make_worker(
         scratch,
         hello=hello,
         ring=ring,
-        backing=backing,
         pushes=pushes,
         threaded=threaded,
     )

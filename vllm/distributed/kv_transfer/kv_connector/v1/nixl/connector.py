@@ -67,7 +67,7 @@ class NixlConnector(TwoHalvesConnector):
         self._settings = parse_settings(
             type(self).__name__, self._kv_transfer_config.kv_connector_extra_config
         )
-        if buffer == "cpu" and not self._settings.staging_slots:
+        if buffer == "cpu" and self._settings.staging_slots == 0:
             raise ConfigError(
                 'kv_buffer_device "cpu": the buffer is the staging ring, so staging_slots in '
                 "kv_connector_extra_config cannot be 0",

@@ -67,8 +67,8 @@ class NixlSettings(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     max_leases: int = 4096
     transfer_path: str = "auto"
     """How blocks cross: "descriptors", "staging", "mapped", or what the cost model finds best."""
-    staging_slots: int = 8
-    """Of the ring that blocks are gathered into; 0 for none."""
+    staging_slots: int | None = None
+    """Of the ring that blocks are gathered into; 0 for none, None for what suits the device."""
     staging_slot_bytes: int | None = None
     """A power of two; by default what suits the device."""
 
@@ -84,15 +84,15 @@ def parse_settings(name: str, given: dict[str, Any]) -> NixlSettings:
         raise ConfigError(
             f"{name}: kv_connector_extra_config: {error}", parameter="kv_connector_extra_config"
         ) from None
-    size = settings.staging_slot_bytes
+    slots, size = settings.staging_slots, settings.staging_slot_bytes
     problem = None
     if settings.transfer_path not in PATHS:
         problem = f"transfer_path must be one of {', '.join(PATHS)}"
-    elif not 0 <= settings.staging_slots <= 4096 or settings.staging_slots == 1:
+    elif slots is not None and (not 0 <= slots <= 4096 or slots == 1):
         problem = "staging_slots must be 0, or 2 to 4096"
     elif size is not None and (not 1 << 12 <= size <= 1 << 32 or size & (size - 1)):
         problem = "staging_slot_bytes must be a power of two from 4096 to 4294967296"
-    elif settings.transfer_path == "staging" and not settings.staging_slots:
+    elif settings.transfer_path == "staging" and slots == 0:
         problem = "transfer_path staging needs staging_slots"
     if problem is not None:
         raise ConfigError(f"{name}: {problem}", parameter="kv_connector_extra_config")

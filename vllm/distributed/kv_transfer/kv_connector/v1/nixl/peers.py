@@ -20,8 +20,10 @@ from vllm.distributed.kv_transfer.kv_connector.v1.nixl.messages import (
     decode_payload,
 )
 from vllm.distributed.kv_transfer.kv_connector.v1.topology import TransferTopology
+from vllm.distributed.kv_transfer.mapped import MappedMemory
 from vllm.distributed.kv_transfer.plan import TransferPlan, plan_transfer
 from vllm.distributed.kv_transfer.staging import RingPair, RingShape, TableMovers
+from vllm.distributed.kv_transfer.transport.peer_process import PeerProcess
 from vllm.distributed.kv_transfer.transport.port import TransferPort
 from vllm.errors import ConfigError, KVTransferError
 from vllm.v1.kv_cache.descriptors import CacheDescriptor
@@ -65,12 +67,16 @@ class PeerRank:
     local_ring: Any = None
     remote_ring: Any = None
     movers: list[TableMovers] = field(default_factory=list)
-    mapped: int | None = None
-    """Address here of the peer's cache, where its memory is mapped."""
+    mapped: MappedMemory | None = None
+    """The peer's cache, where it can be read here."""
     seen: Experience = field(default_factory=Experience)
     introduced: bool = False
     """It knows us, and what we take."""
     lease_table: Any = None
+    lease_address: int = 0
+    """Of its lease table, in its process."""
+    process: PeerProcess | None = None
+    """By which the table is read where that can be."""
     num_leases: int = 0
 
 
@@ -251,6 +257,8 @@ class PeerBook:
         table = np.array([[metadata.lease_table, 8, 8, metadata.num_leases]], dtype=np.int64)
         found.lease_table = self._port.prepare(found.agent, table, on_host=True)
         found.num_leases = metadata.num_leases
+        found.lease_address = metadata.lease_table
+        found.process = self._port.process(found.agent)
         return found
 
     def _prepare(
@@ -266,7 +274,10 @@ class PeerBook:
             theirs[:, 0] += base
             rank.local = self._port.prepare(None, own)
             rank.remote = self._port.prepare(rank.agent, theirs)
-            rank.mapped = self._port.mapped(rank.agent, base)
+            place = self._port.mapped(rank.agent, base)
+            if place is not None:
+                own_base = local.descriptor.base
+                rank.mapped = MappedMemory(plan, rank.movers, place, own_base, device)
         if local.ring is not None and metadata.ring is not None:
             pair = RingPair(source=read_ring(metadata.ring), target=local.ring)
             rank.pair = pair

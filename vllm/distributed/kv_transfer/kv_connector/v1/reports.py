@@ -1,4 +1,4 @@
-"""What the two sides of a worker report to the thread of the steps: ended transfers, counters."""
+"""What a transfer thread reports to the thread of the steps: ended transfers, counters."""
 
 from __future__ import annotations
 
