@@ -193,7 +193,7 @@ def _as(x, CODES_ASM: tl.constexpr, DTYPE: tl.constexpr):
 
     Triton 3.6 fails to lay out operands of Hopper's products that are nothing but reshaped.
     """
-    if (CODES_ASM != "") & (tl.float16 == DTYPE):
+    if CODES_ASM != "":
         x = tl.inline_asm_elementwise(
             "mov.b32 $0, $1;", "=r,r", [x], dtype=tl.float16, is_pure=True, pack=2
         )
