@@ -1,6 +1,7 @@
 """The tree keeps its promises: import direction, packaging, pipelines."""
 
 import ast
+import re
 import tomllib
 from pathlib import Path
 
@@ -180,3 +181,25 @@ def test_the_package_has_the_extras_that_users_ask_for() -> None:
     assert extras <= set(project["optional-dependencies"])
     assert project["license"] == "Apache-2.0"
     assert "Apache License" in (ROOT / "LICENSE").read_text()
+
+
+def test_what_the_architecture_page_names_is_there():
+    text = (ROOT / "docs/architecture.md").read_text()
+    named = set(re.findall(r"`(?:vllm/)?([\w/]+(?:/|\.py))`", text)) | {"csrc/cpu"}
+    found = [path.relative_to(ROOT).as_posix() for path in (*PACKAGE.rglob("*"), ROOT / "csrc/cpu")]
+    found += [path.relative_to(ROOT).as_posix() for path in (ROOT / "tests").glob("*")]
+    missing = {
+        name
+        for name in named
+        if not any(f"/{path}".endswith(f"/{name.strip('/')}") for path in found)
+    }
+    assert len(named) > 40 and not missing, missing
+
+
+def test_the_architecture_page_names_every_part():
+    text = (ROOT / "docs/architecture.md").read_text()
+    packages = [path.parent.relative_to(PACKAGE) for path in PACKAGE.glob("*/__init__.py")]
+    packages += [path.parent.relative_to(PACKAGE) for path in PACKAGE.glob("v1/*/__init__.py")]
+    operators = [path.relative_to(PACKAGE) for path in PACKAGE.glob("_*_op*.py")]
+    unnamed = [str(path) for path in packages + operators if str(path) not in text]
+    assert not unnamed, unnamed

@@ -140,11 +140,13 @@ _ACCEPTED_VALUES: dict[str, tuple[str, ...]] = {
 }
 """Variables that change nothing here, and the values that ask for just that."""
 
+_OPTIONS = {"VLLM_ATTENTION_BACKEND": "--attention-backend"}
+"""Variables that vLLM had, and the options that say it."""
+
 _NOT_YET = frozenset(
     {
         "VLLM_ALLOW_LONG_MAX_MODEL_LEN",
         "VLLM_ALLOW_RUNTIME_LORA_UPDATING",
-        "VLLM_ATTENTION_BACKEND",
         "VLLM_CONFIGURE_LOGGING",
         "VLLM_CPU_NUM_OF_RESERVED_CPU",
         "VLLM_CPU_SGL_KERNEL",
@@ -188,6 +190,8 @@ def _refusal(name: str, value: str) -> str | None:
     if name in _ACCEPTED_VALUES:
         accepted = ", ".join(_ACCEPTED_VALUES[name])
         return f"{name}={value}: vLLM has this; this engine does not yet (accepted: {accepted})"
+    if name in _OPTIONS:
+        return f"{name}: say it by {_OPTIONS[name]}; unset it"
     if name in _NOT_YET:
         return f"{name}: vLLM has this; this engine does not yet; unset it"
     close = difflib.get_close_matches(name, variables, n=1, cutoff=0.8)

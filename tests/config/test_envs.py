@@ -25,10 +25,16 @@ def test_defaults():
     assert envs.VLLM_API_KEY is None
 
 
-@pytest.mark.parametrize("name", ["VLLM_ATTENTION_BACKEND", "VLLM_RPC_TIMEOUT"])
+@pytest.mark.parametrize("name", ["VLLM_CONFIGURE_LOGGING", "VLLM_RPC_TIMEOUT"])
 def test_what_vllm_has_and_this_engine_lacks_is_refused(monkeypatch, name):
     monkeypatch.setenv(name, "1")
     with pytest.raises(UnsupportedError, match=f"{name}: vLLM has this; this engine does not yet"):
+        envs.validate_environ()
+
+
+def test_what_is_an_option_now_is_named(monkeypatch):
+    monkeypatch.setenv("VLLM_ATTENTION_BACKEND", "CPU_ATTN")
+    with pytest.raises(UnsupportedError, match=r"VLLM_ATTENTION_BACKEND: .*--attention-backend"):
         envs.validate_environ()
 
 

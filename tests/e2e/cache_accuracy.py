@@ -11,7 +11,7 @@ log-probabilities are equal position by position, and a few hundred positions te
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -158,11 +158,18 @@ class Simulation:
         self._model = model
         model.set_attn_implementation("eager")
 
-    def free(self, fmt: KVFormat | None, scales: list[SideScales] | None = None) -> Run:
-        """By its own keys and values; ``fmt`` None leaves them as they are."""
+    def free(
+        self,
+        fmt: KVFormat | None,
+        scales: list[SideScales] | None = None,
+        skipped: Collection[int] = (),
+    ) -> Run:
+        """By its own keys and values; ``fmt`` None, and layers ``skipped``, leave them alone."""
 
         def store(index: int, key: torch.Tensor, value: torch.Tensor) -> Any:
-            return (key, value) if fmt is None else _there_and_back(fmt, scales, index, key, value)
+            if fmt is None or index in skipped:
+                return key, value
+            return _there_and_back(fmt, scales, index, key, value)
 
         return self._run(store)
 

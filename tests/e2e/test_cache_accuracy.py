@@ -75,12 +75,14 @@ class Answers:
     Attributes:
         ours: as requests are served.
         observed: with a recorder in between, which had ``followed`` do the same.
+        free: the simulation by keys and values of its own.
         spoilt: with values that are stored a quarter too large.
     """
 
     ours: Run
     observed: Run
     followed: Followed
+    free: Run
     spoilt: Run
 
 
@@ -103,7 +105,8 @@ def answer(case: Case, simulation: Simulation, model: str = "smollm2") -> Answer
         with observed_by(llm, Recorder(factor=1.25)):
             spoilt = ask(llm, simulation.texts)
     followed = simulation.following(recorder, fmt, scales)
-    return Answers(ours=ours, observed=observed, followed=followed, spoilt=spoilt)
+    free = simulation.free(fmt, scales)
+    return Answers(ours=ours, observed=observed, followed=followed, free=free, spoilt=spoilt)
 
 
 def is_near(found: Run, expected: Run, plain: Run) -> bool:
@@ -113,13 +116,13 @@ def is_near(found: Run, expected: Run, plain: Run) -> bool:
     )
 
 
-def check(case: Case, simulation: Simulation, plain: Run, free: Run) -> None:
+def check(case: Case, simulation: Simulation, plain: Run) -> None:
     found = answer(case, simulation)
     simulated = found.followed.run
     apart = (found.ours.log_probs - simulated.log_probs).abs()
     print(
         f"\n{case}: engine {found.ours.describe(plain)}; simulation {simulated.describe(plain)}; "
-        f"by itself {free.describe(plain)}; plain {plain.perplexity:.3f}; log-probabilities "
+        f"by itself {found.free.describe(plain)}; plain {plain.perplexity:.3f}; log-probabilities "
         f"{apart.median():.1e} apart, at most {apart.max():.1e}; keys and values "
         f"{found.followed.deviation:.1e}; spoilt {found.spoilt.describe(plain)}"
     )
@@ -156,8 +159,7 @@ def plain(simulation: Simulation) -> Run:
 def test_a_cache_costs_what_its_formula_does(
     case: Case, simulation: Simulation, plain: Run
 ) -> None:
-    free = simulation.free(kv_format(case.cache_dtype))
-    check(case, simulation, plain, free)
+    check(case, simulation, plain)
 
 
 @pytest.mark.parametrize("name", ["int4_per_token_head"])
@@ -165,5 +167,4 @@ def test_a_cache_costs_what_its_formula_does_over_a_short_text(
     name: str, model: LlamaForCausalLM
 ) -> None:
     simulation = Simulation(model, make_texts(1, 64))
-    plain = simulation.free(None)
-    check(Case(name), simulation, plain, simulation.free(kv_format(name)))
+    check(Case(name), simulation, simulation.free(None))

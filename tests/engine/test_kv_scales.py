@@ -107,8 +107,22 @@ def test_a_side_of_zeros_keeps_a_scale_that_divides() -> None:
     assert scale_for(FORMATS["fp8"], 0.0) == 1.0
 
 
-@pytest.mark.parametrize("name", ["fp8_e4m3", "fp8_e5m2", "nvfp4"])
-@pytest.mark.parametrize("backend", ["CPU_ATTN", "TORCH_REF"])
+@pytest.mark.parametrize(
+    ("name", "backend"),
+    [
+        ("fp8_e4m3", "CPU_ATTN"),
+        ("nvfp4", "CPU_ATTN"),
+        *(
+            pytest.param(*values, marks=pytest.mark.slow)
+            for values in (
+                ("fp8_e5m2", "CPU_ATTN"),
+                ("fp8_e4m3", "TORCH_REF"),
+                ("fp8_e5m2", "TORCH_REF"),
+                ("nvfp4", "TORCH_REF"),
+            )
+        ),
+    ],
+)
 def test_what_a_scale_of_one_cuts_off_is_kept(
     start: Start, model: Path, name: str, backend: str
 ) -> None:
@@ -160,6 +174,7 @@ def test_layers_that_are_skipped_or_share_a_cache_are_left_alone(start: Start, m
     assert scales["model.layers.2.self_attn.attn"] != (1.0, 1.0)
 
 
+@pytest.mark.slow
 def test_a_model_with_states_beside_attention(start: Start, tmp_path: Path) -> None:
     save(make_linear_model("qwen3_next"), tmp_path)
     plain = start(tmp_path, calculate_kv_scales=False)
@@ -181,6 +196,7 @@ def test_they_outlive_the_weights(start: Start, model: Path) -> None:
     assert torch.equal(log_probs(llm), expected)
 
 
+@pytest.mark.slow
 def test_the_runner_of_a_gpu_finds_the_same(start: Start, model: Path) -> None:
     (expected,) = scales_of(start(model, max_model_len=24))
     config = make_interpreted_config(model, overlapped=True)

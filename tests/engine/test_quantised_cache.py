@@ -134,6 +134,12 @@ def test_skipped_layers_keep_the_models_dtype(start, prompts, skipped) -> None:
     assert not torch.equal(one, both)
 
 
+@pytest.mark.parametrize("entry", ["2", "-1", "", "model.layers.1", "sliding_window"])
+def test_an_entry_that_means_no_layer_is_refused(start, entry) -> None:
+    with pytest.raises(ConfigError, match=f"--kv-cache-dtype-skip-layers '{entry}' means no layer"):
+        start(kv_cache_dtype="fp8", kv_cache_dtype_skip_layers=[entry])
+
+
 def test_a_request_that_is_cut_in_chunks_reads_what_it_stored(start, prompts) -> None:
     params = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
     given = [{"prompt_token_ids": prompt} for prompt in prompts]

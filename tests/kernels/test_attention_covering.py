@@ -89,6 +89,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "sinks": {"sinks": True},
 }
 PREFIX = 32
+# Seconds on a CPU; on a GPU these tests go with the others.
+SLOW = pytest.mark.gpu if ON_GPU else pytest.mark.slow
 
 
 def head_size_v(backend: str, head_size: int) -> int:
@@ -159,6 +161,12 @@ def refuses(row: Row) -> str | None:
 NATIVE = ("CPU_ATTN", "TORCH_REF")
 
 
+BOTH = pytest.mark.parametrize(
+    "small",
+    [pytest.param(True, id="few values"), pytest.param(False, marks=SLOW, id="all values")],
+)
+
+
 @functools.cache
 def combinations_of(small: bool) -> Combinations:
     return Combinations(SMALL if small else FEATURES, BOUND, refuses)
@@ -195,7 +203,7 @@ def untouched(step: Any, before: torch.Tensor) -> None:
     assert torch.equal(now[others], before[others]), "a block of nobody was written to"
 
 
-@pytest.mark.parametrize("small", [True, False], ids=["few values", "all values"])
+@BOTH
 def test_the_array_has_every_pair_that_can_be(small: bool, rng: random.Random) -> None:
     combinations = combinations_of(small)
     rows = combinations.covering_rows(rng)
@@ -205,7 +213,7 @@ def test_the_array_has_every_pair_that_can_be(small: bool, rng: random.Random) -
     assert combinations.missing(rows[:-1])
 
 
-@pytest.mark.parametrize("small", [True, False], ids=["few values", "all values"])
+@BOTH
 def test_pairs_that_are_left_out_are_refused(small: bool) -> None:
     for pair, why in combinations_of(small).impossible():
         print(pair, why)

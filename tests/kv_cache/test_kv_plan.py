@@ -164,6 +164,13 @@ def test_smaller_formats_need_less(dtype):
     assert small.layers[0].dtype in ("uint8", "int8")
 
 
+def test_layers_to_skip_are_layers_of_the_model():
+    some = report("gemma-3-27b", "--kv-cache-dtype", "fp8", "--kv-cache-dtype-skip-layers", "5")
+    assert {layer.dtype for layer in some.layers} == {"uint8", "bfloat16"}
+    with pytest.raises(ConfigError, match="--kv-cache-dtype-skip-layers '99' means no layer"):
+        report("gemma-3-27b", "--kv-cache-dtype", "fp8", "--kv-cache-dtype-skip-layers", "99")
+
+
 def test_states_kept_for_prefix_reuse_stand_for_as_many_tokens_as_attention_blocks():
     result = report("nemotron-h-8b", "--mamba-cache-mode", "align")
     assert len({group.block_size for group in result.groups}) == 1

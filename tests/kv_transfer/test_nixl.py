@@ -212,6 +212,24 @@ def test_formats_without_a_conversion_are_refused_with_both(make_nixl, caplog):
     assert "--kv-cache-dtype is fp8_e4m3 here and fp8_e5m2 there" in caplog.text
 
 
+def test_scales_that_were_found_on_both_sides_are_the_same(make_llm, make_nixl):
+    given = {"kv_cache_dtype": "fp8", "calculate_kv_scales": True}
+    p, d = (make_nixl(role, **given) for role in ("kv_producer", "kv_consumer"))
+    tokens, outputs = decode(d, PROMPTS, prefill(p, PROMPTS))
+    assert [out.num_cached_tokens for out in outputs] == [70, 33, 128, 5]
+    assert tokens == greedy(make_llm(**given), PROMPTS)
+
+
+@pytest.mark.parametrize("there", ["fp8", "auto"])
+def test_numbers_under_other_scales_are_refused(make_nixl, caplog, there):
+    p = make_nixl("kv_producer", kv_cache_dtype="fp8", calculate_kv_scales=True)
+    d = make_nixl("kv_consumer", kv_cache_dtype=there)
+    with pytest.raises(KVTransferError, match="kv_load_failure_policy"):
+        decode(d, PROMPTS[:1], prefill(p, PROMPTS[:1]))
+    assert "kv_scales: none here, " in caplog.text
+    assert "(--calculate-kv-scales) there" in caplog.text
+
+
 @pytest.mark.parametrize(
     ("theirs", "ours"), [(2, 1), (1, 2), pytest.param(2, 2, marks=pytest.mark.slow)]
 )

@@ -1,5 +1,6 @@
 """The KV cache as the user asks for it; what came out of planning is in ``KVCacheConfig``."""
 
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from vllm.config.checks import at_least, one_of, within
@@ -9,6 +10,12 @@ HASH_ALGORITHMS = ("sha256", "sha256_cbor", "xxhash", "xxhash_cbor")
 MAMBA_CACHE_MODES = ("none", "all", "align")
 LAYER_SCALED_DTYPES = ("fp8", "fp8_e4m3", "fp8_e5m2", "nvfp4")
 """Cache dtypes with one scale for a layer's keys and one for its values."""
+
+
+def shortened(names: Iterable[str], shown: int = 4) -> list[str]:
+    """The first names, and "..." for the others."""
+    first = list(names)
+    return first if len(first) <= shown else [*first[:shown], "..."]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,8 +82,32 @@ class CacheConfig:
 
     def dtype_of_layer(self, layer_name: str, has_window: bool = False) -> str:
         """The cache dtype of one layer: "auto" where it is to be skipped."""
-        skipped = self.kv_cache_dtype_skip_layers
-        numbers = {part for part in layer_name.split(".") if part.isdecimal()}
-        if layer_name in skipped or not numbers.isdisjoint(skipped):
-            return "auto"
-        return "auto" if has_window and "sliding_window" in skipped else self.cache_dtype
+        skipped = any(
+            self._means(entry, layer_name, has_window) for entry in self.kv_cache_dtype_skip_layers
+        )
+        return "auto" if skipped else self.cache_dtype
+
+    @staticmethod
+    def _means(entry: str, layer_name: str, has_window: bool) -> bool:
+        if entry == "sliding_window":
+            return has_window
+        return entry == layer_name or (entry.isdecimal() and entry in layer_name.split("."))
+
+    def check_skipped_layers(self, layers: Mapping[str, bool]) -> None:
+        """Whether each entry of ``kv_cache_dtype_skip_layers`` means a layer.
+
+        Args:
+            layers: names of the layers that attend -> whether they have a window.
+
+        Raises:
+            ConfigError: one means none, so it would be ignored.
+        """
+        for entry in self.kv_cache_dtype_skip_layers:
+            if not any(self._means(entry, *layer) for layer in layers.items()):
+                raise ConfigError(
+                    f"--kv-cache-dtype-skip-layers {entry!r} means no layer that attends: give "
+                    "sliding_window where layers have windows, or numbers or whole names of "
+                    f"layers, which are {', '.join(shortened(layers))}",
+                    parameter="kv_cache_dtype_skip_layers",
+                    value=entry,
+                )

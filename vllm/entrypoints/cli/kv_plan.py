@@ -225,10 +225,12 @@ def plan(args: argparse.Namespace) -> tuple[KVCacheConfig, VllmConfig]:
     """
     from vllm.distributed.kv_transfer.movement import movement_of
     from vllm.model_executor.models.cache_declarations import declare_kv_caches
+    from vllm.v1.kv_cache.declare import check_skipped_layers
     from vllm.v1.kv_cache.planner import longest_that_fits, plan_kv_cache, resolve_layout
 
     vllm_config = _configure(args)
     specs = declare_kv_caches(vllm_config)
+    check_skipped_layers(specs, vllm_config)
     movement: CacheMovement | None = movement_of(args.connector) if args.connector else None
     limits = _constraints(args.attention_backend, specs)
     if args.max_model_len is None and any(spec.page_size_bytes for spec in specs.values()):

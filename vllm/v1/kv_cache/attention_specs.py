@@ -335,14 +335,15 @@ class AttentionSpec(KVCacheSpec):
         step = SCALE_BYTES * (2 if mode is KVQuantMode.INT4_PER_TOKEN_HEAD else 1)
         if mode.is_per_token_head and any(width % step for width in widths):
             raise ConfigError(
-                f"{self.where}{mode.name.lower()} keeps a {SCALE_BYTES}-byte scale behind the data "
-                f"of each head, so head sizes must be multiples of {step}, not {widths}",
+                f"{self.where}--kv-cache-dtype {mode.name.lower()} keeps a {SCALE_BYTES}-byte "
+                f"scale behind the data of each head, so head sizes must be multiples of {step}, "
+                f"not {widths}; fp8 takes any",
                 parameter="kv_cache_dtype",
             )
         if mode.is_nvfp4 and (self.head_size_v != self.head_size or self.head_size % NVFP4_GROUP):
             raise ConfigError(
-                f"{self.where}nvfp4 needs K and V of one width that is a multiple of "
-                f"{NVFP4_GROUP}, not {widths}",
+                f"{self.where}--kv-cache-dtype nvfp4 needs K and V of one width that is a multiple "
+                f"of {NVFP4_GROUP}, not {widths}; fp8 takes any",
                 parameter="kv_cache_dtype",
             )
 

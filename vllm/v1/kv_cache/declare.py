@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from vllm.errors import ConfigError
 from vllm.v1.kv_cache.attention_specs import (
+    AttentionSpec,
     ChunkedLocalAttentionSpec,
     CrossAttentionSpec,
     FullAttentionSpec,
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 __all__ = [
     "TURBOQUANT_BITS",
     "attention_spec",
+    "check_skipped_layers",
     "cross_attention_spec",
     "kv_cache_storage",
     "kv_heads_of_rank",
@@ -129,6 +131,24 @@ def kv_heads_of_rank(total: int, tp_size: int) -> int:
         parameter="tensor_parallel_size",
         value=tp_size,
     )
+
+
+def check_skipped_layers(specs: Mapping[str, KVCacheSpec], vllm_config: VllmConfig) -> None:
+    """Whether each entry of --kv-cache-dtype-skip-layers means a layer that attends.
+
+    Raises:
+        ConfigError: one means none, so it would be ignored.
+    """
+    vllm_config.cache_config.check_skipped_layers(
+        {name: _has_window(spec) for name, spec in specs.items() if isinstance(spec, AttentionSpec)}
+    )
+
+
+def _has_window(spec: AttentionSpec) -> bool:
+    """Whether tokens see the last ones only, whatever the cache keeps."""
+    if isinstance(spec, FullAttentionSpec):
+        return spec.sliding_window is not None
+    return isinstance(spec, SlidingWindowSpec)
 
 
 def _cache_dtype(vllm_config: VllmConfig, layer_name: str, has_window: bool = False) -> str:

@@ -21,6 +21,7 @@ from vllm.v1.kv_cache.blocks import (
     copy_block_runs,
     runs_of_views,
 )
+from vllm.v1.kv_cache.declare import check_skipped_layers
 from vllm.v1.kv_cache.planner import BackendConstraints
 from vllm.v1.kv_cache.resolver import select_common_block_size as _common_block_size
 from vllm.v1.kv_cache.views import (
@@ -180,12 +181,17 @@ def _check_block_dim(kv_caches: AllocatedKVCache) -> None:
 def get_kv_cache_specs(
     layers: Mapping[str, AttentionLayerBase], vllm_config: VllmConfig
 ) -> dict[str, KVCacheSpec]:
-    """What the layers declare, as their backends pack it; layers without a cache are left out."""
+    """What the layers declare, as their backends pack it; layers without a cache are left out.
+
+    Raises:
+        ConfigError: --kv-cache-dtype-skip-layers has an entry that means none of them.
+    """
     specs = {}
     for name, layer in layers.items():
         spec = layer.get_kv_cache_spec(vllm_config)
         if spec is not None:
             specs[name] = layer.get_attn_backend().customize_spec(spec).with_layer_name(name)
+    check_skipped_layers(specs, vllm_config)
     return specs
 
 

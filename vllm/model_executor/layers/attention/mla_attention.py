@@ -186,8 +186,7 @@ class MLAAttention(nn.Module, LatentLayerBase):
         self.head_size = kv_lora_rank + qk_rope_head_dim
         self.layer_name = prefix
         self.dtype = vllm_config.model_config.dtype
-        skipped = prefix in cache_config.kv_cache_dtype_skip_layers
-        self.kv_cache_dtype = "auto" if skipped else cache_config.cache_dtype
+        self.kv_cache_dtype = cache_config.dtype_of_layer(prefix)
         self.kv_b_proj = kv_b_proj
         self.attn_backend = attn_backend or get_attn_backend(
             self.head_size,
