@@ -747,6 +747,7 @@ def _rope_store(
     cache = (0, 0, 0, 0, 0, 0)
     block_size, cache_code, quantised = 1, 0, _PLAIN_CACHE
     if kv_cache is not None and slot_mapping is not None:
+        assert slot_mapping.shape[0] <= lead.shape[0], "a slot for each token at most"
         address, quantised = cache_arguments(kv_cache, fmt, scales, lead.shape[2])
         cache = (*address, slot_mapping.data_ptr(), slot_mapping.shape[0])
         block_size = kv_cache.shape[2]
@@ -942,6 +943,12 @@ def paged_attention(
     else:
         assert value_offset == head_size == value_size
         kv_heads //= fmt.head_slots(1)
+    # The kernel takes addresses only: what disagrees here would be read beyond its end.
+    requests = query_start_loc.shape[0] - 1
+    assert num_heads % kv_heads == 0 and out.shape[1] == num_heads
+    assert seq_lens.shape[0] >= requests and block_table.shape[0] >= requests
+    assert alibi_slopes is None or alibi_slopes.shape[0] == num_heads
+    assert sinks is None or sinks.shape[0] == num_heads
     assert out.dtype is query.dtype and out.stride(2) == 1
     assert query_start_loc.dtype is torch.int32 and seq_lens.dtype is torch.int32
     assert block_table.dtype is torch.int32 and block_table.stride(1) == 1

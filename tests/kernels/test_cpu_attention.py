@@ -289,3 +289,40 @@ def test_a_position_outside_the_table_is_refused() -> None:
     query = torch.randn(2, 1, 16)
     with pytest.raises(IndexError, match="position 64 is not below 64"):
         ops.rotary_embedding(torch.tensor([0, 64]), query, None, 16, torch.randn(64, 16), True)
+
+
+@pytest.mark.skipif(not ops.has_extension(), reason="the PyTorch form indexes, and says so itself")
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"query": torch.randn(3, 3, 16), "out": torch.zeros(3, 3, 16)},
+        {"out": torch.zeros(3, 2, 16)},
+        {"seq_lens": torch.tensor([20], dtype=torch.int32)},
+        {"block_table": torch.ones(1, 2, dtype=torch.int32)},
+        {"alibi_slopes": torch.ones(2)},
+        {"sinks": torch.ones(1)},
+    ],
+    ids=lambda change: next(iter(change)),
+)
+def test_tensors_that_disagree_are_not_read_beyond_their_ends(change: dict[str, Any]) -> None:
+    given = {
+        "query": torch.randn(3, 4, 16),
+        "kv_cache": torch.zeros(6, 2, 16, 32),
+        "out": torch.zeros(3, 4, 16),
+        "query_start_loc": torch.tensor([0, 1, 3], dtype=torch.int32),
+        "seq_lens": torch.tensor([20, 30], dtype=torch.int32),
+        "block_table": torch.tensor([[1, 2], [3, 4]], dtype=torch.int32),
+        "scale": 0.25,
+    }
+    ops.paged_attention(**given)
+    with pytest.raises(AssertionError):
+        ops.paged_attention(**given | change)
+
+
+@pytest.mark.skipif(not ops.has_extension(), reason="the PyTorch form indexes, and says so itself")
+def test_more_slots_than_tokens_are_not_stored() -> None:
+    key = torch.randn(3, 2, 16)
+    cache, slots = torch.zeros(6, 2, 16, 32), torch.arange(4)
+    with pytest.raises(AssertionError, match="a slot for each token"):
+        ops.store_kv_cache(key, key.clone(), cache, slots)
+    assert not cache.any()

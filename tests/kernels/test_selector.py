@@ -98,3 +98,36 @@ def test_a_platform_may_insist_on_a_backend(monkeypatch: pytest.MonkeyPatch) -> 
 
     monkeypatch.setattr(selector, "current_platform", Insists())
     assert get_attn_backend(64, torch.bfloat16, "auto", 16).get_name() == "TORCH_REF"
+
+
+class TestWhatWasMeasured:
+    @pytest.fixture
+    def order(self, monkeypatch: pytest.MonkeyPatch):
+        """Candidates on a GPU of a capability; all can serve, or those named can't."""
+
+        def chosen(major: int, *declining: str) -> str:
+            class Candidate:
+                def __init__(self, name: str) -> None:
+                    self.get_name = lambda: name
+
+                def validate_configuration(self, **_: object) -> list[str]:
+                    return ["it is not installed"] if self.get_name() in declining else []
+
+            monkeypatch.setattr(selector, "current_platform", platform_class("cuda")())
+            monkeypatch.setattr(selector, "capability", lambda: (major, 0))
+            monkeypatch.setattr(selector, "resolve_backend", Candidate)
+            monkeypatch.setattr(AttentionBackendEnum, "from_name", staticmethod(str))
+            return get_attn_backend(128, torch.bfloat16, "auto", 64).get_name()
+
+        return chosen
+
+    def test_comes_first_on_its_architecture(self, order) -> None:
+        assert order(9) == selector.MEASURED[9].backend
+        assert order(8) == "TRITON_ATTN"
+
+    def test_and_gives_way_where_it_declines(self, order) -> None:
+        assert order(9, selector.MEASURED[9].backend) == "TRITON_ATTN"
+
+    def test_names_backends_that_there_are(self) -> None:
+        for measured in selector.MEASURED.values():
+            assert measured.backend in AttentionBackendEnum.__members__

@@ -105,7 +105,11 @@ class RealCampaign:
         alive = [engine for engine in running if engine.alive]
         for engine in alive:
             begin = time.monotonic()
-            response = engine.complete(prompt, timeout=SERVES_WITHIN)
+            try:
+                response = engine.complete(prompt, timeout=SERVES_WITHIN)
+            except httpx.TimeoutException:
+                who = f"{kind}: {engine.setup.role}"
+                raise AssertionError(f"{who} has not served in {SERVES_WITHIN:g} s") from None
             self.slowest = max(self.slowest, time.monotonic() - begin)
             assert response.status_code == 200, f"{kind}: {response.text}"
             assert response.json()["choices"][0]["token_ids"] == expected, kind

@@ -44,7 +44,7 @@ def test_a_way_that_was_slow_is_left_and_tried_again_later():
     seen = Experience()
 
     def choose():
-        return route(HOST_COPIES, 16384, 256 * MIB, HOST_COPIES.slot_bytes, seen=seen)
+        return route(HOST_COPIES, 65536, 256 * MIB, HOST_COPIES.slot_bytes, seen=seen)
 
     first = choose()
     assert first.way == "staging"

@@ -288,12 +288,12 @@ def test_a_lease_is_prolonged_while_somebody_waits(make_llm, make_side):
 
 
 def test_a_prefill_that_never_comes_is_waited_for_so_long(make_llm, make_side, monkeypatch, caplog):
-    monkeypatch.setenv("VLLM_MOONCAKE_CONNECTOR_TIMEOUT", "0.5")
+    monkeypatch.setenv("VLLM_MOONCAKE_CONNECTOR_TIMEOUT", "2")
     p, d = make_side("kv_producer"), make_side("kv_consumer", policy="recompute")
     ask_decode(p, d, PROMPTS[:1], new_ids(PROMPTS[:1]))
     run(d)
     assert [list(out.outputs[0].token_ids) for out in d.outputs] == greedy(make_llm(), PROMPTS[:1])
-    assert "came within 0.5 s (VLLM_MOONCAKE_CONNECTOR_TIMEOUT)" in caplog.text
+    assert "came within 2 s (VLLM_MOONCAKE_CONNECTOR_TIMEOUT)" in caplog.text
     wait_until_free(d)
 
 

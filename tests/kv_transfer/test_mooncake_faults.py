@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from concurrent.futures import wait
+
 import pytest
 
 from tests.core.helpers import make_request
@@ -175,3 +177,28 @@ def test_a_frozen_prefill_keeps_the_blocks_until_it_wakes_or_dies():
             if wakes:
                 p.step()
         assert d.free_blocks() == NUM_BLOCKS - 1
+
+
+def test_a_bootstrap_server_that_has_just_failed_ends_no_thread():
+    """Another request comes while its failure is still remembered."""
+    campaign = PushCampaign.calm("fail")
+    d = campaign.d
+    d.others.clear()
+    for index in range(8):
+        second = make_request(f"r{index}", list(range(10, 60)), max_tokens=3)
+        second.kv_transfer_params = {
+            "do_remote_prefill": True,
+            "remote_bootstrap_addr": "http://p:8998",
+            "remote_engine_id": "p",
+            "transfer_id": f"r{index}",
+        }
+        d.scheduler.add_request(second)
+        for _ in range(3):
+            wait(list(d.worker.receiver._directory._asking.values()))
+            campaign.turn()
+    campaign.until(lambda: all(campaign.has_ended(d, f"r{index}") for index in range(8)))
+    assert all(d.ended[f"r{index}"][1] is FinishReason.ERROR for index in range(8))
+    campaign.meet()
+    campaign.turns(60)
+    campaign.request("next", list(range(100, 150)))
+    assert campaign.num_right == 1

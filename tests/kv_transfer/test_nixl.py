@@ -272,14 +272,14 @@ def test_an_expired_lease_frees_the_blocks_and_a_late_reader_sees_it(make_nixl):
 
 
 def test_a_lease_is_prolonged_while_somebody_waits(make_nixl):
-    p = make_nixl("kv_producer", {"kv_lease_duration": 0.3})
+    p = make_nixl("kv_producer", {"kv_lease_duration": 0.6})
     d = make_nixl("kv_consumer", max_num_seqs=1, num_gpu_blocks_override=20)
     first = prefill(p, PROMPTS[:1])
     decode(d, PROMPTS[:1], first)
     answers = prefill(p, PROMPTS[1:3])
     # One after the other: the second waits far longer than its lease.
-    tokens, _ = decode(d, PROMPTS[1:3], answers, count=100)
-    assert tokens == greedy(make_nixl(), PROMPTS[1:3], count=100)
+    tokens, _ = decode(d, PROMPTS[1:3], answers, count=150)
+    assert tokens == greedy(make_nixl(), PROMPTS[1:3], count=150)
     wait_until_free(p)
 
 

@@ -89,10 +89,10 @@ NVLINK = TransportCosts(
 )
 HOST_COPIES = TransportCosts(
     name="host",
-    source="two processes of one host, 2 cores, NIXL 1.5.1 over UCX cma, huge pages",
-    seconds_per_descriptor=3.0e-6,
+    source="two processes of one host, 2 cores, NIXL 1.5.1 over UCX cma, 4 threads, huge pages",
+    seconds_per_descriptor=2.0e-6,
     bytes_per_second=11e9,
-    copy_bytes_per_second=11e9,
+    copy_bytes_per_second=6e9,
     copies_run_beside=False,
     seconds_per_chunk=60e-6,
     seconds_to_start=1e-3,

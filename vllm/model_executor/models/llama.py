@@ -321,7 +321,7 @@ class LlamaModel(HotModule):
                 continue
             attention, mlp = layer.self_attn, layer.mlp
             branches: list[tuple[RowParallelLinear, Any]] = []
-            if type(attention).forward is attention.fused_forward:
+            if type(attention).forward is getattr(attention, "fused_forward", None):
                 branches.append((attention.o_proj, layer.post_attention_layernorm))
             if type(mlp) is LlamaMLP:
                 branches.append((mlp.down_proj, next_norm))

@@ -5,10 +5,14 @@ A candidate that cannot serve a layer gives its reasons; where none can, all rea
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from vllm.errors import ConfigError
 from vllm.platforms import current_platform
+from vllm.v1.attention.backends.libraries import capability
 from vllm.v1.attention.backends.registry import AttentionBackendEnum, resolve_backend
 
 if TYPE_CHECKING:
@@ -16,7 +20,36 @@ if TYPE_CHECKING:
 
     from vllm.v1.attention.backend import AttentionBackend
 
-__all__ = ["get_attn_backend"]
+__all__ = ["MEASURED", "Measured", "get_attn_backend"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Measured:
+    """What was fastest on one architecture, by ``benchmarks/kernels/vendor_attention.py``.
+
+    Attributes:
+        backend: tried before the platform's own order.
+        prompts, decodes: whose kernels it runs there, each the faster one.
+        source: the run.
+    """
+
+    backend: str
+    prompts: str
+    decodes: str
+    source: str
+
+
+MEASURED: Mapping[int, Measured] = MappingProxyType(
+    {
+        9: Measured(
+            backend="FLASH_ATTN",
+            prompts="flash-attn-4",
+            decodes="TRITON_ATTN",
+            source="benchmarks/results/h100_vendor_attention.json",
+        )
+    }
+)
+"""By the major compute capability of NVIDIA GPUs; others have not been measured."""
 
 
 def get_attn_backend(
@@ -50,7 +83,7 @@ def get_attn_backend(
     )
     if path is not None:
         return resolve_backend(path)
-    names = (backend,) if backend else current_platform.attention_backend_priority
+    names = (backend,) if backend else _order()
     declined: list[str] = []
     for name in names:
         candidate = resolve_backend(AttentionBackendEnum.from_name(name))
@@ -74,3 +107,10 @@ def get_attn_backend(
         parameter="attention_backend",
         value=backend,
     )
+
+
+def _order() -> tuple[str, ...]:
+    """Candidates, best first: what was measured on this GPU, then the platform's."""
+    names = current_platform.attention_backend_priority
+    measured = MEASURED.get(capability()[0]) if current_platform.is_cuda() else None
+    return names if measured is None else (measured.backend, *names)

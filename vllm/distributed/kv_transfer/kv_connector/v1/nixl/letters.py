@@ -10,6 +10,7 @@ import msgspec
 import numpy as np
 
 __all__ = [
+    "PREFIXES",
     "PULL_STAGED",
     "PUSH",
     "PUSH_STAGED",
@@ -67,6 +68,10 @@ class Told(msgspec.Struct, array_like=True):
     slot: int
     over: bool = False
     error: str = ""
+
+
+PREFIXES = b"ASK:", b"TOLD:"
+"""No other message begins so."""
 
 
 def encode(letter: Ask | Told) -> bytes:

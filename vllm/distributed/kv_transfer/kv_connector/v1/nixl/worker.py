@@ -17,7 +17,12 @@ import torch
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorTransferResults
 from vllm.distributed.kv_transfer.kv_connector.v1.nixl.giving import Giver
 from vllm.distributed.kv_transfer.kv_connector.v1.nixl.leases import Leases
-from vllm.distributed.kv_transfer.kv_connector.v1.nixl.letters import Ask, Told, decode
+from vllm.distributed.kv_transfer.kv_connector.v1.nixl.letters import (
+    PREFIXES,
+    Ask,
+    Told,
+    decode,
+)
 from vllm.distributed.kv_transfer.kv_connector.v1.nixl.loads import Loads
 from vllm.distributed.kv_transfer.kv_connector.v1.nixl.messages import (
     NixlSettings,
@@ -244,6 +249,8 @@ class TransferWorker:
             return self._taker.take_in(sender, letter)
         if message.startswith(_HELLO):
             return self._meet(sender, message[len(_HELLO) :])
+        if message.startswith(PREFIXES):
+            return False
         try:
             text = message.decode()
         except UnicodeDecodeError:
