@@ -89,11 +89,14 @@ def test_a_slot_keeps_lengths_and_the_range_of_values(name: str) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_attention_over_slots_equals_float64(name: str, rng: random.Random) -> None:
     options = rng.choice([{}, {"window": 24}, {"soft_cap": 20.0}, {"alibi": True}, {"sinks": True}])
+    # Each device's products of 16 bits: the interpreter's of bfloat16 are wrong, a GPU's of float16
+    # are refused (TurboQuantBackend.validate_configuration).
+    half = torch.bfloat16 if DEVICE == "cuda" else torch.float16
     case = Case(
         lengths=((70, 5), (300, 1), (33, 2), (1, 1)), kv_heads=2, group=rng.choice([1, 3]),
         head_size=rng.choice([32, 64]), page=rng.choice([16, 64]),
         layout=rng.choice(["LBHNC", "LBNHC", "BLHNC", "BHLNC", "padded"]), cache_dtype=name,
-        dtype=rng.choice([torch.float32, torch.float16]), shared=16, **options,
+        dtype=rng.choice([torch.float32, half]), shared=16, **options,
     )  # fmt: skip
     print(case)
     step = make_step(case, rng, DEVICE)
@@ -227,3 +230,13 @@ def test_prompts_over_slots_in_bfloat16(name: str, rng: random.Random) -> None:
     step = make_step(case, rng, DEVICE)
     store(step, "TURBOQUANT")
     assert relative_error(attend(step, "TURBOQUANT"), exact(step)) < TOLERANCE[torch.bfloat16]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_float16_is_refused_on_a_gpu(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    wanted = {"head_size": 128, "kv_cache_dtype": name, "block_size": 64}
+    refused = TurboQuantBackend.validate_configuration(dtype=torch.float16, **wanted)
+    assert refused == ["float16 is computed wrongly by Triton on a GPU; use --dtype bfloat16"]
+    assert TurboQuantBackend.validate_configuration(dtype=torch.bfloat16, **wanted) == []
