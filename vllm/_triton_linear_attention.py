@@ -55,7 +55,7 @@ def chunk_config(dtype: torch.dtype, vector: bool) -> ChunkConfig:
     """
     if dtype == torch.float32:
         return ChunkConfig(tokens=16, warps=4, stages=1)
-    return ChunkConfig(tokens=16 if vector else 32, warps=4, stages=2, narrow=True)
+    return ChunkConfig(tokens=16 if vector else 32, warps=4, stages=2)
 
 
 @triton.jit

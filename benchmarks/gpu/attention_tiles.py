@@ -1,92 +1,132 @@
-"""Tile sizes of TRITON_ATTN tried side by side: prompts, and decodes by the cache's format.
+"""Tile sizes of TRITON_ATTN tried side by side: prompts and decodes, by the cache's format.
 
-    python benchmarks/gpu/attention_tiles.py
+    python benchmarks/gpu/attention_tiles.py [--kinds KIND ...] [--formats NAME ...] [--output FILE]
 
-Kernels are compiled beforehand by processes beside each other.
+Page 64; 4 prompts of 4,096 tokens, 64 decodes of 8,192. Kernels are compiled beforehand by
+processes beside each other.
 """
 
 from __future__ import annotations
 
+import argparse
+import json
 import multiprocessing
 import sys
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
+import triton
 from triton.testing import do_bench
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "kernels"))
 
-from attention import KV_HEADS, Q_HEADS, D, batch, replay_ms
+from attention import KV_HEADS, Q_HEADS, D, batch, ceilings, content_bytes, replay_ms
 
 from vllm.v1.attention.ops.triton_decode import plan_decodes
-from vllm.v1.attention.ops.triton_paged_attention import (
-    KernelConfig,
-    default_config,
-    paged_attention,
-)
+from vllm.v1.attention.ops.triton_paged_attention import default_config, paged_attention
 
 PAGE = 64
-# Rows, tile, warps, stages, by the tensor-copy engine.
-PREFILLS = [
-    (128, 64, 4, 2, True), (128, 64, 4, 3, True), (128, 64, 8, 2, True), (256, 64, 8, 2, True),
-    (64, 64, 4, 2, True), (128, 128, 8, 2, False), (256, 64, 8, 3, False),
-]  # fmt: skip
-# Tile, warps, stages.
-DECODES = [(64, 4, 2), (64, 4, 3), (64, 8, 2), (128, 4, 2), (32, 4, 3), (64, 2, 3)]
 FORMATS = ("LBHNC", "fp8_e4m3", "int8_per_token_head", "fp8_per_token_head", "int4_per_token_head")
-Job = tuple[str, tuple]
+# Rows, tile, warps, stages; through the tensor-copy engine.
+COPIED = ((128, 64, 4, 2), (128, 64, 4, 3), (128, 64, 8, 2), (256, 64, 8, 2), (64, 64, 4, 2))
+# The same by pointers: all that quantised caches know.
+POINTED = ((256, 64, 8, 3), (256, 64, 8, 2), (128, 64, 8, 2), (128, 64, 4, 2), (128, 64, 8, 3))
+# Tile, warps, stages.
+DECODES = ((64, 4, 2), (64, 4, 3), (64, 8, 2), (128, 4, 2), (32, 4, 3), (64, 2, 3))
 
 
-def config_of(job: Job) -> KernelConfig:
-    kind, sizes = job
-    plain = default_config(PAGE, D, torch.bfloat16, copies=True)
-    if kind == "prefill":
-        names = ("prefill_rows", "prefill_tile", "prefill_warps", "prefill_stages", "tma")
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    kind: str
+    cache: str
+    sizes: tuple[int, ...]
+    tma: bool = False
+
+
+def jobs_of(kinds: list[str], formats: list[str]) -> list[Job]:
+    jobs = []
+    for cache in formats:
+        if "prefill" in kinds:
+            if cache == "LBHNC":
+                jobs += [Job(kind="prefill", cache=cache, sizes=x, tma=True) for x in COPIED]
+            jobs += [Job(kind="prefill", cache=cache, sizes=x) for x in POINTED]
+        if "decode" in kinds:
+            jobs += [Job(kind="decode", cache=cache, sizes=x) for x in DECODES]
+    return jobs
+
+
+def call_of(job: Job, inputs: dict[str, Any]) -> partial[None]:
+    config = default_config(PAGE, D, torch.bfloat16, copies=True, fmt=inputs["fmt"])
+    if job.kind == "prefill":
+        rows, tile, warps, stages = job.sizes
+        config = replace(
+            config, prefill_rows=rows, prefill_tile=tile, prefill_warps=warps,
+            prefill_stages=stages, tma=job.tma,
+        )  # fmt: skip
     else:
-        names = ("decode_tile", "decode_warps", "decode_stages")
-    return replace(plain, **dict(zip(names, sizes, strict=True)))
+        tile, warps, stages = job.sizes
+        config = replace(
+            config, decode_tile=tile, decode_warps=warps, decode_stages=stages, byte_decode=False
+        )  # fmt: skip
+    return partial(paged_attention, **inputs, config=config)
 
 
 def compile_job(job: Job) -> None:
-    is_prefill = job[0] == "prefill"
-    inputs = batch([256], PAGE, "LBHNC" if is_prefill else job[0], is_prefill)
-    paged_attention(**inputs, config=config_of(job))
+    call_of(job, batch([4096], PAGE, job.cache, job.kind == "prefill"))()
     torch.cuda.synchronize()
 
 
-def measure_prefills(length: int, jobs: list[Job]) -> None:
-    inputs = batch([length] * 4, PAGE, "LBHNC", prefill=True)
-    work = 4 * 2.0 * length**2 * Q_HEADS * D
+def measure(jobs: list[Job]) -> list[dict[str, Any]]:
+    """Jobs over one cache."""
+    is_prefill, cache = jobs[0].kind == "prefill", jobs[0].cache
+    lengths = [4096] * 4 if is_prefill else [8192] * 64
+    inputs = batch(lengths, PAGE, cache, is_prefill)
+    if not is_prefill:
+        inputs["plan"] = plan_decodes(inputs["seq_lens"], inputs["query_start_loc"], KV_HEADS, 8192)
+    work = sum(2.0 * n * n for n in lengths) * Q_HEADS * D
+    size = sum(lengths) * KV_HEADS * content_bytes(inputs["fmt"])
+    rows = []
     for job in jobs:
-        call = partial(paged_attention, **inputs, config=config_of(job))
-        ms = do_bench(call, return_mode="median", warmup=5, rep=25)
-        print(f"prefill 4 x {length}", job[1], f"{work / ms / 1e9:.0f} TFLOP/s", flush=True)
-
-
-def measure_decodes(name: str, jobs: list[Job]) -> None:
-    inputs = batch([8192] * 64, PAGE, name, prefill=False)
-    fmt = inputs["fmt"]
-    inputs["plan"] = plan_decodes(inputs["seq_lens"], inputs["query_start_loc"], KV_HEADS, 8192)
-    size = 64 * 8192 * KV_HEADS * 2 * (fmt.side_bytes(D) if fmt else 2 * D)
-    for job in jobs:
-        ms = replay_ms(partial(paged_attention, **inputs, config=config_of(job)))
-        rate = size / ms / 1e6
-        print(f"decode 64 x 8192 {name}", job[1], f"{ms * 1e3:.0f} us {rate:.0f} GB/s", flush=True)
+        call = call_of(job, inputs)
+        row: dict[str, Any] = {"kind": job.kind, "cache": cache, "sizes": job.sizes, "tma": job.tma}
+        if is_prefill:
+            ms = do_bench(call, return_mode="median", warmup=5, rep=25)
+            row["tflop_s"] = round(work / ms / 1e9, 1)
+        else:
+            ms = replay_ms(call)
+            row["gb_s"] = round(size / ms / 1e6, 1)
+        rows.append(row | {"us": round(ms * 1e3, 1)})
+        print("  ".join(f"{key}={value}" for key, value in rows[-1].items()), flush=True)
+    return rows
 
 
 def main() -> None:
-    prefills: list[Job] = [("prefill", sizes) for sizes in PREFILLS]
-    decodes: list[Job] = [(name, sizes) for name in FORMATS for sizes in DECODES]
-    with multiprocessing.get_context("spawn").Pool(12) as pool:
-        pool.map(compile_job, prefills + decodes, chunksize=2)
-    for length in (2048, 4096):
-        measure_prefills(length, prefills)
-    for name in FORMATS:
-        measure_decodes(name, [job for job in decodes if job[0] == name])
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--kinds", nargs="*", default=["prefill", "decode"])
+    parser.add_argument("--formats", nargs="*", default=FORMATS)
+    parser.add_argument("--output", type=Path, help="write the result as JSON here")
+    args = parser.parse_args()
+    jobs = jobs_of(args.kinds, args.formats)
+    with multiprocessing.get_context("spawn").Pool(14) as pool:
+        pool.map(compile_job, jobs, chunksize=1)
+    result: dict[str, Any] = {
+        "command": "python " + " ".join(["benchmarks/gpu/attention_tiles.py", *sys.argv[1:]]),
+        "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        "device": torch.cuda.get_device_name(),
+        "versions": {"torch": torch.__version__, "triton": triton.__version__},
+        "ceilings": ceilings(),
+        "rows": [],
+    }
+    for kind, cache in dict.fromkeys((job.kind, job.cache) for job in jobs):
+        result["rows"] += measure([j for j in jobs if (j.kind, j.cache) == (kind, cache)])
         torch.cuda.empty_cache()
+        if args.output:
+            args.output.write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -26,20 +26,22 @@ import triton.language as tl
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "kernels"))
 
-from attention import KV_HEADS, D, batch, ceilings, content_bytes, replay_ms
+from attention import KV_HEADS, D, batch, ceilings, content_bytes, pool_of, replay_ms
 
 from vllm.v1.attention.ops.triton_decode import open_item, plan_decodes
 from vllm.v1.attention.ops.triton_paged_attention import default_config, paged_attention
 
 LENGTHS = [4096] * 64
 SIZE = sum(LENGTHS) * KV_HEADS * content_bytes(None)
-# Order, page, layers of the pool, layer that is read.
+# Order, page, layers of the pool, layer that is read, KiB between blocks.
 PLACES = (
-    ("LBHNC", 16, 2, 0), ("LBHNC", 64, 2, 0), ("LBHNC", 64, 2, 0),
-    ("BLHNC", 16, 32, 16), ("BLHNC", 64, 32, 16),
-    ("BHLNC", 16, 32, 0), ("BHLNC", 16, 32, 5), ("BHLNC", 16, 32, 16), ("BHLNC", 16, 28, 14),
-    ("BHLNC", 16, 31, 15), ("BHLNC", 16, 33, 16), ("BHLNC", 16, 8, 4), ("BHLNC", 16, 2, 1),
-    ("BHLNC", 64, 32, 16), ("BHLNC", 64, 31, 15), ("BHLNC", 64, 33, 16),
+    ("LBHNC", 16, 2, 0, 0), ("LBHNC", 64, 2, 0, 0), ("LBHNC", 64, 2, 0, 0),
+    ("BLHNC", 16, 32, 16, 0), ("BLHNC", 64, 32, 16, 0),
+    ("BHLNC", 16, 32, 16, 0), ("BHLNC", 16, 32, 16, 8), ("BHLNC", 16, 32, 16, 64),
+    ("BHLNC", 16, 31, 15, 0), ("BHLNC", 16, 33, 16, 0), ("BHLNC", 16, 32, 0, 0),
+    ("BHLNC", 16, 32, 5, 0), ("BHLNC", 16, 28, 14, 0), ("BHLNC", 16, 8, 4, 0),
+    ("BHLNC", 16, 2, 1, 0), ("BHLNC", 64, 32, 16, 0), ("BHLNC", 64, 32, 16, 32),
+    ("BHLNC", 64, 31, 15, 0), ("BHLNC", 64, 33, 16, 0),
 )  # fmt: skip
 # Tile, warps, stages, programs a multiprocessor aimed at.
 VARIANTS = (
@@ -68,17 +70,22 @@ def _read_kernel(
     tl.store(out_ptr + index * tl.num_programs(0) + head, tl.sum(total))
 
 
-def inputs_of(order: str, page: int, layers: int, layer: int) -> dict[str, Any]:
-    """As ``batch``; the layer in the middle of a pool is moved to ``layer``."""
+def inputs_of(order: str, page: int, layers: int, layer: int, gap: int) -> dict[str, Any]:
+    """As ``batch``; with BHLNC any layer of the pool, or ``gap`` KiB behind each block."""
     inputs = batch(LENGTHS, page, order, False, layers=layers)
-    if order != "LBHNC":
-        cache = inputs["kv_cache"]
-        step = cache.stride(0) // layers if order == "BLHNC" else cache.stride(1) // layers
-        offset = cache.storage_offset() + (layer - layers // 2) * step
-        inputs["kv_cache"] = cache.as_strided(cache.shape, cache.stride(), offset)
-        if layer != layers // 2:
-            for start in range(0, cache.shape[0], 4096):
-                inputs["kv_cache"][start : start + 4096].normal_()
+    cache = inputs["kv_cache"]
+    if order == "LBHNC" or (layer == layers // 2 and not gap):
+        return inputs
+    stride_b, stride_h, *inner = cache.stride()
+    blocks = cache.shape[0]
+    del inputs["kv_cache"], cache
+    stride_b += gap * 512
+    pool = pool_of(blocks * stride_b)
+    offset = layer * stride_h // (layers if order == "BHLNC" else 1)
+    shape = (blocks, KV_HEADS, page, 2 * D)
+    inputs["kv_cache"] = pool.as_strided(shape, (stride_b, stride_h, *inner), offset)
+    for start in range(0, blocks, 4096):
+        inputs["kv_cache"][start : start + 4096].normal_()
     return inputs
 
 
@@ -129,6 +136,7 @@ def main() -> None:
         "rows": [],
     }
     print(result["ceilings"], flush=True)
+    pool_of(19 * 10**9)
 
     def note(row: dict[str, Any], ms: float) -> None:
         result["rows"].append(row | {"us": round(ms * 1e3, 1), "gb_s": round(SIZE / ms / 1e6)})
@@ -137,19 +145,17 @@ def main() -> None:
             args.output.write_text(json.dumps(result, indent=1) + "\n")
 
     for place in PLACES:
-        order, page, layers, layer = place
+        order, page, layers, layer, gap = place
         plain = inputs_of(*place)
         inputs = planned(plain, 8)
-        where = {"order": order, "page": page, "layers": layers, "layer": layer}
+        where = {"order": order, "page": page, "layers": layers, "layer": layer, "gap": gap}
         sums = torch.empty(inputs["plan"].num_items * KV_HEADS, device="cuda")
         note(where | {"kernel": "read"}, replay_ms(functools.partial(read, inputs, sums)))
         note(where | {"kernel": "decode"}, replay_ms(functools.partial(paged_attention, **inputs)))
-        if (order, layers, layer) == ("BHLNC", 32, 16):
+        if (order, layers, layer, gap) == ("BHLNC", 32, 16, 0):
             for variant in VARIANTS:
                 chosen = dict(zip(("tile", "warps", "stages", "waves"), variant, strict=True))
                 note(where | {"kernel": "decode"} | chosen, replay_ms(tried(plain, variant)))
-        del plain, inputs
-        torch.cuda.empty_cache()
 
 
 if __name__ == "__main__":

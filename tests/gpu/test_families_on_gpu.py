@@ -31,11 +31,13 @@ DENSE = ("mamba", "falcon_mamba", "mamba2", "bamba", "falcon_h1", "zamba2", "lfm
 """Without experts, whose numbers of rows the host has to know: their decodes are captured."""
 
 
-# Before 5.20 transformers norms all groups of a gated norm as one.
-ONE_GROUP: dict[str, dict[str, Any]] = {
+CHANGES: dict[str, dict[str, Any]] = {
+    # Before 5.20 transformers norms all groups of a gated norm as one.
     "mamba2": {"n_groups": 1},
     "bamba": {"mamba_n_groups": 1},
     "granitemoehybrid": {"mamba_n_groups": 1},
+    # Heads that TRITON_ATTN takes.
+    "nemotron_h": {"head_dim": 32},
 }
 
 
@@ -44,7 +46,7 @@ def make(model_type: str) -> Any:
         longest = {} if model_type == "deepseek_v4" else {"max_position_embeddings": 512}
         return make_hf_model(model_type, **longest)
     maker = make_state_model if model_type in STATES else make_linear_model
-    return maker(model_type, **ONE_GROUP.get(model_type, {}))
+    return maker(model_type, **CHANGES.get(model_type, {}))
 
 
 @pytest.mark.parametrize("eager", [False, True], ids=["as is", "without graphs"])

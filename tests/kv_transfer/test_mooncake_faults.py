@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from concurrent.futures import wait
+
 import pytest
 
 from tests.core.helpers import make_request
@@ -15,7 +17,11 @@ from tests.kv_transfer.campaigns import (
 )
 from vllm.distributed.kv_transfer.kv_connector.v1.mooncake.assembly import make_worker
 from vllm.distributed.kv_transfer.kv_connector.v1.mooncake.directory import EngineEntry
-from vllm.distributed.kv_transfer.kv_connector.v1.mooncake.messages import MooncakeTimes
+from vllm.distributed.kv_transfer.kv_connector.v1.mooncake.messages import (
+    MooncakeStepMetadata,
+    MooncakeTimes,
+    parse_params,
+)
 from vllm.distributed.kv_transfer.kv_connector.v1.mooncake.mooncake_connector import (
     MooncakeConnector,
 )
@@ -175,3 +181,32 @@ def test_a_frozen_prefill_keeps_the_blocks_until_it_wakes_or_dies():
             if wakes:
                 p.step()
         assert d.free_blocks() == NUM_BLOCKS - 1
+
+
+def test_a_bootstrap_server_that_has_just_failed_ends_no_thread():
+    """Others wait, or are given up, while its failure is still remembered."""
+    campaign = PushCampaign.calm("fail")
+    d = campaign.d
+    d.others.clear()
+    given = {
+        "do_remote_prefill": True,
+        "remote_bootstrap_addr": "http://p:8998",
+        "remote_engine_id": "p",
+        "transfer_id": "r",
+    }
+    second = make_request("r", list(range(10, 60)), max_tokens=3)
+    second.kv_transfer_params = given
+    d.scheduler.add_request(second)
+    d.step()
+    wait(list(d.worker.receiver._directory._asking.values()))
+    campaign.until(lambda: campaign.has_ended(d, "r"))
+    assert d.ended["r"][1] is FinishReason.ERROR
+    params = parse_params(given)
+    for late in ({"expected": {"x": params}}, {"declined": {"y": params}}):
+        d.worker.submit(MooncakeStepMetadata(**late))
+        d.worker.turn()
+    d.worker.submit(MooncakeStepMetadata(unexpected=["x"]))
+    campaign.meet()
+    campaign.turns(60)
+    campaign.request("next", list(range(100, 150)))
+    assert campaign.num_right == 1

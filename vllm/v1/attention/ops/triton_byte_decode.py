@@ -177,6 +177,7 @@ def _byte_decode_kernel(
     power = tl.exp2(tl.floor(tl.log2(tl.maximum(most, 1.0e-30))))
     q_low = (q_low / power[:, None]).to(COMPUTE)
     q_high = (q_high / power[:, None]).to(COMPUTE)
+    row_scale = (power * scale)[:, None]
     positions_q = tl.zeros([ROWS], tl.int32) + (length - 1)
     slopes, top, total = open_softmax(
         slopes_ptr, sinks_ptr, heads, row_valid, split == 0, ROWS, HAS_ALIBI, HAS_SINKS
@@ -272,13 +273,12 @@ def _byte_decode_kernel(
         s = tl.dot(q_low, k_low, input_precision="ieee")
         if HALVES == 2:
             s = tl.dot(q_high, k_high, s, input_precision="ieee")
-        s = s * power[:, None]
         if PER_HEAD:
             at_scale = page_scales + n_rows * stride_s_n
         if HAS_KEY_SCALES:
             s = s * tl.load(at_scale).to(tl.float32)[None, :]
         tokens = begin + n_token
-        s = shaped(s, positions_q, tokens, slopes, scale, soft_cap, HAS_SOFT_CAP, HAS_ALIBI)
+        s = shaped(s, positions_q, tokens, slopes, row_scale, soft_cap, HAS_SOFT_CAP, HAS_ALIBI)
         seen = (n_token >= first) & (n_token <= last)
         s = tl.where(seen[None, :], s, float("-inf"))
         p, shrink, total, top = softmax_step(s, top, total)

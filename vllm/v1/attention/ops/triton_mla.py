@@ -92,14 +92,10 @@ def _absorbed_kernel(
     STRIDE_N: tl.constexpr, HEADS: tl.constexpr, ROWS: tl.constexpr, RANK: tl.constexpr,
     RANK_PAD: tl.constexpr, ROPE: tl.constexpr, ROPE_PAD: tl.constexpr, PAGE: tl.constexpr,
     TILE: tl.constexpr, UNIT: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
-    TOKENS_FIRST: tl.constexpr, P_FIELDS: tl.constexpr, R_FIELDS: tl.constexpr,
+    P_FIELDS: tl.constexpr, R_FIELDS: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
-    """One share for ``ROWS`` heads; scores are in base 2 (``scale`` carries log2 e).
-
-    With TOKENS_FIRST products are transposed, tokens and columns of latents being their rows: a
-    warp group's products have 64 rows at least, which few heads would leave empty.
-    """
+    """One share for ``ROWS`` heads; scores are in base 2 (``scale`` carries log2 e)."""
     release(PDL)
     await_previous(PDL)
     part = tl.program_id(0)
@@ -137,10 +133,7 @@ def _absorbed_kernel(
         )  # fmt: skip
         top = tl.full([ROWS], -1.0e30, tl.float32)
         total = tl.zeros([ROWS], tl.float32)
-        if TOKENS_FIRST:
-            acc = tl.zeros([RANK_PAD, ROWS], tl.float32)
-        else:
-            acc = tl.zeros([ROWS, RANK_PAD], tl.float32)
+        acc = tl.zeros([ROWS, RANK_PAD], tl.float32)
         table = block_table_ptr + tl.cast(request, tl.int64) * stride_bt
         for begin in tl.range(start, end, TILE, num_stages=STAGES):
             begin = tl.multiple_of(begin, TILE)
@@ -162,32 +155,17 @@ def _absorbed_kernel(
             if ROPE < ROPE_PAD:
                 there = there & rope_valid[None, :]
             rotated = tl.load(at + (RANK + rope_dims)[None, :], mask=there, other=0.0)
-            if TOKENS_FIRST:
-                s = tl.dot(latent, tl.trans(q), input_precision=PRECISION)
-                s = tl.dot(rotated, tl.trans(q_rotated), s, input_precision=PRECISION)
-                s = tl.where(valid[:, None], s * scale, float("-inf"))
-                new_top = tl.maximum(top, tl.max(s, 0))
-                p = tl.exp2(s - new_top[None, :])
-                shrink = tl.exp2(top - new_top)
-                total = total * shrink + tl.sum(p, 0)
-                acc = acc * shrink[None, :]
-                p = p.to(latent.dtype)
-                acc = tl.dot(tl.trans(latent), p, acc, input_precision=PRECISION)
-            else:
-                s = tl.dot(q, tl.trans(latent), input_precision=PRECISION)
-                s = tl.dot(q_rotated, tl.trans(rotated), s, input_precision=PRECISION)
-                s = tl.where(valid[None, :], s * scale, float("-inf"))
-                new_top = tl.maximum(top, tl.max(s, 1))
-                p = tl.exp2(s - new_top[:, None])
-                shrink = tl.exp2(top - new_top)
-                total = total * shrink + tl.sum(p, 1)
-                acc = acc * shrink[:, None]
-                acc = tl.dot(p.to(latent.dtype), latent, acc, input_precision=PRECISION)
+            s = tl.dot(q, tl.trans(latent), input_precision=PRECISION)
+            s = tl.dot(q_rotated, tl.trans(rotated), s, input_precision=PRECISION)
+            s = tl.where(valid[None, :], s * scale, float("-inf"))
+            new_top = tl.maximum(top, tl.max(s, 1))
+            p = tl.exp2(s - new_top[:, None])
+            shrink = tl.exp2(top - new_top)
+            total = total * shrink + tl.sum(p, 1)
+            acc = acc * shrink[:, None]
+            acc = tl.dot(p.to(latent.dtype), latent, acc, input_precision=PRECISION)
             top = new_top
-        if TOKENS_FIRST:
-            acc = tl.trans(acc * (1.0 / total)[None, :])
-        else:
-            acc *= (1.0 / total)[:, None]
+        acc *= (1.0 / total)[:, None]
         if (low <= first_tile) & (end_tile <= high):
             at_out = out_ptr + row * stride_o_t + heads[:, None] * stride_o_h + dims[None, :]
             tl.store(at_out, acc, mask=out_valid)
@@ -202,17 +180,17 @@ def _absorbed_kernel(
 class AbsorbedConfig:
     """``rows`` heads of a program, ``tile`` tokens of an iteration (divides 64), and the launch.
 
-    ``tokens_first`` transposes the products; ``resident`` programs of a multiprocessor are planned.
-    With ``by_groups`` ``triton_mla_hopper`` takes what it can.
+    ``resident`` programs of a multiprocessor are planned. With ``by_groups`` ``triton_mla_hopper``
+    takes what it can, with ``bulk`` by copies of whole tiles.
     """
 
     rows: int
     tile: int
     warps: int
     stages: int
-    tokens_first: bool = False
     resident: int = 1
     by_groups: bool = False
+    bulk: bool = True
 
 
 @functools.cache
@@ -231,8 +209,8 @@ def default_absorbed_config(
         if facts.shared_memory_per_multiprocessor < _SHARED_BYTES:
             return AbsorbedConfig(rows=16, tile=32, warps=4, stages=2, resident=2)
         has_groups = facts.major == 9
-    if num_heads <= 16:
-        return AbsorbedConfig(rows=16, tile=64, warps=4, stages=3, tokens_first=True)
+    if num_heads <= 16 and not has_groups:
+        return AbsorbedConfig(rows=16, tile=64, warps=4, stages=2, resident=2)
     return AbsorbedConfig(rows=64, tile=64, warps=8, stages=3, by_groups=has_groups)
 
 
@@ -291,15 +269,13 @@ def absorbed_attention(
         # Gluon is imported where it can run: the interpreter knows nothing of it.
         from vllm.v1.attention.ops import triton_mla_hopper
 
-        triton_mla_hopper.wide_absorbed_kernel[grid](
-            *arguments, **sizes, num_warps=triton_mla_hopper.WARPS, **options(query.device)
-        )
+        triton_mla_hopper.launch(grid, arguments, sizes, kv_cache, config.bulk)
     else:
         _absorbed_kernel[grid](
             *arguments, **sizes, ROWS=config.rows,
             RANK_PAD=max(16, triton.next_power_of_2(rank)),
             ROPE_PAD=max(16, triton.next_power_of_2(rope)), TILE=config.tile, UNIT=SHARE_TILE,
             STAGES=config.stages, PRECISION="tf32x3" if query.dtype == torch.float32 else "tf32",
-            TOKENS_FIRST=config.tokens_first, num_warps=config.warps, **options(query.device),
+            num_warps=config.warps, **options(query.device),
         )  # fmt: skip
     merge_shares(part, lse, out, plan)

@@ -73,7 +73,7 @@ def _attend(
             at = base + block.to(tl.int64) * stride_kv_b * UNIT
             at += (tokens % PAGE) * stride_kv_n * UNIT
             if IS_SLOT:
-                k = tl.trans(slot_keys(kv_ptr + at, levels_ptr, D, K_BITS, K_ASM, q.dtype))
+                k = slot_keys(kv_ptr + at, levels_ptr, D, K_BITS, K_ASM, q.dtype)
                 at_scale = kv_scale_ptr + scale_base + block.to(tl.int64) * stride_s_b
                 at_scale += (tokens % PAGE) * stride_s_n
                 if HAS_SCALES:

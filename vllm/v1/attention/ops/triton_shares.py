@@ -66,8 +66,9 @@ def _plan_kernel(
 ):  # fmt: skip
     """Cut the row of all requests' tiles into shares; one program.
 
-    Equal shares cut most requests. Where cuts of each request into even pieces make no piece
-    longer than 17/16 of an equal share, those are taken: fewer results are partial.
+    Equal shares cut most requests. Where cuts of each request into even pieces, or else cuts
+    between requests, make no share longer than 17/16 of an equal one, those are taken: fewer
+    results are partial.
     """
     request = tl.arange(0, REQUESTS)
     there = request < requests
@@ -104,8 +105,20 @@ def _plan_kernel(
                 mask=piece < pieces,
             )  # fmt: skip
     else:
-        cut = program.to(tl.int64) * total // busy
-        tl.store(at_program, tl.minimum(cut, total).to(tl.int32), mask=exists)
+        equal = tl.minimum(program.to(tl.int64) * total // busy, total).to(tl.int32)
+        tl.debug_barrier()
+        inside = _search(requests_ptr + 1, R_FIELDS, requests, equal, REQUEST_STEPS)
+        at_inside = requests_ptr + inside * R_FIELDS
+        before = tl.load(at_inside, mask=inside < requests, other=total)
+        after = tl.load(at_inside + 1, mask=inside < requests, other=total)
+        between = tl.where(equal - before <= after - equal, before, after)
+        tl.store(at_program, between, mask=exists)
+        tl.debug_barrier()
+        following = tl.load(at_program + P_FIELDS, mask=program + 1 < programs, other=0)
+        following = tl.where(program + 1 < programs, following, total)
+        widest = tl.max(tl.where(exists, following - between, 0), 0)
+        tl.debug_barrier()
+        tl.store(at_program, tl.where(widest <= longest, between, equal), mask=exists)
     tl.debug_barrier()
     cut = tl.load(at_program, mask=exists, other=0)
     next_cut = tl.load(at_program + P_FIELDS, mask=program + 1 < programs, other=0)

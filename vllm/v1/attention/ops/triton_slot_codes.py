@@ -181,10 +181,23 @@ def _eight(words, CODES_ASM: tl.constexpr):
 
 @triton.jit
 def _codes(at, D: tl.constexpr, BITS: tl.constexpr, CODES_ASM: tl.constexpr):
-    """Codes (rows, D), or the numbers that they stand for, from the addresses ``at`` (rows,) on."""
+    """Codes, or what they stand for, from the addresses ``at`` on: (rows, D / 16, 2, 2, 2, 2)."""
     unit = tl.arange(0, D // 16) * (2 * BITS)
     low, high = _sixteen(at[:, None] + unit[None, :], BITS, CODES_ASM)
-    return tl.reshape(_eight(tl.join(low, high), CODES_ASM), (at.shape[0], D))
+    return _eight(tl.join(low, high), CODES_ASM)
+
+
+@triton.jit
+def _as(x, CODES_ASM: tl.constexpr, DTYPE: tl.constexpr):
+    """Numbers in the queries' type, as a tensor whose making a product doesn't look into.
+
+    Triton 3.6 fails to lay out operands of Hopper's products that are nothing but reshaped.
+    """
+    if CODES_ASM != "":
+        x = tl.inline_asm_elementwise(
+            "mov.b32 $0, $1;", "=r,r", [x], dtype=tl.float16, is_pure=True, pack=2
+        )
+    return x.to(DTYPE)
 
 
 @triton.jit
@@ -192,15 +205,16 @@ def slot_keys(
     at, levels_ptr, D: tl.constexpr, BITS: tl.constexpr, CODES_ASM: tl.constexpr,
     DTYPE: tl.constexpr,
 ):  # fmt: skip
-    """Keys (rows, D) of slots at the addresses ``at``, rotated, their lengths left out."""
+    """Keys (D, rows) of slots at the addresses ``at``, rotated, their lengths left out."""
     if BITS == 8:
-        raw = tl.load(at[:, None] + tl.arange(0, D)[None, :])
+        raw = tl.load(at[None, :] + tl.arange(0, D)[:, None])
         k = raw.to(tl.float8e4nv, bitcast=True)
     else:
-        k = _codes(at, D, BITS, CODES_ASM)
+        k = tl.permute(_codes(at, D, BITS, CODES_ASM), (1, 2, 3, 4, 5, 0))
+        k = tl.reshape(k, (D, at.shape[0]))
         if CODES_ASM == "":
             k = tl.load(levels_ptr + k)
-    return k.to(DTYPE)
+    return _as(k, CODES_ASM, DTYPE)
 
 
 @triton.jit
@@ -208,7 +222,8 @@ def slot_values(
     at, D: tl.constexpr, BITS: tl.constexpr, CODES_ASM: tl.constexpr, DTYPE: tl.constexpr
 ):  # fmt: skip
     """Codes of values (rows, D), less half their number, whose data begins at ``at``."""
-    v = _codes(at, D, BITS, CODES_ASM).to(DTYPE)
+    v = tl.reshape(_codes(at, D, BITS, CODES_ASM), (at.shape[0], D))
+    v = _as(v, CODES_ASM, DTYPE)
     if CODES_ASM == "":
         v -= 1 << (BITS - 1)
     return v

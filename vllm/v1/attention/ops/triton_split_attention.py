@@ -87,10 +87,12 @@ def _paged_decode_kernel(
         )  # fmt: skip
         acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision=PRECISION)
     acc *= (1.0 / total)[:, None]
+    AT_ONCE: tl.constexpr = 4 if GROUP_PAD <= 4 else (2 if GROUP_PAD <= 8 else 1)
     finish_item(
         acc, total, top, out_ptr, part_ptr, lse_ptr, arrived_ptr, index, request, split, num_splits,
         row, head, heads, row_valid, v_dims, stride_o_t, stride_o_h, stride_part_i, stride_part_h,
-        stride_lse_i, DV, ROWS, DV_PAD, MAX_SPLITS, 4, GROUP, GROUP_PAD, sums_ptr, stride_sums_t,
+        stride_lse_i, DV, ROWS, DV_PAD, MAX_SPLITS, AT_ONCE, GROUP, GROUP_PAD, sums_ptr,
+        stride_sums_t,
     )  # fmt: skip
 
 

@@ -7,6 +7,7 @@ themselves.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -116,16 +117,21 @@ class Receiver:
         for request_id, params in metadata.expected.items():
             if request_id not in metadata.unexpected:
                 self._expected[request_id] = params
-                self._look_up(params)
+                self._start_looking(params)
         for receive in metadata.receives:
             self._loads[receive.request_id] = _Load(receive, now, now)
         for request_id, params in metadata.declined.items():
-            self._look_up(params)
+            self._start_looking(params)
             self._declined.append((now + self._times.silence, request_id, params))
         for request_id in metadata.cancelled:
             load = self._loads.get(request_id)
             if load is not None:
                 self._abandon(load, "the request has ended")
+
+    def _start_looking(self, params: MooncakeParams) -> None:
+        """Ask the bootstrap server early; what it has failed with, the load will say."""
+        with contextlib.suppress(KVTransferError):
+            self._look_up(params)
 
     def _look_up(self, params: MooncakeParams) -> Engine | None:
         """The prefill engine, as soon as its bootstrap server has answered.
