@@ -332,13 +332,10 @@ def _choose_split(m: int, tiles: int, k: int) -> SkinnyConfig | None:
         return None
     if splits == 1 and k <= 1024:
         return SkinnyConfig(block_n=64, block_k=128, splits=1, warps=4, stages=4)
-    # Here cuBLAS is as good: 32 to 64 rows and neither few tiles nor a long k.
-    if m > 32 and (splits == 1 or (tiles == 64 and k < 8192)):
+    # Here cuBLAS is as good: 16 to 64 rows and neither few tiles nor a long k. (In a chain with
+    # norms on an H100 it loses 1 to 1.6 us a product; in two workers' steps on H200s it wins.)
+    if (m > 32 and splits == 1) or (m > 16 and tiles == 64 and k < 8192):
         return None
-    if m > 16 and tiles == 64 and k < 8192:
-        # In a chain with norms: 9.7 us for cuBLAS's 10.6 at k 2048, 16.2 for 16.6 at 4096, 25.1
-        # for 26.8 at 7168.
-        return SkinnyConfig(block_n=64, block_k=128, splits=2, warps=4, stages=4)
     if m > 32:
         return SkinnyConfig(block_n=64, block_k=128, splits=splits, warps=4, stages=4)
     return SkinnyConfig(block_n=64, block_k=256, splits=splits, warps=4, stages=3)

@@ -118,7 +118,8 @@ def make_symmetric_all_reduce(
     """For the NCCL group ``group``; None where its GPUs do not see each other's memory, or
     VLLM_ALLREDUCE_USE_SYMM_MEM is 0. All ranks call it, and all get one or none does.
     """
-    if not envs.VLLM_ALLREDUCE_USE_SYMM_MEM:
+    # Asked of all in any case: NCCL connects the ranks here, before the model runs between sums.
+    if not _all_agree(envs.VLLM_ALLREDUCE_USE_SYMM_MEM, group, device):
         return None
     host = int.from_bytes(hashlib.sha256(socket.gethostname().encode()).digest()[:7])
     mine = torch.tensor([host, device.index], device=device)
