@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import re
 import signal
 import socket
@@ -24,10 +25,20 @@ SMALL = ("--max-model-len", "1024", "--kv-cache-memory-bytes", "128M")
 _START_SECONDS = 120
 
 
+# Below the ports that Linux gives to outgoing connections, which would take one between its choice
+# and its use; spread by the operating system's randomness, as tests may run in several processes.
+_PORTS = range(12_000, 32_000)
+_given: set[int] = set()
+
+
 def free_port() -> int:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return sock.getsockname()[1]
+    """A port that nobody listens on, and that this process has not been given before."""
+    while True:
+        port = random.SystemRandom().choice(_PORTS)
+        with socket.socket() as sock:
+            if port not in _given and sock.connect_ex(("127.0.0.1", port)):
+                _given.add(port)
+                return port
 
 
 def serve_command(*options: str, model: str = MODEL) -> list[str]:

@@ -334,4 +334,4 @@ def test_without_a_device_or_the_interpreter_it_declines(monkeypatch: pytest.Mon
     monkeypatch.setattr(triton.knobs.runtime, "interpret", True)
     assert TritonAttentionBackend.validate_configuration(**wanted) == []
     monkeypatch.setattr(triton.knobs.runtime, "interpret", False)
-    assert "CUDA" in TritonAttentionBackend.validate_configuration(**wanted)[0]
+    assert "GPU" in TritonAttentionBackend.validate_configuration(**wanted)[0]
