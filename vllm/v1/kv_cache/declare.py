@@ -101,12 +101,12 @@ def turboquant_slot_bytes(cache_dtype: str, head_size: int) -> int:
     an fp16 scale and an fp16 zero. Their sum is rounded up to even.
 
     Raises:
-        ConfigError: heads of this size cannot be rotated.
+        ConfigError: heads of this size are not taken (those that are rotated cannot be).
     """
     key_bits, value_bits = TURBOQUANT_BITS[cache_dtype]
     if head_size & (head_size - 1) or head_size < 8:
         raise ConfigError(
-            f"--kv-cache-dtype {cache_dtype} rotates heads whose size is a power of two, not "
+            f"--kv-cache-dtype {cache_dtype} takes heads whose size is a power of two, not "
             f"{head_size}: use nvfp4 or int4_per_token_head",
             parameter="kv_cache_dtype",
             value=cache_dtype,
