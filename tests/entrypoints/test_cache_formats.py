@@ -124,7 +124,8 @@ PROMPTS = {"The capital of France is": "Paris", "1, 2, 3, 4, 5, 6,": "7"}
     "options",
     [
         ("fp8",), ("fp8", "--calculate-kv-scales"), ("int8_per_token_head",), ("nvfp4",),
-        ("turboquant_k8v4",), ("turboquant_4bit_nc", "--kv-cache-dtype-skip-layers", *["0", "1", "28", "29"]),
+        ("turboquant_k8v4",),
+        ("turboquant_4bit_nc", "--kv-cache-dtype-skip-layers", "0", "1", "28", "29"),
     ],
     ids=" ".join,
 )  # fmt: skip
