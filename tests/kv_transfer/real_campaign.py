@@ -10,9 +10,10 @@ import random
 import signal
 import time
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any
+from contextlib import contextmanager
+from typing import Any, TypeVar
 
 import httpx
 
@@ -160,6 +161,25 @@ class RealCampaign:
 
     def pause(self) -> None:
         time.sleep(self.rng.choice((0.0, 0.01, 0.03, 0.1)))
+
+
+C = TypeVar("C", bound=RealCampaign)
+
+
+@contextmanager
+def campaigns(kind: type[C], fleet: Fleet) -> Iterator[Callable[..., C]]:
+    """Begins campaigns on a fleet; their servers, whatever was done to them, end with it."""
+    made: list[C] = []
+
+    def make(*args: Any, **kwargs: Any) -> C:
+        made.append(kind(fleet, *args, **kwargs))
+        return made[-1]
+
+    yield make
+    for campaign in made:
+        for setup in (campaign.prefill_setup, campaign.decode_setup):
+            if setup in fleet.running:
+                fleet.end(setup)
 
 
 def schedule(kinds: dict[str, int], seed: int) -> list[str]:

@@ -25,7 +25,7 @@ import zmq
 from tests.entrypoints.server import free_port
 from tests.kv_transfer.harness import Fleet, Setup, body_of, wait_for
 from tests.kv_transfer.mooncake_servers import ask_of, bootstrap_of, fetch_of
-from tests.kv_transfer.real_campaign import Outcome, RealCampaign, schedule
+from tests.kv_transfer.real_campaign import Outcome, RealCampaign, campaigns, schedule
 from tests.kv_transfer.side_channel_proxy import FAULTS, SideChannelProxy
 from vllm.distributed.kv_transfer.kv_connector.v1.mooncake.messages import (
     Discard,
@@ -358,17 +358,8 @@ def bootstrap_that_says(answer: bytes) -> Iterator[str]:
 
 @pytest.fixture
 def campaign_of(mooncake_fleet):
-    made = []
-
-    def make(*args):
-        made.append(Campaign(mooncake_fleet, *args))
-        return made[-1]
-
-    yield make
-    for campaign in made:
-        for setup in (campaign.prefill_setup, campaign.decode_setup):
-            if setup in mooncake_fleet.running:
-                mooncake_fleet.end(setup)
+    with campaigns(Campaign, mooncake_fleet) as make:
+        yield make
 
 
 @pytest.mark.slow

@@ -17,7 +17,7 @@ import pytest
 
 from tests.entrypoints.server import free_port
 from tests.kv_transfer.harness import Engine, Fleet, Setup
-from tests.kv_transfer.real_campaign import RealCampaign, schedule
+from tests.kv_transfer.real_campaign import RealCampaign, campaigns, schedule
 from tests.kv_transfer.side_channel_proxy import FAULTS, SideChannelProxy
 from vllm.distributed.kv_transfer.kv_connector.v1.nixl.messages import (
     AgentMetadata,
@@ -220,17 +220,8 @@ def spoil_cache(p: Engine, params: dict[str, Any]) -> None:
 
 @pytest.fixture
 def campaign_of(fleet):
-    made = []
-
-    def make(*args, **kwargs):
-        made.append(Campaign(fleet, *args, **kwargs))
-        return made[-1]
-
-    yield make
-    for campaign in made:
-        for setup in (campaign.prefill_setup, campaign.decode_setup):
-            if setup in fleet.running:
-                fleet.end(setup)
+    with campaigns(Campaign, fleet) as make:
+        yield make
 
 
 @pytest.mark.slow
