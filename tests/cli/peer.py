@@ -94,7 +94,7 @@ def running_peer() -> Iterator[Peer]:
     )
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 120
     while not server.started:
         assert time.monotonic() < deadline, "the peer did not start"
         time.sleep(0.01)
@@ -104,4 +104,4 @@ def running_peer() -> Iterator[Peer]:
         yield peer
     finally:
         server.should_exit = True
-        thread.join(timeout=10)
+        thread.join(timeout=120)

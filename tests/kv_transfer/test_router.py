@@ -14,7 +14,7 @@ from dataclasses import replace
 import httpx
 import pytest
 
-from tests.entrypoints.server import TINY
+from tests.entrypoints.server import PATIENCE, TINY
 from tests.kv_transfer.harness import (
     KEY,
     SMOLLM2,
@@ -75,7 +75,7 @@ def doomed(fleet):
 def stream(url: str, index: int, count: int):
     """Events of an answer, as they come."""
     body = {**body_of(prompt(index), count), "stream": True}
-    with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=60) as response:
+    with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=PATIENCE) as response:
         assert response.status_code == 200, response.read()
         for line in response.iter_lines():
             if line.startswith("data: "):
@@ -129,7 +129,7 @@ def test_streams_and_chats_pass_through(cluster):
     messages = [{"role": "user", "content": "the quick brown fox jumps over a lazy dog"}]
     body = {"messages": messages, "max_tokens": 8, "temperature": 0}
     answers = [
-        httpx.post(f"{url}/v1/chat/completions", json=body, timeout=60).json()["choices"][0]
+        httpx.post(f"{url}/v1/chat/completions", json=body, timeout=PATIENCE).json()["choices"][0]
         for url in (router.url, plain.url)
     ]
     assert answers[0]["message"]["content"] == answers[1]["message"]["content"]
@@ -146,7 +146,7 @@ def test_several_answers_share_one_prefill(cluster):
     assert [choice["token_ids"] for choice in choices] == [plain.tokens(text, 4)] * 3
     assert d.metric("vllm:kv_transfers_total") == before[0] + 3
     # Nobody waits for the end of the lease.
-    p.wait_until_empty(10)
+    p.wait_until_empty()
     assert p.metric("vllm:kv_expired_leases_total") == before[1]
 
 
@@ -278,7 +278,7 @@ def test_a_decoder_that_dies_before_the_first_token_is_replaced(cluster, doomed,
             answer = pool.submit(lambda: list(stream(router.url, 4, 12)))
         else:
             answer = pool.submit(router.tokens, prompt(4))
-        wait_for(lambda: in_flight(router, "decode") == 1, 10, "nothing was sent on")
+        wait_for(lambda: in_flight(router, "decode") == 1, "nothing was sent on")
         assert router.join("decode", d.url)["healthy"]
         kill(second)
         got = answer.result()
@@ -311,7 +311,7 @@ def test_a_decoder_that_fails_within_a_stream_ends_it_with_an_error(cluster, doo
     ids = ids_of(got[:-2])
     assert ids == right[: len(ids)] and len(ids) < LONG
     assert router.metric('vllm_router_requests_total{outcome="broken_off"}') == before + 1
-    wait_for(lambda: in_flight(router, "decode") == 0, 5, "a request is still counted")
+    wait_for(lambda: in_flight(router, "decode") == 0, "a request is still counted")
     router.leave("decode", second.url)
     router.join("decode", d.url)
 
@@ -320,12 +320,12 @@ def test_a_client_that_leaves_ends_its_request_everywhere(cluster):
     router, _, d, _ = cluster
     with frozen(d), pytest.raises(httpx.ReadTimeout):
         httpx.post(f"{router.url}/v1/completions", json=body_of(prompt(1), LONG), timeout=0.4)
-    wait_for(lambda: in_flight(router, "decode") == 0, 5, "a request is still counted")
+    wait_for(lambda: in_flight(router, "decode") == 0, "a request is still counted")
     router.wait(200)
     events = stream(router.url, 1, LONG)
     next(events)
     events.close()
-    wait_for(lambda: in_flight(router, "decode") == 0, 5, "a request is still counted")
+    wait_for(lambda: in_flight(router, "decode") == 0, "a request is still counted")
     d.wait_until_idle()
     d.wait_until_empty()
 
