@@ -28,8 +28,9 @@ _START_SECONDS = 2 * PATIENCE
 
 
 # Below the ports that Linux gives to outgoing connections, which would take one between its choice
-# and its use; spread by the operating system's randomness, as tests may run beside others.
-_PORTS = range(12_000, 32_000)
+# and its use, and above those that Mooncake takes by itself; spread by the operating system's
+# randomness, as tests may run beside others.
+_PORTS = range(18_000, 32_000)
 _given: set[int] = set()
 
 

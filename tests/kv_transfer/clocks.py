@@ -8,14 +8,16 @@ from collections import Counter
 
 from tests.entrypoints.server import PATIENCE
 
-# Some turns of a thread: it looks at the clock several times in each.
-_LOOKS = 30
-
 
 class ThreadsClock:
-    """Stands still until told to go on, and then until the threads have had some turns."""
+    """Stands still until told to go on, and then until the threads have had some turns.
 
-    def __init__(self) -> None:
+    Args:
+        looks: at the clock, that each thread has in some turns.
+    """
+
+    def __init__(self, looks: int) -> None:
+        self._least = looks
         self.now = time.monotonic()
         self.threads: list[threading.Thread] = []
         self._looks: Counter[threading.Thread] = Counter()
@@ -28,6 +30,6 @@ class ThreadsClock:
         before = self._looks.copy()
         self.now += seconds
         deadline = time.monotonic() + PATIENCE
-        while any(self._looks[thread] < before[thread] + _LOOKS for thread in self.threads):
+        while any(self._looks[thread] < before[thread] + self._least for thread in self.threads):
             assert time.monotonic() < deadline, "a transfer thread has stopped"
             time.sleep(0.001)

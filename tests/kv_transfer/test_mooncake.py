@@ -282,34 +282,40 @@ def test_blocks_that_nobody_fetches_are_freed(make_side, monkeypatch, caplog):
 def test_a_lease_is_prolonged_while_somebody_waits(make_llm, make_side):
     extra = {"kv_lease_duration": 6.0}
     p = make_side("kv_producer", extra)
-    d = make_side("kv_consumer", extra, max_num_seqs=1, num_gpu_blocks_override=20)
+    # Of its 10 blocks the first request takes 3 or 4, and the second wants 8.
+    d = make_side("kv_consumer", extra, max_model_len=160, num_gpu_blocks_override=11)
     transfer(p, d, PROMPTS[:1])
     clock = clock_of(p, d)
     d.names.clear()
     ids = new_ids(PROMPTS[1:3])
     ask_prefill(p, PROMPTS[1:3], ids)
     run(p)
-    ask_decode(p, d, PROMPTS[1:3], ids, 40)
+    ask_decode(p, d, PROMPTS[1:3], ids, 30)
     first = next(iter(d.names))
     begin = clock.now
 
     def go_on():
         # One after the other: the second waits far longer than its lease.
-        if d.names[first] is None and clock.now < begin + 24:
+        if d.names[first] is None and clock.now < begin + 20:
             clock.go_on(1.0)
+            assert len(transfer_worker(d).receiver._expected) == 1
 
     run(p, d, between=go_on)
-    assert clock.now >= begin + 24
+    assert clock.now >= begin + 20
     tokens = [list(out.outputs[0].token_ids) for out in d.outputs]
-    assert tokens == greedy(make_llm(), PROMPTS[1:3], count=40)
+    assert tokens == greedy(make_llm(), PROMPTS[1:3], count=30)
     wait_until_free(p, d)
+
+
+def transfer_worker(side):
+    return side.core.executor.worker.model_runner._connector._connector._worker
 
 
 def clock_of(*sides):
     """Of their transfer threads."""
-    clock = ThreadsClock()
+    clock = ThreadsClock(looks=4)
     for side in sides:
-        worker = side.core.executor.worker.model_runner._connector._connector._worker
+        worker = transfer_worker(side)
         parts = [part for part in (worker.sender, worker.receiver) if part is not None]
         for part in (*parts, *(part._directory for part in parts if part is worker.receiver)):
             part._clock = clock
@@ -322,7 +328,12 @@ def test_a_prefill_that_never_comes_is_waited_for_so_long(make_llm, make_side, m
     p, d = make_side("kv_producer"), make_side("kv_consumer", policy="recompute")
     clock = clock_of(p, d)
     ask_decode(p, d, PROMPTS[:1], new_ids(PROMPTS[:1]))
-    run(d, between=lambda: clock.go_on(0.1))
+
+    def go_on():
+        if "came within" not in caplog.text:
+            clock.go_on(0.25)
+
+    run(d, between=go_on)
     assert [list(out.outputs[0].token_ids) for out in d.outputs] == greedy(make_llm(), PROMPTS[:1])
     assert "came within 2 s (VLLM_MOONCAKE_CONNECTOR_TIMEOUT)" in caplog.text
     wait_until_free(d)

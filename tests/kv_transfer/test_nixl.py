@@ -278,8 +278,9 @@ def test_an_expired_lease_frees_the_blocks_and_a_late_reader_sees_it(make_nixl):
 
 def test_a_lease_is_prolonged_while_somebody_waits(make_nixl):
     p = make_nixl("kv_producer", {"kv_lease_duration": 6.0})
-    d = make_nixl("kv_consumer", max_num_seqs=1, num_gpu_blocks_override=20)
-    clock = ThreadsClock()
+    # Of its 10 blocks the first request takes 3 or 4, and the second wants 8.
+    d = make_nixl("kv_consumer", max_model_len=160, num_gpu_blocks_override=11)
+    clock = ThreadsClock(looks=30)
     for worker in (transfer_worker(p), transfer_worker(d)):
         worker._clock = clock
         clock.threads.append(worker._thread)
@@ -289,7 +290,7 @@ def test_a_lease_is_prolonged_while_somebody_waits(make_nixl):
     engine, ended = d.llm_engine, {}
     for name, prompt, answer in zip("ab", PROMPTS[1:3], answers, strict=True):
         extra = {"kv_transfer_params": answer}
-        params = SamplingParams(temperature=0, max_tokens=40, ignore_eos=True, extra_args=extra)
+        params = SamplingParams(temperature=0, max_tokens=30, ignore_eos=True, extra_args=extra)
         engine.add_request(name, prompt, params)
     begin = clock.now
     while engine.has_unfinished_requests():
@@ -299,8 +300,9 @@ def test_a_lease_is_prolonged_while_somebody_waits(make_nixl):
             elif not ended:
                 # One after the other: the second waits far longer than its lease.
                 clock.go_on(1.0)
+                assert len(transfer_worker(d).notices.expected) == 1
     assert clock.now - begin > 3 * 6.0
-    assert [ended["a"], ended["b"]] == greedy(make_nixl(), PROMPTS[1:3], count=40)
+    assert [ended["a"], ended["b"]] == greedy(make_nixl(), PROMPTS[1:3], count=30)
     wait_until_free(p)
 
 
