@@ -618,7 +618,10 @@ def _gated_mul(x: torch.Tensor, gate: int, alpha: float, limit: float) -> torch.
 
 
 def argmax(logits: torch.Tensor) -> torch.Tensor:
-    """Index of the largest value of each row, the first of equal ones: (T, v) -> (T,) int64."""
+    """Index of the largest value of each row, the first of equal ones: (T, v) -> (T,) int64.
+
+    A NaN counts as the largest; -1 where the largest is not finite.
+    """
     if _C is None or not logits.is_cpu or logits.dtype not in DTYPE_CODES or logits.stride(1) != 1:
         return _torch_ops.argmax(logits)
     rows, size = logits.shape
