@@ -56,15 +56,14 @@ class BlockTable:
         return self._table.device_view(num_reqs)
 
     def append_row(self, row: int, block_ids: Sequence[int]) -> None:
-        if not block_ids:
-            return
-        ids = np.asarray(block_ids, dtype=np.int32)
-        ratio = self.blocks_per_manager_block
-        if ratio > 1:
-            ids = (ids[:, None] * ratio + self._split).reshape(-1)
-        start = self.num_blocks[row]
-        self.array[row, start : start + ids.size] = ids
-        self.num_blocks[row] = start + ids.size
+        start, ratio = int(self.num_blocks[row]), self.blocks_per_manager_block
+        end = start + len(block_ids) * ratio
+        if ratio == 1:
+            self.array[row, start:end] = block_ids
+        else:
+            ids = np.asarray(block_ids, dtype=np.int32)
+            self.array[row, start:end] = (ids[:, None] * ratio + self._split).reshape(-1)
+        self.num_blocks[row] = end
 
     def set_row(self, row: int, block_ids: Sequence[int]) -> None:
         self.num_blocks[row] = 0

@@ -486,7 +486,8 @@ class ModelRunner:
             self._steady = (cached.req_ids, rows, np.array(rows)) if known else None
         if self._steady is not None:
             _, rows, row_array = self._steady
-            batch.rewind(row_array, cached.num_computed_tokens, cached.num_output_tokens)
+            if not cached.as_expected:
+                batch.rewind(row_array, cached.num_computed_tokens, cached.num_output_tokens)
         else:
             for i, (req_id, row) in enumerate(zip(cached.req_ids, rows, strict=True)):
                 computed, num_output = cached.num_computed_tokens[i], cached.num_output_tokens[i]
