@@ -69,6 +69,12 @@ class BlockTable:
         self.num_blocks[row] = 0
         self.append_row(row, block_ids)
 
+    def get_row(self, row: int) -> list[int]:
+        """Ids of the row's manager blocks."""
+        ratio = self.blocks_per_manager_block
+        ids = self.array[row, : self.num_blocks[row] : ratio]
+        return (ids if ratio == 1 else ids // ratio).tolist()
+
     def move_row(self, source: int, target: int) -> None:
         count = self.num_blocks[source]
         self.array[target, :count] = self.array[source, :count]
@@ -83,11 +89,10 @@ class BlockTable:
             out: int64 ``(T,)``.
         """
         size = self.kernel_block_size
-        place = positions // size
-        np.multiply(place, -size, out=out)
+        block = positions // size
+        np.subtract(self._entries[rows * self._width + block], block, out=out)
+        out *= size
         out += positions
-        place += rows * self._width
-        out += np.multiply(self._entries[place], size, dtype=np.int64)
 
 
 class MultiGroupBlockTable:
@@ -106,6 +111,9 @@ class MultiGroupBlockTable:
     def set_row(self, row: int, block_ids: Sequence[Sequence[int]]) -> None:
         for table, ids in zip(self.tables, block_ids, strict=True):
             table.set_row(row, ids)
+
+    def get_row(self, row: int) -> tuple[list[int], ...]:
+        return tuple(table.get_row(row) for table in self.tables)
 
     def move_row(self, source: int, target: int) -> None:
         for table in self.tables:
