@@ -77,9 +77,7 @@ class Step:
         """
         if not self.is_decode or self.admitted or self.preempted or self.running != last.running:
             return None
-        return CachedRequestData(
-            req_ids=last.req_ids, new_block_ids=self.blocks, as_expected=True
-        )
+        return CachedRequestData(req_ids=last.req_ids, new_block_ids=self.blocks, as_expected=True)
 
     def make_request_data(
         self, kv_cache_manager: KVCacheManager
