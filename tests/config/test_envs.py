@@ -48,15 +48,26 @@ def test_a_misspelt_variable_is_refused_with_the_nearest(monkeypatch):
     )
 
 
-def test_a_variable_that_nobody_knows_is_a_warning(monkeypatch, caplog):
-    monkeypatch.setenv("VLLM_IMAGE_OF_OURS", "4")
+@pytest.fixture
+def warnings(monkeypatch):
+    """The lines that the module logs."""
+    lines: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: lines.append(record.getMessage())
+    logger = logging.getLogger("vllm.envs")
     monkeypatch.setattr(envs, "_warned", set())
-    monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
+    monkeypatch.setattr(logger, "level", logging.WARNING)
+    monkeypatch.setattr(logger, "handlers", [handler])
+    logger.manager._clear_cache()
+    yield lines
+    logger.manager._clear_cache()
+
+
+def test_a_variable_that_nobody_knows_is_a_warning(monkeypatch, warnings):
+    monkeypatch.setenv("VLLM_IMAGE_OF_OURS", "4")
     envs.validate_environ()
     envs.validate_environ()
-    assert caplog.messages == [
-        "VLLM_IMAGE_OF_OURS: unknown environment variable; it changes nothing"
-    ]
+    assert warnings == ["VLLM_IMAGE_OF_OURS: unknown environment variable; it changes nothing"]
 
 
 def test_a_variable_that_nobody_knows_is_refused_where_asked(monkeypatch):
@@ -65,7 +76,7 @@ def test_a_variable_that_nobody_knows_is_refused_where_asked(monkeypatch):
         envs.validate_environ(fail_on_unknown=True)
 
 
-def test_what_kubernetes_sets_for_a_service_passes(monkeypatch, caplog):
+def test_what_kubernetes_sets_for_a_service_passes(monkeypatch, warnings):
     """In a namespace with a Service named vllm, or vllm-router, each pod has these."""
     for service in ("VLLM", "VLLM_ROUTER"):
         for name, value in {
@@ -79,9 +90,8 @@ def test_what_kubernetes_sets_for_a_service_passes(monkeypatch, caplog):
             "PORT_8000_TCP_ADDR": "10.0.0.1",
         }.items():
             monkeypatch.setenv(f"{service}_{name}", value)
-    monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
     envs.validate_environ(fail_on_unknown=True)
-    assert caplog.messages == []
+    assert warnings == []
 
 
 def test_a_port_that_is_no_service_link_is_refused(monkeypatch):

@@ -104,7 +104,6 @@ _VALUES: dict[str, dict[str, str]] = {
         "mamba-cache-philox-rounds": "",
         "mamba-ssu-algorithm": "auto",
     },
-    "StructuredOutputsConfig": {"reasoning-parser": "", "reasoning-parser-plugin": ""},
     "ParallelConfig": {
         "all2all-backend": "",
         "cp-kv-cache-interleave-size": "1",

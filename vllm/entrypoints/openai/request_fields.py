@@ -37,7 +37,6 @@ _NOT_YET_COMPLETION: dict[str, tuple[Any, ...]] = {
 }
 _NOT_YET_CHAT: dict[str, tuple[Any, ...]] = {
     **_NOT_YET_COMMON,
-    "include_reasoning": (True,),
     "media_io_kwargs": ({},),
     "mm_processor_kwargs": ({},),
 }
