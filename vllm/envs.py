@@ -252,7 +252,7 @@ def validate_environ(*, fail_on_unknown: bool = False) -> None:
         if refusal is None and _is_unknown(name, value):
             text = f"{name}: unknown environment variable"
             if fail_on_unknown:
-                refusal = f"{text}; unset it, or leave out --fail-on-environ-validation"
+                refusal = f"{text}; unset it"
             elif name not in _warned:
                 _warned.add(name)
                 logging.getLogger(__name__).warning("%s; it changes nothing", text)
