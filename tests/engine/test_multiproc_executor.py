@@ -237,7 +237,7 @@ from pathlib import Path
 from tests.engine.test_multiproc_executor import WORKER, MultiprocExecutor, make_config
 config = make_config(Path(sys.argv[1]), worker_cls=WORKER, tensor_parallel_size=2)
 executor = MultiprocExecutor(config)
-print(*executor.collective_rpc("pid"), flush=True)
+print(executor._directory, *executor.collective_rpc("pid"), flush=True)
 signal.pause()
 """
 
@@ -247,10 +247,12 @@ def test_workers_leave_with_their_parent(tiny_model: Path):
     command = [sys.executable, "-c", PARENT, str(tiny_model)]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as parent:
         assert parent.stdout is not None
-        workers = [int(number) for number in parent.stdout.readline().split()]
+        directory, *pids = parent.stdout.readline().split()
         parent.kill()
+    workers = [int(number) for number in pids]
     assert len(workers) == 2
     assert all(wait_gone(worker) for worker in workers)
+    assert not Path(directory).exists()
 
 
 def test_a_signal_to_the_group_is_left_to_the_parent(executor: MultiprocExecutor):
@@ -296,6 +298,28 @@ def rows(outputs: list[Any]) -> list[list[dict[int, float]]]:
         [{token: entry.logprob for token, entry in row.items()} for row in part or ()]
         for part in parts
     ]
+
+
+def sum_of_a_late_group(worker: Any) -> int:
+    import torch
+    import torch.distributed as dist
+
+    ranks = torch.tensor(worker.rank + 1)
+    dist.all_reduce(ranks, group=dist.new_group())
+    return int(ranks)
+
+
+def test_workers_meet_again_after_the_start(tiny_model: Path):
+    """NCCL connects the ranks of a group at its first sum, through what they met by."""
+    executor = MultiprocExecutor(make_config(tiny_model, tensor_parallel_size=2))
+    try:
+        executor.init_device()
+        assert executor.collective_rpc(sum_of_a_late_group, timeout=60) == [3, 3]
+        directory = Path(executor._directory)
+        assert directory.exists()
+    finally:
+        executor.shutdown()
+    assert not directory.exists()
 
 
 def test_two_workers_give_the_tokens_of_one_until_one_is_killed(tiny_model: Path, llm: LLM):
