@@ -164,6 +164,11 @@ def test_each_client_gets_its_own_outputs():
     }  # fmt: skip
     assert outputs[0].finished_requests == {"a"} and outputs[3].finished_requests is None
     assert outputs[0].scheduler_stats is not None and outputs[3].scheduler_stats is None
+    # Whoever has outputs: two clients would write older numbers over newer ones.
+    output = scheduler.schedule()
+    outputs = scheduler.update_from_output(output, model.execute(output))
+    assert [o.request_id for o in outputs[3].outputs] == ["b"] and not outputs[0].outputs
+    assert outputs[0].scheduler_stats is not None and outputs[3].scheduler_stats is None
 
 
 @pytest.mark.parametrize("when", ["waiting", "scheduled", "running", "preempted"])
