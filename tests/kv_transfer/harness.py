@@ -175,7 +175,8 @@ class RouterProcess:
                 [
                     *command,
                     *("--port", str(self.port), "--admin-key", KEY),
-                    *("--health-interval", "0.2", *options),
+                    # A server that has much to do on a busy machine is not taken for a frozen one.
+                    *("--health-interval", "0.2", "--health-timeout", "30", *options),
                 ],
                 stdout=file,
                 stderr=subprocess.STDOUT,

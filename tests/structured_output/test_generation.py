@@ -137,8 +137,8 @@ def test_a_bad_constraint_is_the_callers_error_and_nobody_elses(llm, constraint)
 def test_a_grammar_that_nobody_can_follow_is_its_requests_error(llm, monkeypatch):
     """Short, legal, and worse with each token: all others would wait for it."""
     manager = llm.llm_engine.client._core.structured_output_manager
-    monkeypatch.setattr(manager_module, "_FOLLOW_SECONDS_WHILE_OTHERS_HANG", 2.0)
-    monkeypatch.setattr(manager, "_follow_seconds", 2.0)
+    monkeypatch.setattr(manager_module, "_FOLLOW_SECONDS_WHILE_OTHERS_HANG", 1.0)
+    monkeypatch.setattr(manager, "_follow_seconds", 1.0)
     endless = params({"regex": "(.*)*" * 30 + "b"}, ignore_eos=True)
     with pytest.raises(VLLMValidationError, match="following the grammar took longer than"):
         llm.generate([PROMPT, PROMPT], [endless, params({"choice": ["yes"]})], use_tqdm=False)

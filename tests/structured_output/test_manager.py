@@ -162,50 +162,21 @@ def test_a_tokenizer_that_cannot_be_made_fails_the_request(config, tokenizer):
     manager.shutdown()
 
 
-# The matcher keeps every way to read the text so far, and there are ever more of them.
-AMBIGUOUS = "(.*)*" * 30 + "b"
 # Seconds: for ever compared with what is quick, and that in turn on a busy machine with this.
 SOON = 2.0
-SLOW_TO_COMPILE = {"type": "string", "maxLength": 10**8}
-
-
-@pytest.fixture
-def patient(monkeypatch):
-    """Those beside a hanging grammar may take as long as it did."""
-    monkeypatch.setattr(manager_module, "_FOLLOW_SECONDS_WHILE_OTHERS_HANG", SOON)
-
-
-@pytest.mark.usefixtures("patient")
-def test_a_grammar_that_takes_too_long_to_follow_fails_its_request_only(config, tokenizer):
-    manager = StructuredOutputManager(config, lambda: tokenizer, follow_seconds=SOON)
-    requests = {
-        "before": make_request("before", tokenizer, choice=["ab"]),
-        "bad": make_request("bad", tokenizer, regex=AMBIGUOUS),
-        "after": make_request("after", tokenizer, choice=["b"]),
-    }
-    for request in requests.values():
-        manager.grammar_init(request)
-    for request in requests.values():
-        wait(request)
-    (blanks,) = tokenizer.encode(" " * 16)
-    assert not manager.accept_tokens(requests["bad"], [blanks] * 4)
-    state = requests["bad"].structured_output_request
-    assert f"took longer than {SOON:g} s" in state.error
-    assert state.error_type == "VLLMValidationError"
-    assert not manager.accept_tokens(requests["bad"], [blanks])
-    (b,), (ab,) = tokenizer.encode("b"), tokenizer.encode("ab")
-    mask = manager.grammar_bitmask(requests, ["before", "bad", "after"])
-    assert ab in allowed(mask[0]) and allowed(mask[2]) == {b}
-    assert manager.accept_tokens(requests["after"], [b])
-    manager.shutdown()
 
 
 class HangingGrammar(StructuredOutputGrammar):
-    """Its mask takes as long as ``gate`` is shut."""
+    """One part of following it takes as long as ``gate`` is shut."""
 
     gate = threading.Event()
 
+    def __init__(self, part):
+        self.part = part
+
     def accept_tokens(self, tokens):
+        if self.part == "accept":
+            self.gate.wait()
         return True
 
     def is_terminated(self):
@@ -216,28 +187,71 @@ class HangingGrammar(StructuredOutputGrammar):
 
 
 class BackendWithHangingGrammars(XgrammarBackend):
+    """``choice=["hang PART"]``: that part hangs."""
+
     def compile(self, params, stop_token_ids):
-        if params.choice == ["hang"]:
-            return HangingGrammar()
-        return super().compile(params, stop_token_ids)
+        what, _, part = (params.choice or [""])[0].partition(" ")
+        if what != "hang":
+            return super().compile(params, stop_token_ids)
+        if part == "compile":
+            HangingGrammar.gate.wait()
+        return HangingGrammar(part)
 
     def fill_bitmask(self, grammars, bitmask):
-        if isinstance(grammars[0], HangingGrammar):
-            HangingGrammar.gate.wait()
+        (grammar,) = grammars
+        if isinstance(grammar, HangingGrammar):
+            if grammar.part == "mask":
+                grammar.gate.wait()
             bitmask[:] = 0
         else:
             super().fill_bitmask(grammars, bitmask)
 
 
-@pytest.mark.usefixtures("patient")
-def test_a_mask_that_takes_too_long_leaves_the_others_right(config, tokenizer, monkeypatch):
+@pytest.fixture
+def gate(monkeypatch):
+    """What hanging grammars wait for; open at the end of a test.
+
+    Those beside them may take as long as they did.
+    """
+    gate = threading.Event()
+    monkeypatch.setattr(HangingGrammar, "gate", gate)
     monkeypatch.setattr(
         "vllm.v1.structured_output.backend_xgrammar.XgrammarBackend", BackendWithHangingGrammars
     )
+    monkeypatch.setattr(manager_module, "_FOLLOW_SECONDS_WHILE_OTHERS_HANG", SOON)
+    yield gate
+    gate.set()
+
+
+@pytest.mark.usefixtures("gate")
+def test_a_grammar_that_takes_too_long_to_follow_fails_its_request_only(config, tokenizer):
+    manager = StructuredOutputManager(config, lambda: tokenizer, follow_seconds=SOON)
+    requests = {
+        "before": make_request("before", tokenizer, choice=["ab"]),
+        "bad": make_request("bad", tokenizer, choice=["hang accept"]),
+        "after": make_request("after", tokenizer, choice=["b"]),
+    }
+    for request in requests.values():
+        manager.grammar_init(request)
+    for request in requests.values():
+        wait(request)
+    (b,), (ab,) = tokenizer.encode("b"), tokenizer.encode("ab")
+    assert not manager.accept_tokens(requests["bad"], [b])
+    state = requests["bad"].structured_output_request
+    assert f"took longer than {SOON:g} s" in state.error
+    assert state.error_type == "VLLMValidationError"
+    assert not manager.accept_tokens(requests["bad"], [b])
+    mask = manager.grammar_bitmask(requests, ["before", "bad", "after"])
+    assert ab in allowed(mask[0]) and allowed(mask[2]) == {b}
+    assert manager.accept_tokens(requests["after"], [b])
+    manager.shutdown()
+
+
+def test_a_mask_that_takes_too_long_leaves_the_others_right(config, tokenizer, gate):
     manager = StructuredOutputManager(config, lambda: tokenizer, follow_seconds=SOON)
     requests = {
         name: make_request(name, tokenizer, choice=[text])
-        for name, text in {"a": "ab", "hang": "hang", "b": "b"}.items()
+        for name, text in {"a": "ab", "hang": "hang mask", "b": "b"}.items()
     }
     for request in requests.values():
         manager.grammar_init(request)
@@ -247,8 +261,8 @@ def test_a_mask_that_takes_too_long_leaves_the_others_right(config, tokenizer, m
     mask = manager.grammar_bitmask(requests, ["a", "hang", "b"])
     assert (mask[1] == -1).all()
     (hanging,) = [t for t in threading.enumerate() if t.name.endswith("(given up)")]
-    HangingGrammar.gate.set()
-    hanging.join(120)
+    gate.set()
+    hanging.join(600)
     assert not hanging.is_alive()
     # What the thread that was given up has written since went elsewhere.
     assert (mask[1] == -1).all() and allowed(mask[2]) == {b}
@@ -258,12 +272,15 @@ def test_a_mask_that_takes_too_long_leaves_the_others_right(config, tokenizer, m
     manager.shutdown()
 
 
+@pytest.mark.usefixtures("gate")
 def test_a_grammar_that_takes_too_long_to_compile_fails_its_request_only(config, tokenizer):
-    manager = StructuredOutputManager(config, lambda: tokenizer, compile_seconds=SOON)
+    manager = StructuredOutputManager(config, lambda: tokenizer)
     first = make_request("first", tokenizer, choice=["b"])
     manager.grammar_init(first)
     wait(first)
-    slow = [make_request(str(i), tokenizer, json=SLOW_TO_COMPILE) for i in range(2)]
+    # Now that the backend is there.
+    manager._compile_seconds = SOON
+    slow = [make_request(str(i), tokenizer, choice=["hang compile"]) for i in range(2)]
     good = make_request("good", tokenizer, choice=["b"])
     for request in (*slow, good):
         manager.grammar_init(request)
