@@ -1,7 +1,7 @@
 // The Python module vllm._C: entry points that take addresses, sizes and strides as whole numbers.
 //
-// Nothing of torch's is included, so one build works with every torch; vllm/_custom_ops.py checks
-// dtypes and shapes before it passes addresses. Uses Python's limited API only.
+// Nothing of torch's is included, so one build works with every torch; the operators of vllm/_*.py
+// check dtypes and shapes before they pass addresses. Uses Python's limited API only.
 #define Py_LIMITED_API 0x030B0000
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
