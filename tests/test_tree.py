@@ -48,6 +48,7 @@ PARTS = {
     "vllm.v1.metrics": 6,
     "vllm.engine": 6,
     "vllm.entrypoints": 7,
+    "vllm.reasoning": 7,
     "vllm.benchmarks": 7,
 }
 # The messages between processes are the __init__ of a package whose other modules are high.

@@ -216,7 +216,10 @@ def _gated_mul(x: torch.Tensor, gate: int, alpha: float, limit: float) -> torch.
 
 
 def argmax(logits: torch.Tensor) -> torch.Tensor:
-    """Index of the largest value of each row, the first of equal ones: (T, v) -> (T,) int64."""
+    """Index of the largest value of each row, the first of equal ones: (T, v) -> (T,) int64.
+
+    A NaN counts as the largest; -1 where the largest is not finite.
+    """
     if (
         _extension.kernels is None
         or not logits.is_cpu

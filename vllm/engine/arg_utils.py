@@ -17,12 +17,12 @@ from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 import vllm.envs as envs
 from vllm.engine import resolve
-from vllm.engine.not_yet import NOT_YET
+from vllm.engine.not_yet import GONE, NOT_YET
 from vllm.errors import ConfigError, UnsupportedError
 from vllm.utils.flags import Flag, Kind, arg, dash, flags_of, nearest
 
 if TYPE_CHECKING:
-    from vllm.config import VllmConfig
+    from vllm.config import KVTransferConfig, VllmConfig
     from vllm.config.model import ModelConfig
     from vllm.transformers_utils.config import ResolvedModel
     from vllm.utils.argparse_utils import FlexibleArgumentParser
@@ -47,6 +47,10 @@ def _refuses_by_name(cls: type[_Args]) -> type[_Args]:
             value = kwargs.pop(name)
             entry = NOT_YET.get(name)
             if entry is None:
+                advice = GONE.get(name.replace("_", "-"))
+                if advice is not None:
+                    text = f"{name}: vLLM no longer has this; {advice}"
+                    raise ConfigError(text, parameter=name, value=value)
                 guess = nearest(name, [*known, *NOT_YET])
                 hint = f"; did you mean {guess}?" if guess else ""
                 raise ConfigError(f"unknown argument {name}{hint}", parameter=name, value=value)
@@ -389,6 +393,22 @@ class EngineArgs:
         "Data type of recurrent states; auto: that of convolution states.",
         choices=("auto", "bfloat16", "float16", "float32"),
     )
+    kv_offloading_size: float | None = arg(
+        None,
+        "CacheConfig",
+        Kind.FLOAT,
+        "GiB of host memory, over all ranks, that blocks are offloaded to: short for a "
+        "--kv-transfer-config with OffloadingConnector.",
+        minimum=0,
+    )
+    kv_offloading_backend: str = arg(
+        "native",
+        "CacheConfig",
+        Kind.STR,
+        "What --kv-offloading-size uses.",
+        choices=("native",),
+        later=("lmcache",),
+    )
 
     # ObservabilityConfig and logs
     disable_log_stats: bool = arg(
@@ -548,6 +568,7 @@ class EngineArgs:
         for flag in cls.flags().values():
             parser.add_flag(flag)
         parser.refuse(NOT_YET.values())
+        parser.refuse_gone(GONE)
         return parser
 
     @classmethod
@@ -582,6 +603,8 @@ class EngineArgs:
 
         envs.validate_environ()
         load_general_plugins()
+        transfer = _from_json("kv_transfer_config", self._kv_transfer(), KVTransferConfig)
+        _check_connector(transfer)
         model_config = self._create_model_config()
         resolve.check_tensor_parallel(self.tensor_parallel_size, model_config.hf_text_config)
         cache_config = self._create_cache_config(model_config)
@@ -633,9 +656,7 @@ class EngineArgs:
             attention_config=AttentionConfig(backend=self._attention_backend()),
             structured_outputs_config=self._structured_outputs(),
             observability_config=ObservabilityConfig(disable_log_stats=self.disable_log_stats),
-            kv_transfer_config=_from_json(
-                "kv_transfer_config", self.kv_transfer_config, KVTransferConfig
-            ),
+            kv_transfer_config=transfer,
             kv_events_config=_from_json("kv_events_config", self.kv_events_config, KVEventsConfig),
             additional_config=dict(self.additional_config),
             instance_id=uuid.uuid4().hex,
@@ -652,9 +673,32 @@ class EngineArgs:
         """Options in use that need a step's tokens before the next step is scheduled."""
         return [
             dash(name)
-            for name in ("scheduler_cls", "logits_processors", "kv_transfer_config")
+            for name in (
+                "scheduler_cls",
+                "logits_processors",
+                "kv_transfer_config",
+                "kv_offloading_size",
+            )
             if getattr(self, name, None)
         ]
+
+    def _kv_transfer(self) -> dict[str, Any] | None:
+        """``kv_transfer_config``, or what ``kv_offloading_size`` stands for."""
+        if not self.kv_offloading_size:
+            return self.kv_transfer_config
+        if self.kv_transfer_config:
+            raise ConfigError(
+                "--kv-offloading-size and --kv-transfer-config exclude each other: name "
+                "MultiConnector in --kv-transfer-config, and OffloadingConnector among its "
+                "connectors",
+                parameter="kv_offloading_size",
+                value=self.kv_offloading_size,
+            )
+        return {
+            "kv_connector": "OffloadingConnector",
+            "kv_role": "kv_both",
+            "kv_connector_extra_config": {"cpu_bytes_to_use": int(self.kv_offloading_size * 2**30)},
+        }
 
     def _create_model_config(self) -> ModelConfig:
         from vllm.config import ModelConfig
@@ -767,6 +811,8 @@ class EngineArgs:
             gpu_memory_utilization=self.gpu_memory_utilization,
             kv_cache_memory_bytes=pool,
             cache_dtype=self.kv_cache_dtype,
+            kv_offloading_size=self.kv_offloading_size or None,
+            kv_offloading_backend=self.kv_offloading_backend,
             kv_cache_dtype_skip_layers=tuple(map(str, self.kv_cache_dtype_skip_layers or ())),
             calculate_kv_scales=self.calculate_kv_scales,
             num_gpu_blocks_override=self.num_gpu_blocks_override,
@@ -848,6 +894,15 @@ def _from_json(name: str, given: dict[str, Any] | None, config: type[_Config]) -
         if isinstance(error.__cause__, ConfigError):
             raise error.__cause__ from None
         raise ConfigError(f"{dash(name)}: {error}", parameter=name, value=given) from None
+
+
+def _check_connector(transfer: KVTransferConfig | None) -> None:
+    """Refuse a connector that nobody knows before a model is loaded for it."""
+    if transfer is None or not transfer.kv_connector or transfer.kv_connector_module_path:
+        return
+    from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
+
+    KVConnectorFactory.check_name(transfer.kv_connector)
 
 
 def _only_keys(name: str, given: dict[str, Any], known: tuple[str, ...]) -> None:
