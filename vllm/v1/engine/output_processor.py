@@ -45,16 +45,15 @@ class OutputQueue:
     def __init__(self, output_kind: RequestOutputKind) -> None:
         self._delta = output_kind is RequestOutputKind.DELTA
         self._item: RequestOutput | Exception | None = None
-        self._ready = asyncio.Event()
+        self._waiter: asyncio.Future[None] | None = None
 
     def put(self, item: RequestOutput | Exception) -> None:
-        if isinstance(item, Exception):
+        if self._item is None or isinstance(item, Exception):
             self._item = item
         elif isinstance(self._item, RequestOutput):
             _merge(self._item, item, self._delta)
-        elif self._item is None:
-            self._item = item
-        self._ready.set()
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
 
     def get_nowait(self) -> RequestOutput | None:
         """What is there, or None.
@@ -63,17 +62,19 @@ class OutputQueue:
             Exception: what was put instead of an output.
         """
         item = self._item
-        if item is None:
-            return None
         if isinstance(item, Exception):
             raise item
         self._item = None
-        self._ready.clear()
         return item
 
     async def get(self) -> RequestOutput:
+        """The next output, once there is one; for one consumer."""
         while (item := self.get_nowait()) is None:
-            await self._ready.wait()
+            self._waiter = asyncio.get_running_loop().create_future()
+            try:
+                await self._waiter
+            finally:
+                self._waiter = None
         return item
 
 
