@@ -160,10 +160,11 @@ class _RequestState:
     ) -> RequestOutput | None:
         """What to show after this step; None where nothing is due yet."""
         finished = finish_reason is not None
-        if not finished and not self._due():
+        detokenizer = self.detokenizer
+        num_tokens = len(detokenizer.token_ids)
+        if not finished and not self._is_due(num_tokens):
             return None
         delta = self.output_kind is RequestOutputKind.DELTA
-        detokenizer = self.detokenizer
         completion = CompletionOutput(
             index=self.index,
             text=detokenizer.take_text(finished, delta),
@@ -173,10 +174,10 @@ class _RequestState:
             finish_reason=str(finish_reason) if finish_reason is not None else None,
             stop_reason=stop_reason if finished else None,
         )
-        self.num_shown_tokens = len(detokenizer.token_ids)
+        self.num_shown_tokens = num_tokens
         outputs = [completion]
         if self.parent is not None:
-            outputs = self.parent.add(completion, len(detokenizer.token_ids))
+            outputs = self.parent.add(completion, num_tokens)
             if not outputs:
                 return None
             finished = self.parent.finished
@@ -194,10 +195,10 @@ class _RequestState:
             encoder_prompt_token_ids=self.encoder_token_ids,
         )
 
-    def _due(self) -> bool:
+    def _is_due(self, num_tokens: int) -> bool:
         if self.output_kind is RequestOutputKind.FINAL_ONLY:
             return False
-        num_new = len(self.detokenizer.token_ids) - self.num_shown_tokens
+        num_new = num_tokens - self.num_shown_tokens
         return num_new > 0 and (self.num_shown_tokens == 0 or num_new >= self.stream_interval)
 
 
