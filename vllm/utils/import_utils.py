@@ -1,11 +1,28 @@
-"""Classes that an option names by dotted path."""
+"""Classes that an option names by dotted path, and imports of much at once."""
 
+import contextlib
+import gc
+from collections.abc import Iterator
 from importlib import import_module
 from typing import Any
 
 from vllm.errors import ConfigError
 
-__all__ = ["import_class"]
+__all__ = ["import_class", "without_collector"]
+
+
+@contextlib.contextmanager
+def without_collector() -> Iterator[None]:
+    """For the imports of a process of our own: what they make stays, and is never looked through.
+
+    Torch's are 180,000 objects; collections meanwhile take 0.2 s.
+    """
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 def import_class(path: str, option: str) -> type[Any]:
