@@ -21,11 +21,11 @@ from pathlib import Path
 
 import triton
 
-__all__ = ["Usage", "descriptors", "usage"]
+__all__ = ["Usage", "descriptors", "listed_descriptors", "ptxas_version", "usage"]
 
 _WORD = 0xFFFFFFFF
 
-_CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+_TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 # Of a descriptor's address: nothing that differs from launch to launch or block to block.
 _FOREIGN = ("ULDC", "LDC", "LDG", "LDL", "S2UR SR_CTAID", "undefined")
 _PAIRS = (".64", "WIDE")
@@ -55,9 +55,18 @@ def _cuobjdump(option: str, cubin: bytes) -> str:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        command = [str(_CUOBJDUMP), option, file.name]
+        command = [str(_TOOLS / "cuobjdump"), option, file.name]
         done = subprocess.run(command, capture_output=True, text=True, check=True)
     return done.stdout + done.stderr
+
+
+def ptxas_version() -> str:
+    """Of the assembler that Triton takes for Hopper."""
+    command = [str(_TOOLS / "ptxas"), "--version"]
+    said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    found = re.search(r"V(\d[\d.]+)", said)
+    assert found is not None
+    return found[1]
 
 
 def usage(cubin: bytes) -> Usage:
@@ -211,7 +220,7 @@ class _Code:
             known[register] = both
         return changed
 
-    def _get(self, operand: str, state: State, half: int = 0) -> Value:
+    def get(self, operand: str, state: State, half: int = 0) -> Value:
         """Of a number or register, or of the upper half of the pair that it names."""
         operand = operand.removesuffix(".reuse")
         if operand in ("RZ", "URZ", "SRZ"):
@@ -242,9 +251,9 @@ class _Code:
             registers = [f"R{int(first[1]) + i}" if first else "RZ" for i in range(len(slots))]
             pairs = zip(registers, slots, strict=True)
             if slots and name.startswith("LDL"):
-                return {register: self._get(slot, state) for register, slot in pairs}
+                return {register: self.get(slot, state) for register, slot in pairs}
             if slots:
-                return {slot: self._get(register, state) for register, slot in pairs}
+                return {slot: self.get(register, state) for register, slot in pairs}
         sources = [part for part in operands if not re.match(r"!?U?P(T|\d)", part)][1:]
         first_name = re.match(r"(U?R)(\d+)", next(iter(sorted(line.defines))))
         if name == "CS2R" and sources == ["SRZ"]:
@@ -265,14 +274,14 @@ class _Code:
         """Moves, sums and logic; None: something else."""
         name = line.name
         if name in ("MOV", "UMOV", "R2UR"):
-            return self._get(sources[-1], state)
+            return self.get(sources[-1], state)
         if re.match(r"IMAD\.(MOV|U32|X)", name) and sources[:2] == ["RZ", "RZ"]:
-            return self._get(sources[2], state)
+            return self.get(sources[2], state)
         if re.match(r"U?IADD3|VIADD", name):
             return self._added(sources, state, 0)
         if "LOP3.LUT" in name:
             table = int(sources[3], 16)
-            a, b, c = (self._get(part, state) for part in sources[:3])
+            a, b, c = (self.get(part, state) for part in sources[:3])
             if table == 0x3C:
                 return Value(a.number ^ b.number, a.symbols ^ b.symbols)
             if a.is_number and b.is_number and c.is_number:
@@ -281,7 +290,7 @@ class _Code:
 
     def _added(self, sources: list[str], state: State, half: int) -> Value:
         """Carries aside: addresses in shared memory have fourteen bits."""
-        values = [self._get(part, state, half) for part in sources]
+        values = [self.get(part, state, half) for part in sources]
         number = sum(v.number for v in values if v.is_number) & _WORD
         others = [v for v in values if not v.is_number]
         if not others or (len(others) == 1 and not number):
@@ -294,7 +303,7 @@ class _Code:
         if not line.name.startswith("U") or line.name.startswith("ULDC"):
             return {" ".join([line.name, *line.operands[1:]])}
         parts = [p for p in line.operands[1:] if re.fullmatch(r"[-~]?UR\d+", p)]
-        return set().union(*(self.symbols.origins_of(self._get(p, state)) for p in parts))
+        return set().union(*(self.symbols.origins_of(self.get(p, state)) for p in parts))
 
 
 def _lop3(table: int, a: int, b: int, c: int) -> int:
@@ -308,7 +317,12 @@ def _lop3(table: int, a: int, b: int, c: int) -> int:
 
 def descriptors(cubin: bytes) -> tuple[int, Sequence[str]]:
     """How many matrix descriptors a kernel uses, and what is wrong with some of them."""
-    code = _Code(_cuobjdump("-sass", cubin))
+    return listed_descriptors(_cuobjdump("-sass", cubin))
+
+
+def listed_descriptors(listing: str) -> tuple[int, Sequence[str]]:
+    """As ``descriptors``, of what cuobjdump wrote."""
+    code = _Code(listing)
     count, wrong = 0, []
 
     def look(line: Instruction, state: State) -> None:
@@ -320,7 +334,7 @@ def descriptors(cubin: bytes) -> tuple[int, Sequence[str]]:
         left_in_registers = re.fullmatch(r"R\d+(\.reuse)?", line.operands[1]) is not None
         for first in range(int(found[1]) + (2 if left_in_registers else 0), int(found[1]) + 4, 2):
             count += 1
-            lower, upper = (code._get(f"UR{first + half}", state) for half in (0, 1))
+            lower, upper = (code.get(f"UR{first + half}", state) for half in (0, 1))
             foreign = sorted(p for p in code.symbols.origins_of(lower) if p.startswith(_FOREIGN))
             if not upper.is_number or foreign:
                 strange = sorted(code.symbols.origins_of(upper)) + foreign
