@@ -126,3 +126,16 @@ def test_a_json_schema_format_becomes_a_constraint():
     assert validate(CompletionRequest, "completion", body).constraint().json == schema
     body["response_format"] = {"type": "text"}
     assert validate(CompletionRequest, "completion", body).constraint() is None
+
+
+@pytest.mark.parametrize(
+    "field", ["metadata", "safety_identifier", "prompt_cache_key", "prompt_cache_retention"]
+)
+def test_what_no_answer_depends_on_passes(field):
+    validate(ChatCompletionRequest, "chat", {"messages": MESSAGES, field: {"any": "thing"}})
+    validate(CompletionRequest, "completion", {"prompt": "Hi", field: "thing"})
+
+
+def test_storing_is_refused():
+    with pytest.raises(UnsupportedError, match=r"store: .*answers are not stored"):
+        validate(ChatCompletionRequest, "chat", {"messages": MESSAGES, "store": True})
