@@ -394,7 +394,7 @@ def _choose(
     _reject_rest(possible, layout, rejected, "later in the order of preference")
     if movement is not None and movement.takes_descriptors:
         return layout, f"{movement.connector} moves blocks, and it takes the fewest runs"
-    return layout, "of those that need least memory, the first that leaves layers as they are"
+    return layout, "needs the least memory, and keeps the pages of layers as declared"
 
 
 def _reject_rest(

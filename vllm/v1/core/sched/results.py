@@ -148,6 +148,7 @@ class StepResults:
                     events=request.take_events(),
                     num_cached_tokens=request.num_cached_tokens,
                     num_preemptions=request.num_preemptions,
+                    num_external_tokens=request.num_external_computed_tokens,
                 )
             else:
                 # Nothing else is new to its client.
@@ -299,4 +300,5 @@ def _make_last_output(
         num_preemptions=request.num_preemptions,
         error=request.error,
         error_type=request.error_type,
+        num_external_tokens=request.num_external_computed_tokens,
     )
