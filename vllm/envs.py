@@ -95,7 +95,7 @@ variables: dict[str, Callable[[], Any]] = {
     # GiB of KV cache on the CPU where --kv-cache-memory-bytes is not given. Unset or 0:
     # DEFAULT_CPU_KVCACHE_SPACE, or half of the free memory where that is less.
     "VLLM_CPU_KVCACHE_SPACE": _float("VLLM_CPU_KVCACHE_SPACE", 0.0),
-    # "auto", or a list of cores such as 0-3,5 for the OpenMP threads.
+    # "auto", or a list of cores such as 0-3,5 for the threads of the CPU kernels.
     "VLLM_CPU_OMP_THREADS_BIND": _str("VLLM_CPU_OMP_THREADS_BIND", "auto"),
     "VLLM_KV_CACHE_LAYOUT": _choice("VLLM_KV_CACHE_LAYOUT", None, _LAYOUTS),
     # Canaries, owner map and pool checks after every step.

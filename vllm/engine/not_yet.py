@@ -1,7 +1,7 @@
 """Options of ``vllm serve`` and ``LLM`` that vLLM has and this engine does not have yet.
 
 They are refused by name, never ignored. A value that asks for nothing (vLLM's default, or what
-switches the feature off) passes. When a feature arrives, its line moves to ``EngineArgs``.
+switches the feature off) passes. When a feature arrives, its line moves to ``options.py``.
 ``GONE`` has options of older releases of vLLM, and what to do in place of them.
 """
 

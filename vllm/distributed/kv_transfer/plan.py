@@ -433,7 +433,7 @@ def _copy_of_layer(
         )
     copy = plan_layer_copy(*layers, *shards, total_heads)
     if copy is not None:
-        check_inside(copy, layers[1], layers[0], *caches)
+        check_inside(copy, layers[1], *caches)
     return copy
 
 
@@ -524,7 +524,6 @@ def check_descriptor(cache: CacheDescriptor) -> None:
 def check_inside(
     copy: LayerCopy,
     layer: LayerDescriptor,
-    source_layer: LayerDescriptor,
     source: CacheDescriptor,
     target: CacheDescriptor,
 ) -> None:

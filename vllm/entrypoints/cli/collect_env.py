@@ -36,6 +36,7 @@ _PACKAGES = (
     "msgspec",
     "nixl",
     "mooncake-transfer-engine",
+    "mooncake-transfer-engine-non-cuda",
     "ray",
 )
 _INSTRUCTION_SETS = (

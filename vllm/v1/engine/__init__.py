@@ -104,6 +104,8 @@ class EngineCoreOutput(msgspec.Struct, array_like=True, omit_defaults=True, gc=F
     num_preemptions: int = 0
     error: str | None = None
     error_type: str | None = None
+    num_external_tokens: int = 0
+    """Of ``num_cached_tokens``, those that a connector has loaded."""
 
     @property
     def finished(self) -> bool:

@@ -23,6 +23,7 @@ import zmq
 
 from vllm.errors import VLLMValidationError
 from vllm.logger import init_logger
+from vllm.utils.import_utils import without_collector
 from vllm.utils.processes import adopt_child_manners, end_with_parent
 from vllm.v1.engine import EngineCoreOutputs, EngineCoreRequest, EngineCoreRequestType
 from vllm.v1.engine.failures import failure_of, is_expected
@@ -253,7 +254,7 @@ def _serve(arguments: _Arguments) -> None:
     context = zmq.Context()
     inputs: queue.SimpleQueue[Message | BaseException | None] = queue.SimpleQueue()
     receiver = _Receiver(context, f"ipc://{arguments.socket_dir}/in", inputs)
-    with phases.phase("importing torch"):
+    with phases.phase("importing torch"), without_collector():
         _import_early()
     config = _read_config(arguments.config_fd)
 

@@ -148,6 +148,7 @@ class StepResults:
                     events=request.take_events(),
                     num_cached_tokens=request.num_cached_tokens,
                     num_preemptions=request.num_preemptions,
+                    num_external_tokens=request.num_external_computed_tokens,
                 )
             else:
                 # Nothing else is new to its client.
@@ -265,7 +266,10 @@ class StepResults:
         self._finished.setdefault(request.client_index, set()).add(request.request_id)
 
     def collect(self, stats: SchedulerStats | None) -> dict[int, EngineCoreOutputs]:
-        """All there is to tell, by client; the statistics go to one of them."""
+        """All there is to tell, by client; the statistics go to the first.
+
+        Always to the same one: of two, the slower would write an older step's over them.
+        """
         now = time.monotonic()
         by_client = {
             client: EngineCoreOutputs(
@@ -278,9 +282,7 @@ class StepResults:
         }
         self._outputs, self._next_tokens, self._finished = {}, {}, {}
         if stats is not None:
-            first = next(iter(by_client.values()), None)
-            if first is None:
-                first = by_client[0] = EngineCoreOutputs(timestamp=now)
+            first = by_client.setdefault(0, EngineCoreOutputs(timestamp=now))
             first.scheduler_stats = stats
         return by_client
 
@@ -299,4 +301,5 @@ def _make_last_output(
         num_preemptions=request.num_preemptions,
         error=request.error,
         error_type=request.error_type,
+        num_external_tokens=request.num_external_computed_tokens,
     )
