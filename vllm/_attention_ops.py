@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from vllm import _extension, _torch_ops
-from vllm._extension import DTYPE_CODES
+from vllm._extension import DTYPE_CODES, address_of
 from vllm.utils.torch_utils import nvfp4_split_data_scale
 
 __all__ = [
@@ -268,6 +268,32 @@ def rope_and_store(
         _torch_ops.rope_and_store(positions, query, key, value, cos_sin_cache, is_neox, *cache)
 
 
+def _attention_kernel_takes(
+    query: torch.Tensor, kv_cache: torch.Tensor, value_size: int, fmt: Any
+) -> bool:
+    head_size = query.shape[2]
+    return (
+        _extension.kernels is not None
+        and query.is_cpu
+        and query.dtype in DTYPE_CODES
+        and _cache_kernel_takes(kv_cache, fmt)
+        and head_size % 8 == 0
+        and head_size <= MAX_HEAD_SIZE
+        and value_size <= MAX_HEAD_SIZE
+        and query.stride(2) == 1
+        and kv_cache.stride(3) == 1
+    )
+
+
+def _check_batch(
+    query_start_loc: torch.Tensor, seq_lens: torch.Tensor, block_table: torch.Tensor
+) -> None:
+    requests = query_start_loc.shape[0] - 1
+    assert seq_lens.shape[0] >= requests and block_table.shape[0] >= requests
+    assert query_start_loc.dtype is torch.int32 and seq_lens.dtype is torch.int32
+    assert block_table.dtype is torch.int32 and block_table.stride(1) == 1
+
+
 def paged_attention(
     query: torch.Tensor,
     kv_cache: torch.Tensor,
@@ -311,17 +337,7 @@ def paged_attention(
     value_size = out.shape[-1]
     if value_offset is None:
         value_offset = head_size
-    if (
-        _extension.kernels is None
-        or not query.is_cpu
-        or query.dtype not in DTYPE_CODES
-        or not _cache_kernel_takes(kv_cache, fmt)
-        or head_size % 8
-        or head_size > MAX_HEAD_SIZE
-        or value_size > MAX_HEAD_SIZE
-        or query.stride(2) != 1
-        or kv_cache.stride(3) != 1
-    ):
+    if not _attention_kernel_takes(query, kv_cache, value_size, fmt):
         _torch_ops.paged_attention(
             query,
             kv_cache,
@@ -347,14 +363,11 @@ def paged_attention(
         assert value_offset == head_size == value_size
         kv_heads //= fmt.head_slots(1)
     # The kernel takes addresses only: what disagrees here would be read beyond its end.
-    requests = query_start_loc.shape[0] - 1
     assert num_heads % kv_heads == 0 and out.shape[1] == num_heads
-    assert seq_lens.shape[0] >= requests and block_table.shape[0] >= requests
     assert alibi_slopes is None or alibi_slopes.shape[0] == num_heads
     assert sinks is None or sinks.shape[0] == num_heads
     assert out.dtype is query.dtype and out.stride(2) == 1
-    assert query_start_loc.dtype is torch.int32 and seq_lens.dtype is torch.int32
-    assert block_table.dtype is torch.int32 and block_table.stride(1) == 1
+    _check_batch(query_start_loc, seq_lens, block_table)
     if sinks is not None and sinks.dtype is not torch.float32:
         sinks = sinks.to(torch.float32)
     address, quantised = cache_arguments(kv_cache, fmt, scales, head_size)
@@ -366,8 +379,8 @@ def paged_attention(
         seq_lens.data_ptr(),
         block_table.data_ptr(),
         block_table.stride(0),
-        0 if alibi_slopes is None else alibi_slopes.data_ptr(),
-        0 if sinks is None else sinks.data_ptr(),
+        address_of(alibi_slopes),
+        address_of(sinks),
         seq_lens.shape[0],
         num_heads,
         kv_heads,
