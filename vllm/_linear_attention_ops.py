@@ -1,4 +1,4 @@
-"""Operators of layers whose memory is one matrix a head: the kernel, and PyTorch's form of it.
+"""Linear attention, whose state is one matrix a head: the kernel, and PyTorch's form of it.
 
 Owns what ``_C.linear_attention`` takes; as ``_custom_ops``, it checks what C++ will not, and knows
 no layer, no cache's owner and no model. The formulas are those of csrc/cpu/linear_attention.cpp.
