@@ -46,9 +46,11 @@ from vllm.entrypoints.openai.protocol import (
     TokenizeCompletionRequest,
     TokenizeResponse,
 )
+from vllm.entrypoints.openai.responses_request import ResponsesRequest
 from vllm.entrypoints.openai.serving_chat import OpenAIServingChat
 from vllm.entrypoints.openai.serving_completion import OpenAIServingCompletion
 from vllm.entrypoints.openai.serving_engine import ServerContext
+from vllm.entrypoints.openai.serving_responses import OpenAIServingResponses
 from vllm.entrypoints.openai.serving_tokenization import OpenAIServingTokenization
 from vllm.errors import EngineDeadError, VLLMError, VLLMValidationError
 from vllm.logger import init_logger
@@ -72,7 +74,7 @@ _NOT_YET = (
     "/v1/completions/",
     "/v1/embeddings",
     "/v1/messages",
-    "/v1/responses",
+    "/v1/responses/",
     "/v1/systemone",
 )
 
@@ -128,6 +130,7 @@ def _add_model_routes(app: FastAPI, context: ServerContext) -> None:
 def _add_generation_routes(app: FastAPI, context: ServerContext, prompts: ChatPrompts) -> None:
     completion = OpenAIServingCompletion(context)
     chat = OpenAIServingChat(context, prompts)
+    responses = OpenAIServingResponses(chat)
 
     async def create_completion(raw: Request) -> Response:
         _refuse_if_closing(context)
@@ -138,6 +141,11 @@ def _add_generation_routes(app: FastAPI, context: ServerContext, prompts: ChatPr
         _refuse_if_closing(context)
         request = await parse_request(raw, ChatCompletionRequest, "chat")
         return await chat.create_chat_completion(request, raw)
+
+    async def create_response(raw: Request) -> Response:
+        _refuse_if_closing(context)
+        request = await parse_request(raw, ResponsesRequest, "responses")
+        return await responses.create_response(request, raw)
 
     async def invocations(raw: Request) -> Response:
         """SageMaker's one path: the fields tell what is meant."""
@@ -171,6 +179,14 @@ def _add_generation_routes(app: FastAPI, context: ServerContext, prompts: ChatPr
         response_model=None,
         responses={200: {"model": ChatCompletionResponse}, **errors},
         openapi_extra=_body(ChatCompletionRequest),
+    )
+    app.add_api_route(
+        "/v1/responses",
+        create_response,
+        methods=["POST"],
+        response_model=None,
+        responses=errors,
+        openapi_extra=_body(ResponsesRequest),
     )
     app.add_api_route(
         "/invocations",
@@ -290,6 +306,7 @@ class _App(FastAPI):
             models = (
                 CompletionRequest,
                 ChatCompletionRequest,
+                ResponsesRequest,
                 TokenizeCompletionRequest,
                 TokenizeChatRequest,
                 DetokenizeRequest,

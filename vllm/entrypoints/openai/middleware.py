@@ -31,7 +31,9 @@ _OPEN_PATHS = frozenset(
 )  # fmt: skip
 _REQUEST_ID = re.compile(rb"[\x21-\x7e]{1,256}")
 # Endpoints whose requests occupy the engine.
-_LOAD_PATHS = frozenset(("/v1/completions", "/v1/chat/completions", "/invocations"))
+_LOAD_PATHS = frozenset(
+    ("/v1/completions", "/v1/chat/completions", "/v1/responses", "/invocations")
+)
 
 
 def _path(scope: Scope) -> str:

@@ -245,8 +245,13 @@ ToolChoice = Annotated[
     Literal["none", "auto", "required"] | ChatCompletionNamedToolChoiceParam | None,
     _described('"none", "auto", "required" or {"type": "function", "function": {"name": NAME}}'),
 ]
+# A prompt of 16,384 token ids is no list of strings 16,384 times over: the first says it.
+_FAIL_FAST = Field(fail_fast=True)
 Prompt = Annotated[
-    str | list[str] | list[int] | list[list[int]],
+    str
+    | Annotated[list[str], _FAIL_FAST]
+    | Annotated[list[int], _FAIL_FAST]
+    | Annotated[list[list[int]], _FAIL_FAST],
     _described("a string, a list of strings, a list of token ids or a list of such lists"),
 ]
 Stop = Annotated[str | list[str] | None, _described("a string or a list of strings")]
