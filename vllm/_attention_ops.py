@@ -8,13 +8,16 @@ Letters: T tokens, Q query heads, K KV heads, D head size, B cache blocks, N tok
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from vllm import _extension, _torch_ops
 from vllm._extension import DTYPE_CODES, address_of
 from vllm.utils.torch_utils import nvfp4_split_data_scale
+
+if TYPE_CHECKING:
+    from vllm.v1.attention.ops.kv_formats import KVFormat, SideScales
 
 __all__ = [
     "MAX_HEAD_SIZE",
@@ -71,14 +74,14 @@ _NVFP4 = 6
 _PLAIN_CACHE = (0, 1.0, 1.0, 0, 0, 0, 0)
 
 
-def _cache_kernel_takes(kv_cache: torch.Tensor, fmt: Any) -> bool:
+def _cache_kernel_takes(kv_cache: torch.Tensor, fmt: KVFormat | None) -> bool:
     if fmt is None:
         return kv_cache.dtype in DTYPE_CODES
     return fmt.code <= _LAST_FORMAT and kv_cache.element_size() == 1
 
 
 def cache_arguments(
-    kv_cache: torch.Tensor, fmt: Any, scales: Any, head_size: int
+    kv_cache: torch.Tensor, fmt: KVFormat | None, scales: SideScales | None, head_size: int
 ) -> tuple[tuple[int, int, int, int], tuple[Any, ...]]:
     """Address and strides over B, H and N of a cache's keys, and struct QuantisedCache.
 
@@ -131,8 +134,8 @@ def _rope_store(
     is_neox: bool,
     kv_cache: torch.Tensor | None,
     slot_mapping: torch.Tensor | None,
-    fmt: Any = None,
-    scales: Any = None,
+    fmt: KVFormat | None = None,
+    scales: SideScales | None = None,
 ) -> None:
     """RoPE of query and key, the store of key and value, or both; checked by the callers."""
     lead = query if key is None else key
@@ -186,7 +189,7 @@ def _store_kernel_takes(
     value: torch.Tensor,
     kv_cache: torch.Tensor,
     slot_mapping: torch.Tensor,
-    fmt: Any = None,
+    fmt: KVFormat | None = None,
 ) -> bool:
     return (
         _extension.kernels is not None
@@ -208,8 +211,8 @@ def store_kv_cache(
     value: torch.Tensor,
     kv_cache: torch.Tensor,
     slot_mapping: torch.Tensor,
-    fmt: Any = None,
-    scales: Any = None,
+    fmt: KVFormat | None = None,
+    scales: SideScales | None = None,
 ) -> None:
     """Write each token's key and value to its slot.
 
@@ -251,8 +254,8 @@ def rope_and_store(
     is_neox: bool,
     kv_cache: torch.Tensor,
     slot_mapping: torch.Tensor,
-    fmt: Any = None,
-    scales: Any = None,
+    fmt: KVFormat | None = None,
+    scales: SideScales | None = None,
 ) -> None:
     """Rotate ``query`` (T, Q, D) in place, rotate ``key`` (T, K, D), store key and value.
 
@@ -269,7 +272,7 @@ def rope_and_store(
 
 
 def _attention_kernel_takes(
-    query: torch.Tensor, kv_cache: torch.Tensor, value_size: int, fmt: Any
+    query: torch.Tensor, kv_cache: torch.Tensor, value_size: int, fmt: KVFormat | None
 ) -> bool:
     head_size = query.shape[2]
     return (
@@ -309,8 +312,8 @@ def paged_attention(
     alibi_slopes: torch.Tensor | None = None,
     sinks: torch.Tensor | None = None,
     value_offset: int | None = None,
-    fmt: Any = None,
-    scales: Any = None,
+    fmt: KVFormat | None = None,
+    scales: SideScales | None = None,
 ) -> None:
     """Attention of new tokens over a paged cache that holds their keys and values already.
 
