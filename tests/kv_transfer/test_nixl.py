@@ -1,6 +1,7 @@
 """Prefill in one engine, decode in another, over real NIXL in one process."""
 
 import importlib.util
+import threading
 import time
 from types import SimpleNamespace
 
@@ -460,3 +461,25 @@ def test_settings_are_checked(make_nixl):
         make_nixl(extra={"staging_slot_bytes": 10000})
     with pytest.raises(ConfigError, match="the buffer is the staging ring"):
         make_nixl(extra={"staging_slots": 0, "buffer": "cpu"})
+
+
+def test_an_engine_that_waits_for_kv_is_told_when_it_has_come(make_llm, make_nixl):
+    """No clock wakes it: only what the transfer thread says, and each step says what it changed."""
+    prompt = [prompt_of(70, 1)]
+    plain = greedy(make_llm(), prompt, 1)
+    p, d = make_nixl("kv_producer"), make_nixl("kv_consumer")
+    core, told = core_of(d), threading.Semaphore(0)
+    core.executor.register_transfer_callback(told.release)
+    (answer,) = prefill(p, prompt)
+    params = SamplingParams(temperature=0, max_tokens=1, extra_args={"kv_transfer_params": answer})
+    d.llm_engine.add_request("waits", prompt[0], params)
+    _, made_progress = core.step()
+    assert not made_progress
+    assert told.acquire(timeout=20)
+    # The load has ended: the step that hears of it runs no model, yet the next one may.
+    outputs, made_progress = core.step()
+    assert made_progress and not any(part.outputs for part in outputs.values())
+    outputs, made_progress = core.step()
+    (found,) = outputs.values()
+    assert made_progress and [list(row.new_token_ids) for row in found.outputs] == plain
+    wait_until_free(d)
