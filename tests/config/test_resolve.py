@@ -75,6 +75,8 @@ def test_max_num_batched_tokens():
     assert tokens(None, max_num_seqs=4000) == 4000
     assert tokens(None, chunked_prefill=False) == 8192
     assert tokens(512) == 512
+    # As many as all requests can have.
+    assert tokens(10**23, max_model_len=512, max_num_seqs=4) == 2048
     with pytest.raises(ConfigError, match="--max-num-seqs"):
         tokens(100)
     with pytest.raises(ConfigError, match="--no-enable-chunked-prefill"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import queue
 import resource
 import signal
 import subprocess
@@ -14,12 +15,22 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import zmq
 
 from tests.engine.conftest import ENGINE_ARGS
 from vllm import LLM, SamplingParams
-from vllm.errors import CapacityError, ConfigError, EngineDeadError, VLLMValidationError
+from vllm.errors import (
+    CapacityError,
+    ConfigError,
+    EngineDeadError,
+    EngineGenerateError,
+    VLLMValidationError,
+)
 from vllm.utils.system import raise_open_files_limit
+from vllm.v1.engine import EngineCoreOutputs, UtilityOutput
 from vllm.v1.engine.core_client import SyncMPClient
+from vllm.v1.engine.core_proc import _Sender
+from vllm.v1.worker.cpu_worker import CPUWorker
 
 PROMPTS = ["The quick brown", "def main", [7, 8, 9] * 20]
 PARAMS = [
@@ -145,6 +156,47 @@ def test_an_exception_in_the_engine_is_logged_once_and_reaches_the_caller(
     assert "\n" not in str(caught.value)
     assert capfd.readouterr().err.count("Traceback") == 1
     assert wait_gone(pid)
+
+
+class OddWorker(CPUWorker):
+    """Has methods that no engine expects."""
+
+    def get_something(self) -> object:
+        return object()
+
+    def get_much(self) -> int:
+        return 2**80
+
+    def fail(self) -> None:
+        raise KeyError("nothing there")
+
+
+def test_calls_of_workers_that_go_wrong_end_no_engine(tiny_model: Path) -> None:
+    worker_cls = f"{OddWorker.__module__}.{OddWorker.__qualname__}"
+    with started(tiny_model, worker_cls=worker_cls) as llm:
+        for method in ("get_something", "get_much", "get_model"):
+            with pytest.raises(EngineGenerateError, match="the result is no plain data"):
+                llm.collective_rpc(method)
+        with pytest.raises(EngineGenerateError, match=r"^KeyError: 'nothing there'$"):
+            llm.collective_rpc("fail")
+        for wrong in (object(), 2**80, "\ud800"):
+            with pytest.raises(VLLMValidationError, match="args and kwargs must be plain data"):
+                llm.collective_rpc("check_health", args=(wrong,))
+        with pytest.raises(VLLMValidationError, match="timeout must be"):
+            llm.collective_rpc("check_health", timeout=1e300)
+        assert llm.collective_rpc("check_health") == [None]
+        assert llm.generate("x", SamplingParams(max_tokens=2), use_tqdm=False)
+
+
+def test_a_message_that_cannot_be_sent_ends_the_engine(tmp_path: Path) -> None:
+    """Nobody would get an answer any more, so nobody must go on waiting for one."""
+    failures: queue.SimpleQueue[BaseException] = queue.SimpleQueue()
+    context = zmq.Context()
+    sender = _Sender(context, [f"ipc://{tmp_path}/out"], failures.put)
+    sender.put(0, EngineCoreOutputs(utility_output=UtilityOutput(1, None, object())))
+    assert isinstance(failures.get(timeout=20), TypeError)
+    sender.close()
+    context.destroy(linger=0)
 
 
 SCRIPT = """

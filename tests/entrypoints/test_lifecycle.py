@@ -356,6 +356,9 @@ def test_a_port_in_use_is_one_line():
         (("--ssl-certfile", __file__), "--ssl-certfile cannot be used"),
         (("--served-model-name", ""), "--served-model-name"),
         (("--host", "256.1.1.1"), "--host 256.1.1.1"),
+        (("--host", "a" * 70), "label too long"),
+        (("--chat-template", ""), "--chat-template"),
+        (("--allowed-methods", "[null]"), "--allowed-methods takes a JSON list"),
         (("--middleware", "no.such.thing"), "--middleware"),
         (
             ("--tool-parser-plugin", "/no/such.py", "--tool-call-parser", "x"),

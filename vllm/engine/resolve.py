@@ -146,7 +146,8 @@ def resolve_max_num_batched_tokens(
             parameter="max_num_batched_tokens",
             value=requested,
         )
-    return requested
+    # More could never be scheduled, and would only take memory.
+    return min(requested, max_num_seqs * max_model_len)
 
 
 def resolve_async_scheduling(

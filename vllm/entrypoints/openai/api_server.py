@@ -44,8 +44,10 @@ def _bind_tcp(host: str, port: int) -> socket.socket:
         family, _, _, _, address = socket.getaddrinfo(
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )[0]
-    except OSError as exc:
-        raise VLLMError(f"--host {host}: {exc.strerror}; try 127.0.0.1") from None
+    except (OSError, UnicodeError) as exc:
+        # A UnicodeError: no name of a host can be like that.
+        why = getattr(exc, "strerror", None) or exc
+        raise VLLMError(f"--host {host}: {why}; try 127.0.0.1") from None
     sock = socket.socket(family, socket.SOCK_STREAM)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
@@ -120,7 +122,7 @@ def check_options(frontend: FrontendArgs) -> None:
         ConfigError: naming the option.
     """
     frontend.check()
-    if frontend.chat_template:
+    if frontend.chat_template is not None:
         from vllm.entrypoints.chat_utils import load_chat_template
 
         load_chat_template(frontend.chat_template)

@@ -13,7 +13,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorBase_V1,
     KVConnectorRole,
 )
-from vllm.errors import VLLMError, VLLMValidationError
+from vllm.errors import EngineGenerateError, VLLMError, VLLMValidationError
 from vllm.logger import init_logger
 from vllm.utils.import_utils import import_class
 from vllm.v1.core.sched.scheduler import Scheduler
@@ -235,6 +235,8 @@ class EngineCore:
         call: Callable[..., Any] = getattr(self, method)
         try:
             return UtilityOutput(call_id, None, call(*args))
+        except EngineGenerateError as error:
+            return UtilityOutput(call_id, str(error))
         except (
             VLLMError,
             VLLMValidationError,
@@ -353,7 +355,14 @@ class EngineCore:
         """Call a public method of every worker by name; see ``Executor.collective_rpc``."""
         if isinstance(method, str) and method.startswith("_"):
             raise VLLMValidationError(f"{method} is not a public method of the worker")
-        return self.executor.collective_rpc(method, tuple(args), kwargs, timeout)
+        try:
+            return self.executor.collective_rpc(method, tuple(args), kwargs, timeout)
+        except (VLLMError, VLLMValidationError, TimeoutError, TypeError, AttributeError):
+            raise
+        except Exception as error:
+            # Methods may be anybody's: whatever one raises ends its call alone.
+            logger.exception("collective_rpc: %s has failed", method)
+            raise EngineGenerateError(f"{type(error).__name__}: {error}") from error
 
     def shutdown(self) -> None:
         self.structured_output_manager.shutdown()

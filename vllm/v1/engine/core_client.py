@@ -26,7 +26,7 @@ from vllm.v1.engine import (
 from vllm.v1.engine.attached import AttachedEngine
 from vllm.v1.engine.launch import EngineProcess
 from vllm.v1.engine.phases import StartupPhases
-from vllm.v1.engine.serial import UtilityCall, decode_outputs, encode
+from vllm.v1.engine.serial import UNENCODABLE, UtilityCall, decode_outputs, encode
 
 __all__ = [
     "AsyncMPClient",
@@ -39,6 +39,8 @@ __all__ = [
 _HELLO_TIMEOUT_MS = 10_000
 _MESSAGES_PER_TURN = 4
 _RETRY_SECONDS = 0.001
+# Eleven days; poll() takes no more than 24.
+_MAX_RPC_SECONDS = 1_000_000
 
 
 class EngineCoreClient(ABC):
@@ -137,12 +139,22 @@ def rpc_arguments(
             parameter="method",
         )
     is_number = isinstance(timeout, int | float) and not isinstance(timeout, bool)
-    if timeout is not None and not (is_number and timeout > 0):
+    if timeout is not None and not (is_number and 0 < timeout <= _MAX_RPC_SECONDS):
         raise VLLMValidationError(
-            f"collective_rpc: timeout must be a number of seconds above 0, not {timeout!r}",
+            f"collective_rpc: timeout must be a number of seconds above 0 (and at most "
+            f"{_MAX_RPC_SECONDS}), not {timeout!r}",
             parameter="timeout",
         )
-    return method, timeout, list(args), dict(kwargs or {})
+    call = method, timeout, list(args), dict(kwargs or {})
+    if not takes_functions:
+        try:
+            encode(call)
+        except UNENCODABLE as error:
+            raise VLLMValidationError(
+                f"collective_rpc: method, args and kwargs must be plain data: {error}",
+                parameter="args",
+            ) from None
+    return call
 
 
 def _result_of(answer: UtilityOutput) -> Any:
