@@ -97,6 +97,14 @@ def test_one_servers_end_is_the_end_of_all(group: Server):
     assert "API server 1 has ended (killed by SIGKILL)" in group.log()
 
 
+def test_a_killed_group_leaves_nothing(group: Server, tmp_path: Path):
+    assert asyncio.run(complete(group, "before")).usage.completion_tokens == 4
+    children = group.children()
+    group.process.kill()
+    assert all_gone(children)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["log"]
+
+
 def test_the_engines_death_is_answered_by_every_server(group: Server):
     children = group.children()
     group.engine().kill()

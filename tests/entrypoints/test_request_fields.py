@@ -137,6 +137,7 @@ def test_a_json_schema_format_becomes_a_constraint():
         ("prompt", ["a"] * 65_537, "prompt holds 65537 prompts, and a request takes at most"),
         ("stop", [1] * 100_000, "stop: must be a string or a list of strings, not [1, 1"),
         ("stop_token_ids", ["a"] * 100_000, "stop_token_ids[0]: must be a valid integer"),
+        ("f" * 9_999_999, 1, "unknown field 'ffff"),
         ("bad_words", [None] * 100_000, "bad_words[0]: must be a valid string, not None"),
         ("logit_bias", dict.fromkeys(map(str, range(99_999)), "a"), "logit_bias: must be an obj"),
     ],

@@ -289,7 +289,8 @@ class LLM:
         Needs ``enable_sleep_mode=True``. Cached prefixes are forgotten.
 
         Raises:
-            EngineGenerateError: no such level, or the engine has no sleep mode.
+            EngineGenerateError: no such level, the engine has no sleep mode, or it has to be woken
+                before it can sleep at this level.
             UnsupportedError: another ``mode`` than "abort": no requests are left between calls.
         """
         if mode != "abort":

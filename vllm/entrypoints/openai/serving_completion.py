@@ -124,7 +124,7 @@ class OpenAIServingCompletion(OpenAIServing):
     async def _prepare(self, request: CompletionRequest, raw: Request) -> _Job:
         model = self.context.models.check(request.model)
         request.check()
-        prompts = []
+        prompts: list[TokenizedPrompt] = []
         for index, prompt in enumerate(split_prompts(request.prompt)):
             await breathe(index)
             if isinstance(prompt, str):
@@ -139,10 +139,10 @@ class OpenAIServingCompletion(OpenAIServing):
         _check_transfer(request.kv_transfer_params, len(prompts))
         constraint = request.constraint()
         params = []
-        for index, prompt in enumerate(prompts):
+        for index, tokenized in enumerate(prompts):
             await breathe(index)
             max_tokens = (
-                1 if request.echoes_only else self.max_tokens(request, len(prompt.token_ids))
+                1 if request.echoes_only else self.max_tokens(request, len(tokenized.token_ids))
             )
             params.append(
                 request.sampling_params(
