@@ -23,7 +23,7 @@ PYTEST = $(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadfile
 SOURCES := $(shell find csrc -type f 2>/dev/null)
 STAMP := $(VENV)/.installed
 
-.PHONY: help install serve test test-slow test-debug check format clean bench
+.PHONY: help install serve test test-slow test-gpu test-debug check format clean bench
 
 help:
 	@echo 'make serve [MODEL=DIR|FILE.gguf|smollm2] [PORT=8000]   install, then serve an OpenAI-compatible API'
@@ -31,6 +31,7 @@ help:
 	@echo 'make install                                           install into $(VENV)'
 	@echo 'make check                                             ruff and mypy'
 	@echo 'make test-slow                                         the tests marked slow, too'
+	@echo 'make test-gpu                                          the tests that need a GPU'
 	@echo 'make test-debug                                        the tests of models, with watched KV caches'
 	@echo 'make bench                                             the figures of benchmarks/README.md'
 
@@ -55,6 +56,10 @@ test: install
 
 test-slow: install
 	$(PYTEST) -m 'not gpu' $(PYTEST_ARGS)
+
+# On a GPU host, installed with TORCH=torch EXTRAS=cuda,test. One process: tests share the device.
+test-gpu:
+	$(BIN)/python -m pytest -m gpu tests/gpu tests/kernels $(PYTEST_ARGS)
 
 # Every step is followed by a look at all bytes of the caches.
 test-debug: install

@@ -10,9 +10,11 @@ import json
 import os
 import platform
 import subprocess
+import sys
 import tempfile
 import time
 from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -88,6 +90,30 @@ def identity() -> dict[str, object]:
         "cores": num_cores(),
         "python": platform.python_version(),
         "vllm": vllm.__version__,
+    }
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def gpu_identity(*packages: str) -> dict[str, object]:
+    """Command, date, GPU and versions, those of ``packages`` too; for figures taken on one GPU."""
+    import torch
+
+    script = Path(sys.argv[0]).resolve().relative_to(HERE.parent)
+    return {
+        "command": " ".join(["python", str(script), *sys.argv[1:]]),
+        "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        "device": torch.cuda.get_device_name(),
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            **{name: _version(name) for name in ("triton", *packages)},
+        },
     }
 
 

@@ -48,6 +48,7 @@ PARTS = {
     "vllm.v1.metrics": 6,
     "vllm.engine": 6,
     "vllm.entrypoints": 7,
+    "vllm.reasoning": 7,
     "vllm.benchmarks": 7,
 }
 # The messages between processes are the __init__ of a package whose other modules are high.
@@ -126,6 +127,10 @@ def pipeline_steps(path: Path) -> list[dict]:
 def test_every_test_folder_has_a_pipeline_that_runs_it(folder: Path) -> None:
     pipeline = ROOT / ".buildkite" / f"{folder.name}.yaml"
     commands = " ".join(step["command"] for step in pipeline_steps(pipeline))
+    makefile = (ROOT / "Makefile").read_text()
+    for target in re.findall(r"\bmake ([\w-]+)", commands):
+        recipe = re.search(rf"^{target}:.*\n((?:\t.*\n)+)", makefile, re.MULTILINE)
+        commands += recipe[1] if recipe else ""
     assert f"tests/{folder.name}" in commands
 
 

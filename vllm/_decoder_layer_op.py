@@ -13,16 +13,13 @@ from typing import Any
 import torch
 
 from vllm import _custom_ops as ops
-from vllm._moe_op import GATES
+from vllm import _extension
+from vllm._extension import GATES, address_of
 
 __all__ = ["DecoderLayerKernel", "run_decoder_layers"]
 
 # The fields of struct DecoderLayer in csrc/cpu/types.h, eight bytes each.
 _FORMAT = struct.Struct("=6qd20q2d8q2d8q")
-
-
-def _address(x: torch.Tensor | None) -> int:
-    return 0 if x is None else x.data_ptr()
 
 
 def _are_vectors(tensors: Sequence[torch.Tensor | None], dtype: torch.dtype) -> bool:
@@ -113,7 +110,7 @@ class DecoderLayerKernel:
         products = [
             address
             for weight, bias in zip(packed, biases, strict=True)
-            for address in (weight.address, _address(bias))
+            for address in (weight.address, address_of(bias))
         ]
         fixed = (
             hidden_size,
@@ -123,7 +120,7 @@ class DecoderLayerKernel:
             head_size,
             ops.DTYPE_CODES[dtype],
             eps,
-            *(_address(x) for x in (*norms, *head_norms)),
+            *(address_of(x) for x in (*norms, *head_norms)),
             *products,
             cos_sin_cache.data_ptr(),
             cos_sin_cache.stride(0),
@@ -131,13 +128,13 @@ class DecoderLayerKernel:
             cos_sin_cache.shape[0],
             is_neox,
             ops.DTYPE_CODES[cos_sin_cache.dtype],
-            _address(alibi_slopes),
-            _address(sinks),
+            address_of(alibi_slopes),
+            address_of(sinks),
             scale,
             logits_soft_cap,
             sliding_window,
         )
-        last = (*(_address(x) for x in branch_norms), GATES[gate], norm_dtype is not dtype)
+        last = (*(address_of(x) for x in branch_norms), GATES[gate], norm_dtype is not dtype)
         kept = (packed, all_norms, biases, cos_sin_cache, alibi_slopes, sinks)
         return cls(fixed, last, kept, hidden_size, head_size, dtype)
 
@@ -190,7 +187,7 @@ def run_decoder_layers(
     assert positions.dtype is torch.int64 and slot_mapping.dtype is torch.int64
     assert query_start_loc.dtype is torch.int32 and seq_lens.dtype is torch.int32
     assert block_table.dtype is torch.int32 and block_table.stride(1) == 1
-    ops._C.decoder_layers(
+    _extension.kernels.decoder_layers(
         b"".join([kernel.packed for kernel in kernels]),
         hidden_states.data_ptr(),
         has_branch,

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from vllm import _custom_ops as ops
+from vllm import _extension
 from vllm._torch_state_ops import StateSegments
 
 __all__ = ["gated_delta_rule", "lightning_attention"]
@@ -129,7 +130,7 @@ def _run(
     assert all(x.dtype is torch.int32 and x.is_contiguous() for x in indices)
     for x in (rates, biases):
         assert x is None or (x.dtype is torch.float32 and x.is_contiguous())
-    ops._C.linear_attention(
+    _extension.kernels.linear_attention(
         query.data_ptr(),
         query.stride(0),
         query.stride(1),

@@ -12,19 +12,16 @@ from typing import Any
 import torch
 
 from vllm import _custom_ops as ops
+from vllm import _extension
+from vllm._extension import GATES, address_of
+from vllm._matmul_ops import PANEL
 
-__all__ = ["GATES", "MoeKernel"]
+__all__ = ["MoeKernel"]
 
 # The fields of struct MoeLayer in csrc/cpu/types.h, eight bytes each.
 _FORMAT = struct.Struct("=6qd5q2d5q")
-# Gate and Scoring in csrc/cpu/types.h.
-GATES = {"silu": 0, "gelu_tanh": 1, "swiglu_oai": 2, "clamped_silu": 3}
+# Scoring in csrc/cpu/types.h.
 _SCORINGS = {"softmax": 0, "sigmoid": 1, "sqrtsoftplus": 2}
-_PANEL = 32
-
-
-def _address(x: torch.Tensor | None) -> int:
-    return 0 if x is None else x.data_ptr()
 
 
 class MoeKernel:
@@ -88,7 +85,7 @@ class MoeKernel:
         dtype = down.weights[0].dtype
         assert gate_up.shape == (num_experts, 2 * inner, hidden_size)
         if (
-            inner % _PANEL
+            inner % PANEL
             or any(
                 b is not None and (b.dtype is not dtype or not b.is_contiguous()) for b in biases
             )
@@ -103,7 +100,7 @@ class MoeKernel:
             num_groups,
             topk_group,
             scaling,
-            _address(correction),
+            address_of(correction),
             hidden_size,
             inner,
             ops.DTYPE_CODES[dtype],
@@ -112,7 +109,7 @@ class MoeKernel:
             limit,
             gate_up.addresses.data_ptr(),
             down.addresses.data_ptr(),
-            *(_address(bias) for bias in biases),
+            *(address_of(bias) for bias in biases),
             weigh_input,
         )
         return cls(
@@ -151,14 +148,14 @@ class MoeKernel:
             assert chosen.shape == (num_tokens, self.top_k) and chosen.dtype is torch.int64
             chosen = chosen.contiguous()
         out = torch.empty((num_tokens, self.hidden_size), dtype=self.dtype)
-        ops._C.moe(
+        _extension.kernels.moe(
             self.packed,
             x.data_ptr(),
             x.stride(0),
             logits.data_ptr(),
             logits.stride(0),
             ops.DTYPE_CODES[logits.dtype],
-            _address(chosen),
+            address_of(chosen),
             out.data_ptr(),
             self.hidden_size,
             num_tokens,

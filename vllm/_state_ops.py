@@ -17,14 +17,9 @@ from typing import Any
 
 import torch
 
-from vllm import _torch_state_ops
-from vllm._custom_ops import DTYPE_CODES
+from vllm import _extension, _torch_state_ops
+from vllm._extension import DTYPE_CODES, address_of
 from vllm._torch_state_ops import StateSegments
-
-try:
-    from vllm import _C
-except ImportError:
-    _C = None
 
 __all__ = ["StateSegments", "causal_conv1d", "gated_rms_norm", "selective_scan", "ssd_scan"]
 
@@ -39,7 +34,7 @@ def _kernel_takes(state: torch.Tensor, *inputs: torch.Tensor | None) -> bool:
     assert first is not None
     dtype = first.dtype
     return (
-        _C is not None
+        _extension.kernels is not None
         and first.is_cpu
         and dtype in DTYPE_CODES
         and state.dtype in DTYPE_CODES
@@ -64,10 +59,6 @@ def _parameters_fit(*parameters: torch.Tensor | None) -> bool:
 def _heads_are_dense(*inputs: torch.Tensor) -> bool:
     """Heads of (T, H, P) lie side by side in a row."""
     return all(x.shape[1] == 1 or x.stride(1) == x.shape[2] for x in inputs)
-
-
-def _address(x: torch.Tensor | None) -> int:
-    return 0 if x is None else x.data_ptr()
 
 
 def _rows(x: torch.Tensor | None) -> tuple[int, int]:
@@ -129,14 +120,14 @@ def causal_conv1d(
     ):
         return _torch_state_ops.causal_conv1d(x, weight, bias, conv_state, segments, activation)
     out = torch.empty(x.shape, dtype=x.dtype)
-    _C.causal_conv1d(
+    _extension.kernels.causal_conv1d(
         *_where(segments, conv_state, x),
         conv_state.stride(1),
         conv_state.stride(2),
         *_rows(x),
         out.data_ptr(),
         weight.data_ptr(),
-        _address(bias),
+        address_of(bias),
         x.shape[1],
         weight.shape[0],
         activation == "silu",
@@ -183,7 +174,7 @@ def selective_scan(
     ):
         return _torch_state_ops.selective_scan(x, dt, a, b, c, d, z, dt_bias, ssm_state, segments)
     out = torch.empty(x.shape, dtype=x.dtype)
-    _C.selective_scan(
+    _extension.kernels.selective_scan(
         *_where(segments, ssm_state, x),
         *_rows(x),
         *_rows(dt),
@@ -193,7 +184,7 @@ def selective_scan(
         out.data_ptr(),
         a.data_ptr(),
         d.data_ptr(),
-        _address(dt_bias),
+        address_of(dt_bias),
         *a.shape,
     )
     return out
@@ -238,7 +229,7 @@ def ssd_scan(
     ):
         return _torch_state_ops.ssd_scan(x, dt, a, b, c, d, dt_bias, dt_limit, ssm_state, segments)
     out = torch.empty(x.shape, dtype=x.dtype)
-    _C.ssd_scan(
+    _extension.kernels.ssd_scan(
         *_where(segments, ssm_state, x),
         *_rows(x),
         *_rows(dt),
@@ -280,7 +271,7 @@ def gated_rms_norm(
     if not _kernel_takes(x, x, gate) or not _parameters_fit(weight):
         return _torch_state_ops.gated_rms_norm(x, gate, weight, eps, num_groups, norm_before_gate)
     out = torch.empty(x.shape, dtype=x.dtype)
-    _C.gated_rms_norm(
+    _extension.kernels.gated_rms_norm(
         *_rows(x),
         *_rows(gate),
         weight.data_ptr(),

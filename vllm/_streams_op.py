@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from vllm import _custom_ops as ops
+from vllm import _extension
 
 __all__ = ["join_streams", "take_from_streams", "unit_mean_square"]
 
@@ -63,7 +64,7 @@ def take_from_streams(
     branch = torch.empty((num_tokens, size), dtype=streams.dtype)
     given = torch.empty((num_tokens, count), dtype=torch.float32)
     mix = torch.empty((num_tokens, count, count), dtype=torch.float32)
-    ops._C.streams(
+    _extension.kernels.streams(
         streams.data_ptr(),
         streams.stride(0),
         streams.stride(1),
@@ -122,7 +123,7 @@ def join_streams(
     assert given.is_contiguous() and mix.is_contiguous()
     assert given.dtype is torch.float32 and mix.dtype is torch.float32
     out = torch.empty(streams.shape, dtype=streams.dtype)
-    ops._C.join_streams(
+    _extension.kernels.join_streams(
         branch.data_ptr(),
         branch.stride(0),
         streams.data_ptr(),

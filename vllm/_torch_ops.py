@@ -57,8 +57,14 @@ def swiglu_oai_and_mul(x: torch.Tensor, alpha: float, limit: float) -> torch.Ten
 
 
 def argmax(logits: torch.Tensor) -> torch.Tensor:
-    """Index of the largest value of each row, the first of equal ones: (T, v) -> (T,) int64."""
-    return logits.argmax(dim=-1)
+    """Index of the largest value of each row, the first of equal ones: (T, v) -> (T,) int64.
+
+    A NaN counts as the largest; -1 where the largest is not finite.
+    """
+    best = logits.argmax(dim=-1, keepdim=True)
+    chosen = logits.gather(-1, best)
+    # Neither NaN nor infinity less itself is zero.
+    return torch.where(chosen.sub_(chosen) == 0, best, -1).squeeze_(-1)
 
 
 def _rotate(

@@ -5,7 +5,9 @@ VLLM_ variable that vLLM knows and this engine does not have is refused by ``val
 """
 
 import difflib
+import logging
 import os
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -93,7 +95,7 @@ variables: dict[str, Callable[[], Any]] = {
     # GiB of KV cache on the CPU where --kv-cache-memory-bytes is not given. Unset or 0:
     # DEFAULT_CPU_KVCACHE_SPACE, or half of the free memory where that is less.
     "VLLM_CPU_KVCACHE_SPACE": _float("VLLM_CPU_KVCACHE_SPACE", 0.0),
-    # "auto", or a list of cores such as 0-3,5 for the OpenMP threads.
+    # "auto", or a list of cores such as 0-3,5 for the threads of the CPU kernels.
     "VLLM_CPU_OMP_THREADS_BIND": _str("VLLM_CPU_OMP_THREADS_BIND", "auto"),
     "VLLM_KV_CACHE_LAYOUT": _choice("VLLM_KV_CACHE_LAYOUT", None, _LAYOUTS),
     # Canaries, owner map and pool checks after every step.
@@ -127,6 +129,12 @@ variables: dict[str, Callable[[], Any]] = {
     # Routes for development and training: /sleep, /wake_up, /collective_rpc and the like.
     "VLLM_SERVER_DEV_MODE": _bool("VLLM_SERVER_DEV_MODE", False),
     "VLLM_LOG_STATS_INTERVAL": _float("VLLM_LOG_STATS_INTERVAL", 10.0),
+    # 0 leaves logging to the program that imports vllm.
+    "VLLM_CONFIGURE_LOGGING": _bool("VLLM_CONFIGURE_LOGGING", True),
+    # JSON file for logging.config.dictConfig, in place of the engine's own format.
+    "VLLM_LOGGING_CONFIG_PATH": _str("VLLM_LOGGING_CONFIG_PATH", None),
+    # Text before every line of the log.
+    "VLLM_LOGGING_PREFIX": _str("VLLM_LOGGING_PREFIX", ""),
 }
 
 
@@ -137,29 +145,48 @@ _ACCEPTED_VALUES: dict[str, tuple[str, ...]] = {
     # What this engine does anyway.
     "VLLM_USE_V1": ("1", "true"),
     "VLLM_WORKER_MULTIPROC_METHOD": ("spawn",),
+    # Switches of features that this engine does not have, switched off.
+    **dict.fromkeys(
+        (
+            "VLLM_ALLOW_LONG_MAX_MODEL_LEN",
+            "VLLM_ALLOW_RUNTIME_LORA_UPDATING",
+            "VLLM_CPU_SGL_KERNEL",
+            "VLLM_ENABLE_MOE_DP_CHUNK",
+            "VLLM_ROCM_SHUFFLE_KV_CACHE_LAYOUT",
+            "VLLM_TEST_FORCE_FP8_MARLIN",
+            "VLLM_TRACE_FUNCTION",
+            "VLLM_USE_DEEP_GEMM",
+            "VLLM_USE_FLASHINFER_SAMPLER",
+            "VLLM_USE_MODELSCOPE",
+            "VLLM_USE_PRECOMPILED",
+            "VLLM_USE_TRITON_FLASH_ATTN",
+        ),
+        ("0", "false"),
+    ),
+    "VLLM_DP_RANK": ("0",),
+    "VLLM_DP_SIZE": ("1",),
 }
 """Variables that change nothing here, and the values that ask for just that."""
+
+# What Kubernetes sets in every pod for a Service whose name begins with vllm: its address, its
+# ports, and links in Docker's style, such as VLLM_PORT=tcp://10.0.0.1:8000.
+_SERVICE_LINK = re.compile(
+    r"VLLM_(?:.*_)?(?:SERVICE_HOST|SERVICE_PORT(?:_[A-Z0-9_]+)?"
+    r"|PORT_\d+_(?:TCP|UDP|SCTP)(?:_(?:PROTO|PORT|ADDR))?)"
+)
+_LINKED_ADDRESS = re.compile(r"(?:tcp|udp|sctp)://\S+:\d+")
 
 _OPTIONS = {"VLLM_ATTENTION_BACKEND": "--attention-backend"}
 """Variables that vLLM had, and the options that say it."""
 
 _NOT_YET = frozenset(
     {
-        "VLLM_ALLOW_LONG_MAX_MODEL_LEN",
-        "VLLM_ALLOW_RUNTIME_LORA_UPDATING",
-        "VLLM_CONFIGURE_LOGGING",
         "VLLM_CPU_NUM_OF_RESERVED_CPU",
-        "VLLM_CPU_SGL_KERNEL",
         "VLLM_DISABLE_COMPILE_CACHE",
         "VLLM_DP_MASTER_IP",
         "VLLM_DP_MASTER_PORT",
-        "VLLM_DP_RANK",
-        "VLLM_DP_SIZE",
         "VLLM_EC_SIDE_CHANNEL_HOST",
-        "VLLM_ENABLE_MOE_DP_CHUNK",
         "VLLM_FLASH_ATTN_VERSION",
-        "VLLM_LOGGING_CONFIG_PATH",
-        "VLLM_LOGGING_PREFIX",
         "VLLM_MOONCAKE_DISK_STAGING_USABLE_RATIO",
         "VLLM_MOONCAKE_LOAD_RECV_THREADS",
         "VLLM_MOONCAKE_STORE_TIER_LOG",
@@ -167,55 +194,77 @@ _NOT_YET = frozenset(
         "VLLM_P2P_SIDE_CHANNEL_HOST",
         "VLLM_PORT",
         "VLLM_PP_LAYER_PARTITION",
-        "VLLM_ROCM_SHUFFLE_KV_CACHE_LAYOUT",
         "VLLM_RPC_TIMEOUT",
         "VLLM_TARGET_DEVICE",
-        "VLLM_TEST_FORCE_FP8_MARLIN",
         "VLLM_TORCH_PROFILER_DIR",
-        "VLLM_TRACE_FUNCTION",
-        "VLLM_USE_DEEP_GEMM",
-        "VLLM_USE_FLASHINFER_SAMPLER",
-        "VLLM_USE_MODELSCOPE",
-        "VLLM_USE_PRECOMPILED",
-        "VLLM_USE_TRITON_FLASH_ATTN",
     }
 )
 """Variables of vLLM that this engine does not have yet."""
 
 
+def _is_service_link(name: str, value: str) -> bool:
+    return bool(
+        _SERVICE_LINK.fullmatch(name)
+        or (name.endswith("_PORT") and _LINKED_ADDRESS.fullmatch(value))
+    )
+
+
 def _refusal(name: str, value: str) -> str | None:
-    """Why ``name`` cannot be set, None where it can."""
+    """Why ``name`` cannot be set, None where it can, or where nobody knows it."""
     if name in variables or value.lower() in _ACCEPTED_VALUES.get(name, ()):
+        return None
+    if _is_service_link(name, value):
         return None
     if name in _ACCEPTED_VALUES:
         accepted = ", ".join(_ACCEPTED_VALUES[name])
         return f"{name}={value}: vLLM has this; this engine does not yet (accepted: {accepted})"
     if name in _OPTIONS:
-        return f"{name}: say it by {_OPTIONS[name]}; unset it"
+        return f"{name}: use the option {_OPTIONS[name]} instead, and unset the variable"
     if name in _NOT_YET:
         return f"{name}: vLLM has this; this engine does not yet; unset it"
     close = difflib.get_close_matches(name, variables, n=1, cutoff=0.8)
-    hint = f"did you mean {close[0]}?" if close else "unset it"
-    return f"{name}: unknown environment variable; {hint}"
+    return f"{name}: unknown environment variable; did you mean {close[0]}?" if close else None
 
 
-def validate_environ() -> None:
-    """Check every VLLM_ variable that is set: none is ignored.
+def _is_unknown(name: str, value: str) -> bool:
+    known = (*variables, *_ACCEPTED_VALUES, *_OPTIONS, *_NOT_YET)
+    return name not in known and not _is_service_link(name, value)
+
+
+def validate_environ(*, fail_on_unknown: bool = False) -> None:
+    """Check every VLLM_ variable that is set: none is ignored silently.
+
+    A variable that neither vLLM nor this engine knows (an image's own, say) is logged as a
+    warning; one that looks like a misspelt one of ours is refused.
+
+    Args:
+        fail_on_unknown: refuse those that nobody knows, too.
 
     Raises:
-        UnsupportedError: variables that vLLM has and this engine does not, or unknown ones; one
+        UnsupportedError: variables that vLLM has and this engine does not, or misspelt ones; one
             line each.
         ConfigError: the value of a known variable cannot work.
     """
-    refusals = [
-        refusal
-        for name, value in sorted(os.environ.items())
-        if name.startswith("VLLM_") and (refusal := _refusal(name, value)) is not None
-    ]
+    given = [(n, v) for n, v in sorted(os.environ.items()) if n.startswith("VLLM_")]
+    refusals = []
+    for name, value in given:
+        refusal = _refusal(name, value)
+        if refusal is None and _is_unknown(name, value):
+            text = f"{name}: unknown environment variable"
+            if fail_on_unknown:
+                refusal = f"{text}; unset it"
+            elif name not in _warned:
+                _warned.add(name)
+                logging.getLogger(__name__).warning("%s; it changes nothing", text)
+        if refusal is not None:
+            refusals.append(refusal)
     if refusals:
         raise UnsupportedError("\n".join(refusals), parameter=refusals[0].split(":")[0])
     for read in variables.values():
         read()
+
+
+_warned: set[str] = set()
 
 
 def export(name: str, value: str) -> None:

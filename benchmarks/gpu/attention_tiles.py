@@ -13,19 +13,19 @@ import json
 import multiprocessing
 import sys
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-import triton
 from triton.testing import do_bench
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "kernels"))
 
 from attention import KV_HEADS, Q_HEADS, D, batch, ceilings, content_bytes, replay_ms
+from machine import gpu_identity
 
 from vllm.v1.attention.ops.triton_decode import plan_decodes
 from vllm.v1.attention.ops.triton_paged_attention import default_config, paged_attention
@@ -115,10 +115,7 @@ def main() -> None:
     with multiprocessing.get_context("spawn").Pool(14) as pool:
         pool.map(compile_job, jobs, chunksize=1)
     result: dict[str, Any] = {
-        "command": "python " + " ".join(["benchmarks/gpu/attention_tiles.py", *sys.argv[1:]]),
-        "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
-        "device": torch.cuda.get_device_name(),
-        "versions": {"torch": torch.__version__, "triton": triton.__version__},
+        **gpu_identity(),
         "ceilings": ceilings(),
         "rows": [],
     }

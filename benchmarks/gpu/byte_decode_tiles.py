@@ -14,18 +14,18 @@ import multiprocessing
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
-from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-import triton
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "kernels"))
 
 from attention import KV_HEADS, D, batch, ceilings, content_bytes, replay_ms
+from machine import gpu_identity
 
 from vllm.v1.attention.ops.triton_decode import plan_decodes
 from vllm.v1.attention.ops.triton_paged_attention import default_config, paged_attention
@@ -91,10 +91,7 @@ def main() -> None:
         pool.map(compile_job, jobs, chunksize=1)
     print("compiled", flush=True)
     result: dict[str, Any] = {
-        "command": "python benchmarks/gpu/byte_decode_tiles.py",
-        "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
-        "device": torch.cuda.get_device_name(),
-        "versions": {"torch": torch.__version__, "triton": triton.__version__},
+        **gpu_identity(),
         "ceilings": ceilings(),
         "rows": [],
     }

@@ -15,7 +15,6 @@ import json
 import multiprocessing
 import sys
 from dataclasses import replace
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +23,11 @@ import triton
 import triton.language as tl
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "kernels"))
 
 from attention import KV_HEADS, D, batch, ceilings, content_bytes, pool_of, replay_ms
+from machine import gpu_identity
 
 from vllm.v1.attention.ops.triton_decode import open_item, plan_decodes
 from vllm.v1.attention.ops.triton_paged_attention import default_config, paged_attention
@@ -128,10 +129,7 @@ def main() -> None:
     with multiprocessing.get_context("spawn").Pool(14) as pool:
         pool.map(compile_job, jobs, chunksize=1)
     result: dict[str, Any] = {
-        "command": "python benchmarks/gpu/layout_strides.py",
-        "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
-        "device": torch.cuda.get_device_name(),
-        "versions": {"torch": torch.__version__, "triton": triton.__version__},
+        **gpu_identity(),
         "ceilings": ceilings(),
         "rows": [],
     }

@@ -12,13 +12,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -150,14 +148,11 @@ def main() -> None:
         print("OFFLINE", json.dumps(offline(args.offline, args.concurrency)), flush=True)
         return
 
-    import torch
+    from machine import gpu_identity
     from server import serve
 
     result: dict[str, Any] = {
-        "command": f"python benchmarks/gpu/over_http.py {' '.join(sys.argv[1:])}".strip(),
-        "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
-        "device": torch.cuda.get_device_name(),
-        "versions": {"torch": torch.__version__, "python": platform.python_version()},
+        **gpu_identity(),
         "input_tokens": INPUT,
         "output_tokens": OUTPUT,
         "client_processes": args.client_processes,

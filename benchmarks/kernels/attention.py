@@ -15,21 +15,21 @@ import functools
 import json
 import multiprocessing
 import operator
-import platform
 import re
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import torch
-import triton
 from triton.testing import do_bench
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from machine import gpu_identity
 
 from vllm.v1.attention.ops.kv_formats import FORMATS, KVFormat, kv_format
 from vllm.v1.attention.ops.triton_byte_decode import decode_waves, fits_byte_decode
@@ -353,14 +353,7 @@ def main() -> None:
     if args.warm:
         return
     result: dict = {
-        "command": "python " + " ".join(["benchmarks/kernels/attention.py", *sys.argv[1:]]),
-        "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
-        "device": torch.cuda.get_device_name(),
-        "versions": {
-            "torch": torch.__version__,
-            "triton": triton.__version__,
-            "python": platform.python_version(),
-        },
+        **gpu_identity(),
         "ceilings": ceilings(),
         "rows": [],
     }

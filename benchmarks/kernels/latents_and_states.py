@@ -11,11 +11,9 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import re
 import sys
 from collections.abc import Callable, Iterator
-from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,6 +24,9 @@ import triton.language as tl
 from triton.testing import do_bench
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from machine import gpu_identity
 
 from vllm import _triton_state_ops as state_ops
 from vllm._torch_state_ops import StateSegments
@@ -397,10 +398,7 @@ def main() -> None:
         torch.cuda.empty_cache()
     if arguments.output:
         facts = {
-            "date": datetime.now(UTC).isoformat(timespec="seconds"),
-            "device": torch.cuda.get_device_name(), "torch": torch.__version__,
-            "triton": triton.__version__, "python": platform.python_version(),
-            "command": " ".join(sys.argv), "ceilings": limits, "rows": rows,
+            **gpu_identity(), "ceilings": limits, "rows": rows,
         }  # fmt: skip
         arguments.output.write_text(json.dumps(facts, indent=1) + "\n")
 

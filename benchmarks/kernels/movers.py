@@ -10,17 +10,17 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import random
 import sys
 from collections.abc import Callable
-from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
-import triton
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from machine import gpu_identity
 
 from vllm.v1.kv_cache.triton_movers import move_box, zero_box
 
@@ -99,14 +99,7 @@ def main() -> None:
     other = torch.empty_like(pool)
     whole = POOL_BYTES // 4
     result: dict = {
-        "command": "python benchmarks/kernels/movers.py",
-        "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
-        "device": torch.cuda.get_device_name(),
-        "versions": {
-            "torch": torch.__version__,
-            "triton": triton.__version__,
-            "python": platform.python_version(),
-        },
+        **gpu_identity(),
         "copy_gb_s": 2 * whole / seconds(lambda: other[:whole].copy_(pool[:whole])) / 1e9,
         "fill_gb_s": whole / seconds(lambda: other[:whole].fill_(1)) / 1e9,
         "rows": [],

@@ -13,24 +13,22 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
-import platform
 import re
 import sys
 from collections.abc import Iterator
-from datetime import UTC, datetime
-from importlib import metadata
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import torch
-import triton
 from triton.testing import do_bench
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from attention import KV_HEADS, Q_HEADS, D, batch, ceilings, plain_read_gb_s, replay_ms
+from machine import gpu_identity
 
 from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
@@ -121,13 +119,6 @@ def warm(case: tuple[str, str, int, str, list[int]]) -> None:
     print(f"warm: {kind} {page} {backend}", flush=True)
 
 
-def version(package: str) -> str:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return "not installed"
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", default="", help="cases (decode 64 x 4096 page 16 ...) to run")
@@ -149,14 +140,7 @@ def main() -> None:
             pool.map(warm, wanted, chunksize=1)
         return
     report: dict[str, Any] = {
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "device": torch.cuda.get_device_name(),
-        "versions": {
-            "python": platform.python_version(), "torch": torch.__version__,
-            "triton": triton.__version__, "flash-attn-4": version("flash-attn-4"),
-            "flashinfer-python": version("flashinfer-python"),
-        },
-        "command": " ".join(["python", *sys.argv]),
+        **gpu_identity("flash-attn-4", "flashinfer-python"),
         "ceilings": ceilings(),
         "plain_read_gb_s": {
             name: round(plain_read_gb_s(sum(lengths) * KV_HEADS * 4 * D), 1)

@@ -149,7 +149,7 @@ void silu_mul(const SiluMulArgs& a) {
   }
 }
 
-// The first index of the largest value; a NaN counts as the largest, as in PyTorch.
+// The first index of the largest value, a NaN counting as the largest; -1 where that is not finite.
 template <typename T>
 int64_t argmax_row(const T* x, int64_t size) {
   constexpr int64_t kRun = 1024;
@@ -171,14 +171,14 @@ int64_t argmax_row(const T* x, int64_t size) {
     if (sum == sum && top <= best) continue;
     for (int64_t i = 0; i < count; ++i) {
       const float v = to_float(x[first + i]);
-      if (v != v) return first + i;
+      if (v != v) return -1;
       if (v > best) {
         best = v;
         where = first + i;
       }
     }
   }
-  return where;
+  return best - best == 0 ? where : -1;
 }
 
 void argmax(const ArgmaxArgs& a) {

@@ -1,7 +1,7 @@
 // The Python module vllm._C: entry points that take addresses, sizes and strides as whole numbers.
 //
-// Nothing of torch's is included, so one build works with every torch; vllm/_custom_ops.py checks
-// dtypes and shapes before it passes addresses. Uses Python's limited API only.
+// Nothing of torch's is included, so one build works with every torch; the operators of vllm/_*.py
+// check dtypes and shapes before they pass addresses. Uses Python's limited API only.
 #define Py_LIMITED_API 0x030B0000
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
@@ -28,23 +28,17 @@ class Reader {
     if (!ok_) PyErr_Format(PyExc_TypeError, "%zd arguments expected, %zd given", expected, count);
   }
 
+  // The next arguments, each as the type of its field asks: an address, a whole number, a real one.
+  template <typename... Fields>
+  void read(Fields&... fields) {
+    (read_one(fields), ...);
+  }
+
   int64_t number() {
     if (!ok_) return 0;
     const long long value = PyLong_AsLongLong(args_[next_++]);
     if (value == -1 && PyErr_Occurred()) ok_ = false;
     return value;
-  }
-
-  template <typename T>
-  T* pointer() {
-    return reinterpret_cast<T*>(static_cast<intptr_t>(number()));
-  }
-
-  float real() {
-    if (!ok_) return 0;
-    const double value = PyFloat_AsDouble(args_[next_++]);
-    if (value == -1.0 && PyErr_Occurred()) ok_ = false;
-    return static_cast<float>(value);
   }
 
   // A bytes object, which lives as long as the call.
@@ -62,6 +56,23 @@ class Reader {
   bool ok() const { return ok_; }
 
  private:
+  template <typename T>
+  void read_one(T*& field) {
+    field = reinterpret_cast<T*>(static_cast<intptr_t>(number()));
+  }
+
+  void read_one(int64_t& field) { field = number(); }
+  void read_one(int& field) { field = static_cast<int>(number()); }
+  void read_one(bool& field) { field = number() != 0; }
+
+  void read_one(float& field) {
+    field = 0;
+    if (!ok_) return;
+    const double value = PyFloat_AsDouble(args_[next_++]);
+    if (value == -1.0 && PyErr_Occurred()) ok_ = false;
+    field = static_cast<float>(value);
+  }
+
   PyObject* const* args_;
   Py_ssize_t next_ = 0;
   bool ok_;
@@ -97,13 +108,8 @@ bool positions_fit(const Reader& r, const int64_t* positions, int64_t count, int
 
 QuantisedCache quantised_cache(Reader& r) {
   QuantisedCache q;
-  q.format = static_cast<int>(r.number());
-  q.k_scale = r.real();
-  q.v_scale = r.real();
-  q.value_offset = r.number();
-  q.scale_offset = r.number();
-  q.scale_head_stride = r.number();
-  q.scale_token_stride = r.number();
+  r.read(q.format, q.k_scale, q.v_scale, q.value_offset, q.scale_offset, q.scale_head_stride,
+         q.scale_token_stride);
   return q;
 }
 
@@ -112,37 +118,16 @@ QuantisedCache quantised_cache(Reader& r) {
 ENTRY(gemm) {
   Reader r(argv, argc, 12);
   GemmArgs a;
-  a.x = r.pointer<void>();
-  a.x_stride = r.number();
-  a.w = r.pointer<void>();
-  a.bias = r.pointer<void>();
-  a.out = r.pointer<void>();
-  a.out_stride = r.number();
-  a.m = r.number();
-  a.n = r.number();
-  a.k = r.number();
-  a.dtype = static_cast<int>(r.number());
-  a.epilogue = static_cast<int>(r.number());
-  a.gate = static_cast<int>(r.number());
+  r.read(a.x, a.x_stride, a.w, a.bias, a.out, a.out_stride, a.m, a.n, a.k, a.dtype, a.epilogue,
+         a.gate);
   return run(r, kernels().gemm, a);
 }
 
 ENTRY(experts) {
   Reader r(argv, argc, 13);
   ExpertsArgs a;
-  a.x = r.pointer<void>();
-  a.x_stride = r.number();
-  a.weights = r.pointer<const void*>();
-  a.counts = r.pointer<int64_t>();
-  a.num_experts = r.number();
-  a.bias = r.pointer<void>();
-  a.out = r.pointer<void>();
-  a.out_stride = r.number();
-  a.m = r.number();
-  a.n = r.number();
-  a.k = r.number();
-  a.dtype = static_cast<int>(r.number());
-  a.epilogue = static_cast<int>(r.number());
+  r.read(a.x, a.x_stride, a.weights, a.counts, a.num_experts, a.bias, a.out, a.out_stride, a.m, a.n,
+         a.k, a.dtype, a.epilogue);
   if (!r.ok()) return nullptr;
   int64_t rows = 0;
   bool negative = false;
@@ -175,15 +160,8 @@ ENTRY(moe) {
   MoeArgs a;
   int64_t bytes = 0;
   a.layer = static_cast<const MoeLayer*>(r.bytes(bytes));
-  a.x = r.pointer<void>();
-  a.x_stride = r.number();
-  a.logits = r.pointer<void>();
-  a.logits_stride = r.number();
-  a.logits_dtype = static_cast<int>(r.number());
-  a.chosen = r.pointer<int64_t>();
-  a.out = r.pointer<void>();
-  a.out_stride = r.number();
-  a.num_tokens = r.number();
+  r.read(a.x, a.x_stride, a.logits, a.logits_stride, a.logits_dtype, a.chosen, a.out, a.out_stride,
+         a.num_tokens);
   if (!r.ok()) return nullptr;
   if (bytes != static_cast<int64_t>(sizeof(MoeLayer))) {
     return PyErr_Format(PyExc_ValueError, "experts take %zu bytes", sizeof(MoeLayer));
@@ -196,12 +174,7 @@ ENTRY(moe) {
 PyObject* move_weight(PyObject* const* argv, Py_ssize_t argc, void (*kernel)(const PackArgs&)) {
   Reader r(argv, argc, 6);
   PackArgs a;
-  a.src = r.pointer<void>();
-  a.src_stride = r.number();
-  a.packed = r.pointer<void>();
-  a.n = r.number();
-  a.k = r.number();
-  a.dtype = static_cast<int>(r.number());
+  r.read(a.src, a.src_stride, a.packed, a.n, a.k, a.dtype);
   return run(r, kernel, a);
 }
 
@@ -211,13 +184,7 @@ ENTRY(unpack) { return move_weight(argv, argc, kernels().unpack); }
 ENTRY(embedding) {
   Reader r(argv, argc, 7);
   EmbeddingArgs a;
-  a.ids = r.pointer<int64_t>();
-  a.num_ids = r.number();
-  a.packed = r.pointer<void>();
-  a.out = r.pointer<void>();
-  a.n = r.number();
-  a.k = r.number();
-  a.dtype = static_cast<int>(r.number());
+  r.read(a.ids, a.num_ids, a.packed, a.out, a.n, a.k, a.dtype);
   for (int64_t i = 0; r.ok() && i < a.num_ids; ++i) {
     if (a.ids[i] < 0 || a.ids[i] >= a.n) {
       return PyErr_Format(PyExc_IndexError, "token id %lld is not below %lld",
@@ -230,35 +197,12 @@ ENTRY(embedding) {
 ENTRY(attention) {
   Reader r(argv, argc, 36);
   AttentionArgs a;
-  a.query = r.pointer<void>();
-  a.query_token_stride = r.number();
-  a.query_head_stride = r.number();
-  a.out = r.pointer<void>();
-  a.out_token_stride = r.number();
-  a.out_head_stride = r.number();
-  a.cache = r.pointer<void>();
-  a.cache_block_stride = r.number();
-  a.cache_head_stride = r.number();
-  a.cache_token_stride = r.number();
-  a.query_start = r.pointer<int32_t>();
-  a.seq_lens = r.pointer<int32_t>();
-  a.block_table = r.pointer<int32_t>();
-  a.block_table_stride = r.number();
-  a.alibi_slopes = r.pointer<float>();
-  a.sinks = r.pointer<float>();
-  a.num_requests = r.number();
-  a.num_heads = r.number();
-  a.num_kv_heads = r.number();
-  a.head_size = r.number();
-  a.block_size = r.number();
-  a.value_offset = r.number();
-  a.value_size = r.number();
-  a.scale = r.real();
-  a.soft_cap = r.real();
-  a.window = r.number();
-  a.causal = static_cast<int>(r.number());
-  a.query_dtype = static_cast<int>(r.number());
-  a.cache_dtype = static_cast<int>(r.number());
+  r.read(a.query, a.query_token_stride, a.query_head_stride, a.out, a.out_token_stride,
+         a.out_head_stride, a.cache, a.cache_block_stride, a.cache_head_stride,
+         a.cache_token_stride, a.query_start, a.seq_lens, a.block_table, a.block_table_stride,
+         a.alibi_slopes, a.sinks, a.num_requests, a.num_heads, a.num_kv_heads, a.head_size,
+         a.block_size, a.value_offset, a.value_size, a.scale, a.soft_cap, a.window, a.causal,
+         a.query_dtype, a.cache_dtype);
   a.quantised = quantised_cache(r);
   return run(r, kernels().attention, a);
 }
@@ -266,35 +210,12 @@ ENTRY(attention) {
 ENTRY(rope_store) {
   Reader r(argv, argc, 36);
   RopeStoreArgs a;
-  a.positions = r.pointer<int64_t>();
-  a.cos_sin = r.pointer<void>();
-  a.cos_sin_stride = r.number();
-  a.rotary_dim = r.number();
-  a.is_neox = static_cast<int>(r.number());
-  a.cos_sin_dtype = static_cast<int>(r.number());
-  a.query = r.pointer<void>();
-  a.query_token_stride = r.number();
-  a.query_head_stride = r.number();
-  a.num_heads = r.number();
-  a.key = r.pointer<void>();
-  a.key_token_stride = r.number();
-  a.key_head_stride = r.number();
-  a.value = r.pointer<void>();
-  a.value_token_stride = r.number();
-  a.value_head_stride = r.number();
-  a.num_kv_heads = r.number();
-  a.cache = r.pointer<void>();
-  a.cache_block_stride = r.number();
-  a.cache_head_stride = r.number();
-  a.cache_token_stride = r.number();
-  a.slots = r.pointer<int64_t>();
-  a.num_slots = r.number();
-  a.num_tokens = r.number();
-  a.head_size = r.number();
-  a.block_size = r.number();
-  a.dtype = static_cast<int>(r.number());
-  a.cache_dtype = static_cast<int>(r.number());
-  a.max_position = r.number();
+  r.read(a.positions, a.cos_sin, a.cos_sin_stride, a.rotary_dim, a.is_neox, a.cos_sin_dtype,
+         a.query, a.query_token_stride, a.query_head_stride, a.num_heads, a.key, a.key_token_stride,
+         a.key_head_stride, a.value, a.value_token_stride, a.value_head_stride, a.num_kv_heads,
+         a.cache, a.cache_block_stride, a.cache_head_stride, a.cache_token_stride, a.slots,
+         a.num_slots, a.num_tokens, a.head_size, a.block_size, a.dtype, a.cache_dtype,
+         a.max_position);
   a.quantised = quantised_cache(r);
   if (!positions_fit(r, a.positions, a.num_tokens, a.max_position)) return nullptr;
   return run(r, kernels().rope_store, a);
@@ -312,19 +233,9 @@ ENTRY(decoder_layers) {
   int64_t bytes = 0;
   a.layers = static_cast<const DecoderLayer*>(r.bytes(bytes));
   a.count = bytes / static_cast<int64_t>(sizeof(DecoderLayer));
-  a.step.hidden = r.pointer<void>();
-  a.step.has_branch = static_cast<int>(r.number());
-  a.step.residual = r.pointer<void>();
-  a.step.num_tokens = r.number();
-  a.step.positions = r.pointer<int64_t>();
-  a.step.slots = r.pointer<int64_t>();
-  a.step.num_slots = r.number();
-  a.step.query_start = r.pointer<int32_t>();
-  a.step.seq_lens = r.pointer<int32_t>();
-  a.step.block_table = r.pointer<int32_t>();
-  a.step.block_table_stride = r.number();
-  a.step.num_requests = r.number();
-  a.step.causal = static_cast<int>(r.number());
+  r.read(a.step.hidden, a.step.has_branch, a.step.residual, a.step.num_tokens, a.step.positions,
+         a.step.slots, a.step.num_slots, a.step.query_start, a.step.seq_lens, a.step.block_table,
+         a.step.block_table_stride, a.step.num_requests, a.step.causal);
   if (r.ok() && bytes % static_cast<int64_t>(sizeof(DecoderLayer)) != 0) {
     return PyErr_Format(PyExc_ValueError, "a layer takes %zu bytes", sizeof(DecoderLayer));
   }
@@ -343,20 +254,9 @@ PyObject* norm(PyObject* const* argv, Py_ssize_t argc, bool float_weight) {
   Reader r(argv, argc, 14);
   NormArgs a;
   a.float_weight = float_weight;
-  a.x = r.pointer<void>();
-  a.out = r.pointer<void>();
-  a.residual = r.pointer<void>();
-  a.weight = r.pointer<void>();
-  a.outer = r.number();
-  a.inner = r.number();
-  a.size = r.number();
-  a.x_outer_stride = r.number();
-  a.x_inner_stride = r.number();
-  a.out_outer_stride = r.number();
-  a.out_inner_stride = r.number();
-  a.residual_stride = r.number();
-  a.eps = r.real();
-  a.dtype = static_cast<int>(r.number());
+  r.read(a.x, a.out, a.residual, a.weight, a.outer, a.inner, a.size, a.x_outer_stride,
+         a.x_inner_stride, a.out_outer_stride, a.out_inner_stride, a.residual_stride, a.eps,
+         a.dtype);
   return run(r, kernels().rms_norm, a);
 }
 
@@ -366,182 +266,80 @@ ENTRY(rms_norm_float_weight) { return norm(argv, argc, true); }
 ENTRY(silu_mul) {
   Reader r(argv, argc, 6);
   SiluMulArgs a;
-  a.x = r.pointer<void>();
-  a.x_stride = r.number();
-  a.out = r.pointer<void>();
-  a.rows = r.number();
-  a.size = r.number();
-  a.dtype = static_cast<int>(r.number());
+  r.read(a.x, a.x_stride, a.out, a.rows, a.size, a.dtype);
   return run(r, kernels().silu_mul, a);
 }
 
 ENTRY(gated_mul) {
   Reader r(argv, argc, 9);
   SiluMulArgs a;
-  a.x = r.pointer<void>();
-  a.x_stride = r.number();
-  a.out = r.pointer<void>();
-  a.rows = r.number();
-  a.size = r.number();
-  a.dtype = static_cast<int>(r.number());
-  a.gate = static_cast<int>(r.number());
-  a.alpha = r.real();
-  a.limit = r.real();
+  r.read(a.x, a.x_stride, a.out, a.rows, a.size, a.dtype, a.gate, a.alpha, a.limit);
   return run(r, kernels().silu_mul, a);
 }
 
 ENTRY(layer_norm) {
   Reader r(argv, argc, 11);
   LayerNormArgs a;
-  a.x = r.pointer<void>();
-  a.residual = r.pointer<void>();
-  a.weight = r.pointer<void>();
-  a.bias = r.pointer<void>();
-  a.out = r.pointer<void>();
-  a.x_stride = r.number();
-  a.residual_stride = r.number();
-  a.rows = r.number();
-  a.size = r.number();
-  a.eps = r.real();
-  a.dtype = static_cast<int>(r.number());
+  r.read(a.x, a.residual, a.weight, a.bias, a.out, a.x_stride, a.residual_stride, a.rows, a.size,
+         a.eps, a.dtype);
   return run(r, kernels().layer_norm, a);
 }
 
 ENTRY(streams) {
   Reader r(argv, argc, 16);
   StreamsArgs a;
-  a.streams = r.pointer<void>();
-  a.token_stride = r.number();
-  a.stream_stride = r.number();
-  a.fn = r.pointer<float>();
-  a.base = r.pointer<float>();
-  a.scale = r.pointer<float>();
-  a.branch = r.pointer<void>();
-  a.given = r.pointer<float>();
-  a.mix = r.pointer<float>();
-  a.num_tokens = r.number();
-  a.count = r.number();
-  a.size = r.number();
-  a.iterations = r.number();
-  a.eps = r.real();
-  a.norm_eps = r.real();
-  a.dtype = static_cast<int>(r.number());
+  r.read(a.streams, a.token_stride, a.stream_stride, a.fn, a.base, a.scale, a.branch, a.given,
+         a.mix, a.num_tokens, a.count, a.size, a.iterations, a.eps, a.norm_eps, a.dtype);
   return run(r, kernels().streams, a);
 }
 
 ENTRY(join_streams) {
   Reader r(argv, argc, 12);
   JoinArgs a;
-  a.branch = r.pointer<void>();
-  a.branch_stride = r.number();
-  a.streams = r.pointer<void>();
-  a.token_stride = r.number();
-  a.stream_stride = r.number();
-  a.given = r.pointer<float>();
-  a.mix = r.pointer<float>();
-  a.out = r.pointer<void>();
-  a.num_tokens = r.number();
-  a.count = r.number();
-  a.size = r.number();
-  a.dtype = static_cast<int>(r.number());
+  r.read(a.branch, a.branch_stride, a.streams, a.token_stride, a.stream_stride, a.given, a.mix,
+         a.out, a.num_tokens, a.count, a.size, a.dtype);
   return run(r, kernels().join_streams, a);
 }
 
 ENTRY(argmax) {
   Reader r(argv, argc, 6);
   ArgmaxArgs a;
-  a.x = r.pointer<void>();
-  a.x_stride = r.number();
-  a.out = r.pointer<int64_t>();
-  a.rows = r.number();
-  a.size = r.number();
-  a.dtype = static_cast<int>(r.number());
+  r.read(a.x, a.x_stride, a.out, a.rows, a.size, a.dtype);
   return run(r, kernels().argmax, a);
 }
 
 ENTRY(move_pieces) {
   Reader r(argv, argc, 8);
   MoveArgs a;
-  a.source = r.pointer<char>();
-  a.target = r.pointer<char>();
-  a.source_starts = r.pointer<int64_t>();
-  a.target_starts = r.pointer<int64_t>();
-  a.units = r.number();
-  a.pieces = r.pointer<Piece>();
-  a.num_pieces = r.number();
-  a.streams = r.number() != 0;
+  r.read(a.source, a.target, a.source_starts, a.target_starts, a.units, a.pieces, a.num_pieces,
+         a.streams);
   return run(r, vllm_cpu::move_pieces, a);
 }
 
 ENTRY(linear_attention) {
   Reader r(argv, argc, 35);
   LinearAttentionArgs a;
-  a.query = r.pointer<void>();
-  a.query_token_stride = r.number();
-  a.query_head_stride = r.number();
-  a.key = r.pointer<void>();
-  a.key_token_stride = r.number();
-  a.key_head_stride = r.number();
-  a.value = r.pointer<void>();
-  a.value_token_stride = r.number();
-  a.value_head_stride = r.number();
-  a.gate = r.pointer<void>();
-  a.gate_stride = r.number();
-  a.beta = r.pointer<void>();
-  a.beta_stride = r.number();
-  a.rates = r.pointer<float>();
-  a.biases = r.pointer<float>();
-  a.out = r.pointer<void>();
-  a.out_token_stride = r.number();
-  a.state = r.pointer<void>();
-  a.state_block_stride = r.number();
-  a.state_head_stride = r.number();
-  a.token_starts = r.pointer<int32_t>();
-  a.request_starts = r.pointer<int32_t>();
-  a.sources = r.pointer<int32_t>();
-  a.targets = r.pointer<int32_t>();
-  a.num_tokens = r.number();
-  a.num_requests = r.number();
-  a.num_heads = r.number();
-  a.num_key_heads = r.number();
-  a.key_size = r.number();
-  a.value_size = r.number();
-  a.scale = r.real();
-  a.normalize = r.number() != 0;
-  a.channel_gates = r.number() != 0;
-  a.dtype = static_cast<int>(r.number());
-  a.state_dtype = static_cast<int>(r.number());
+  r.read(a.query, a.query_token_stride, a.query_head_stride, a.key, a.key_token_stride,
+         a.key_head_stride, a.value, a.value_token_stride, a.value_head_stride, a.gate,
+         a.gate_stride, a.beta, a.beta_stride, a.rates, a.biases, a.out, a.out_token_stride,
+         a.state, a.state_block_stride, a.state_head_stride, a.token_starts, a.request_starts,
+         a.sources, a.targets, a.num_tokens, a.num_requests, a.num_heads, a.num_key_heads,
+         a.key_size, a.value_size, a.scale, a.normalize, a.channel_gates, a.dtype, a.state_dtype);
   return run(r, kernels().linear_attention, a);
 }
 
 // The arguments that operators on states begin with: 10 of them.
 void read_state(Reader& r, StateArgs& a) {
-  a.token_starts = r.pointer<int32_t>();
-  a.request_starts = r.pointer<int32_t>();
-  a.sources = r.pointer<int32_t>();
-  a.targets = r.pointer<int32_t>();
-  a.num_requests = r.number();
-  a.num_tokens = r.number();
-  a.state = r.pointer<void>();
-  a.state_block_stride = r.number();
-  a.dtype = static_cast<int>(r.number());
-  a.state_dtype = static_cast<int>(r.number());
+  r.read(a.token_starts, a.request_starts, a.sources, a.targets, a.num_requests, a.num_tokens,
+         a.state, a.state_block_stride, a.dtype, a.state_dtype);
 }
 
 ENTRY(causal_conv1d) {
   Reader r(argv, argc, 20);
   ConvArgs a;
   read_state(r, a);
-  a.state_step_stride = r.number();
-  a.state_channel_stride = r.number();
-  a.x = r.pointer<void>();
-  a.x_stride = r.number();
-  a.out = r.pointer<void>();
-  a.weight = r.pointer<float>();
-  a.bias = r.pointer<float>();
-  a.channels = r.number();
-  a.kernel = r.number();
-  a.silu = static_cast<int>(r.number());
+  r.read(a.state_step_stride, a.state_channel_stride, a.x, a.x_stride, a.out, a.weight, a.bias,
+         a.channels, a.kernel, a.silu);
   return run(r, kernels().causal_conv1d, a);
 }
 
@@ -549,22 +347,8 @@ ENTRY(selective_scan) {
   Reader r(argv, argc, 26);
   ScanArgs a;
   read_state(r, a);
-  a.x = r.pointer<void>();
-  a.x_stride = r.number();
-  a.dt = r.pointer<void>();
-  a.dt_stride = r.number();
-  a.z = r.pointer<void>();
-  a.z_stride = r.number();
-  a.b = r.pointer<void>();
-  a.b_stride = r.number();
-  a.c = r.pointer<void>();
-  a.c_stride = r.number();
-  a.out = r.pointer<void>();
-  a.a = r.pointer<float>();
-  a.d = r.pointer<float>();
-  a.dt_bias = r.pointer<float>();
-  a.channels = r.number();
-  a.state_size = r.number();
+  r.read(a.x, a.x_stride, a.dt, a.dt_stride, a.z, a.z_stride, a.b, a.b_stride, a.c, a.c_stride,
+         a.out, a.a, a.d, a.dt_bias, a.channels, a.state_size);
   return run(r, kernels().selective_scan, a);
 }
 
@@ -572,42 +356,16 @@ ENTRY(ssd_scan) {
   Reader r(argv, argc, 28);
   SsdArgs a;
   read_state(r, a);
-  a.x = r.pointer<void>();
-  a.x_stride = r.number();
-  a.dt = r.pointer<void>();
-  a.dt_stride = r.number();
-  a.b = r.pointer<void>();
-  a.b_stride = r.number();
-  a.c = r.pointer<void>();
-  a.c_stride = r.number();
-  a.out = r.pointer<void>();
-  a.a = r.pointer<float>();
-  a.d = r.pointer<float>();
-  a.dt_bias = r.pointer<float>();
-  a.dt_min = r.real();
-  a.dt_max = r.real();
-  a.num_heads = r.number();
-  a.head_dim = r.number();
-  a.num_groups = r.number();
-  a.state_size = r.number();
+  r.read(a.x, a.x_stride, a.dt, a.dt_stride, a.b, a.b_stride, a.c, a.c_stride, a.out, a.a, a.d,
+         a.dt_bias, a.dt_min, a.dt_max, a.num_heads, a.head_dim, a.num_groups, a.state_size);
   return run(r, kernels().ssd_scan, a);
 }
 
 ENTRY(gated_rms_norm) {
   Reader r(argv, argc, 12);
   GatedNormArgs a;
-  a.x = r.pointer<void>();
-  a.x_stride = r.number();
-  a.gate = r.pointer<void>();
-  a.gate_stride = r.number();
-  a.weight = r.pointer<float>();
-  a.out = r.pointer<void>();
-  a.rows = r.number();
-  a.size = r.number();
-  a.num_groups = r.number();
-  a.eps = r.real();
-  a.norm_before_gate = static_cast<int>(r.number());
-  a.dtype = static_cast<int>(r.number());
+  r.read(a.x, a.x_stride, a.gate, a.gate_stride, a.weight, a.out, a.rows, a.size, a.num_groups,
+         a.eps, a.norm_before_gate, a.dtype);
   return run(r, kernels().gated_rms_norm, a);
 }
 

@@ -14,7 +14,7 @@ struct f16 {
   uint16_t bits;
 };
 
-// Values are shared with vllm/_custom_ops.py.
+// Values are shared with vllm/_extension.py.
 enum DType : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
 
 // Columns of a panel of packed weights; see gemm.cpp for the layout.
@@ -22,7 +22,7 @@ constexpr int kPanel = 32;
 
 enum Epilogue : int { kNone = 0, kGateMul = 1, kFloatOut = 2, kGelu = 3 };
 
-// Values are shared with vllm/_moe_op.py. kSwigluOai: (up + 1) * gate * sigmoid(alpha * gate),
+// Values are shared with vllm/_extension.py. kSwigluOai: (up + 1) * gate * sigmoid(alpha * gate),
 // the gate at most `limit`, up within it on both sides. kClampedSilu: silu(gate) * up, so limited.
 enum Gate : int { kSilu = 0, kGeluTanh = 1, kSwigluOai = 2, kClampedSilu = 3 };
 

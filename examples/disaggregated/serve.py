@@ -1,6 +1,6 @@
 """Starts a prefill server, a decode server and the router on this machine, and asks a question.
 
-    pip install 'vllm[nixl]'            # or 'vllm[mooncake-cpu]', with apt-get install libibverbs1
+    pip install nixl     # or mooncake-transfer-engine-non-cuda, with apt-get install libibverbs1
     python examples/disaggregated/serve.py [MODEL] [--connector mooncake]
 
 Everything ends with Ctrl-C, or at once with ``--once``.

@@ -1,10 +1,12 @@
 """The command line beyond argparse: spellings, dotted JSON, config files, help, refusals."""
 
 import json
+import re
 
 import pytest
 
 from vllm.engine.arg_utils import AsyncEngineArgs
+from vllm.engine.not_yet import GONE, NOT_YET
 from vllm.entrypoints.cli.serve import make_parser
 from vllm.errors import ConfigError
 from vllm.utils.argparse_utils import FlexibleArgumentParser
@@ -15,15 +17,15 @@ def parse(*argv: str):
     return make_parser().parse_args(["model", *argv])
 
 
-def fails(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
-    """The one line that refuses ``argv``."""
+def fails(capsys: pytest.CaptureFixture[str], *argv: str, lines: int = 1) -> str:
+    """The lines that refuse ``argv``."""
     with pytest.raises(SystemExit) as exit_:
         parse(*argv)
     assert exit_.value.code == 2
     printed = capsys.readouterr()
     assert printed.out == ""
     assert printed.err.startswith("vllm serve: error: ")
-    assert printed.err.count("\n") == 1
+    assert printed.err.count("\n") == lines
     return printed.err
 
 
@@ -116,11 +118,68 @@ def test_a_later_document_replaces_an_earlier_one():
         (["--speculative-config.model", "x"], "--speculative-config: vLLM has this"),
         (["--enable-lora"], "--enable-lora: vLLM has this"),
         (["--enable_lora"], "--enable-lora: vLLM has this"),
-        (["--no-fail-on-environ-validation"], "--no-fail-on-environ-validation: vLLM has this"),
     ],
 )
 def test_bad_option_is_one_line_that_names_it(argv, part, capsys):
     assert part in fails(capsys, *argv)
+
+
+def test_all_options_that_are_refused_are_named_at_once(capsys):
+    error = fails(
+        capsys,
+        *("--enable-lora", "--lora-modules", "a=b", "c=d", "--swap-space", "4", "--zzz", "5"),
+        *("--enforce-eager", "--max-modle-len=3", "--no-enable-prefix-caching"),
+        lines=5,
+    )
+    assert [line.split(": ")[2] for line in error.splitlines()] == [
+        "--enable-lora",
+        "--lora-modules",
+        "--swap-space",
+        "unknown option --zzz; see --help",
+        "unknown option --max-modle-len; did you mean --max-model-len?",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("argv", "advice"),
+    [
+        (["--task", "generate"], "--task: vLLM no longer has this; use --runner"),
+        (["--disable-log-requests"], "--enable-log-requests; leave it out"),
+        (["--disable_log_requests"], "--enable-log-requests; leave it out"),
+        (["--no-enable-reasoning"], "--reasoning-parser alone switches it on"),
+        (["--swap-space=4"], "not swapped out; leave it out"),
+        (["--rope-scaling", "{}"], "use --hf-overrides"),
+    ],
+)
+def test_an_option_of_older_releases_says_what_to_use(argv, advice, capsys):
+    assert advice in fails(capsys, *argv)
+
+
+def test_advice_names_options_that_exist():
+    options = set(make_parser()._option_string_actions)
+    for advice in GONE.values():
+        if "not here yet" in advice or "does not have yet" in advice:
+            continue
+        for option in re.findall(r"--[a-z][a-z-]+", advice):
+            known = option in options or option.removeprefix("--").replace("-", "_") in NOT_YET
+            assert known, advice
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["--limit-mm-per-prompt", '{"image": 0, "video": {"count": 0}}'],
+        ["--limit-mm-per-prompt.image", "0", "--limit-mm-per-prompt.video=0"],
+        ["--language-model-only", "--skip-mm-profiling"],
+    ],
+)
+def test_to_be_served_without_images_is_what_happens_anyway(argv):
+    assert parse(*argv).model_tag == "model"
+
+
+def test_images_are_refused(capsys):
+    for argv in (["--limit-mm-per-prompt", '{"image": 1}'], ["--limit-mm-per-prompt.image", "2"]):
+        assert "--limit-mm-per-prompt: vLLM has this" in fails(capsys, *argv)
 
 
 def test_short_options_that_ask_for_nothing_pass():

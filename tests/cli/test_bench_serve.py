@@ -1,5 +1,6 @@
 """``vllm bench serve`` against a real HTTP server: load, timing, figures, result file."""
 
+import collections
 import json
 
 import numpy as np
@@ -208,6 +209,24 @@ def test_custom_and_sharegpt_files(bench, peer, tmp_path):
     ).status == 0  # fmt: skip
     assert peer.requests[0]["prompt"] == "How far is the moon from here?"
     assert peer.requests[0]["max_tokens"] > 4
+
+
+def test_prompts_share_a_few_prefixes(bench, peer):
+    assert bench(
+        "--dataset-name", "prefix_repetition", "--num-prompts", "5",
+        "--prefix-repetition-num-prefixes", "2", "--prefix-repetition-prefix-len", "8",
+        "--input-len", "4", "--output-len", "3",
+    ).status == 0  # fmt: skip
+    prompts = [request["prompt"] for request in peer.requests]
+    assert {request["max_tokens"] for request in peer.requests} == {3}
+    assert len(set(prompts)) == 5
+    starts = collections.Counter(prompt[:8] for prompt in prompts)
+    assert sorted(starts.values()) == [2, 3]
+
+
+def test_lengths_have_short_names(bench, peer):
+    assert bench("--num-prompts", "1", "--input-len", "6", "--output-len", "2").status == 0
+    assert peer.requests[0]["max_tokens"] == 2
 
 
 @pytest.mark.parametrize(

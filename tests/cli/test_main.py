@@ -77,7 +77,7 @@ def test_without_a_command_usage_is_shown(vllm_command):
     ("argv", "line"),
     [
         (["sreve"], "vllm: error: unknown command 'sreve'; did you mean serve?\n"),
-        (["run-batch"], "vllm: error: run-batch: vLLM has this; this engine does not yet\n"),
+        (["launch"], "vllm: error: launch: vLLM has this; this engine does not yet\n"),
         (["bench", "sweep"], "vllm bench: error: sweep: vLLM has this; this engine does not yet\n"),
         (["bench", "srve"], "vllm bench: error: unknown command 'srve'; did you mean serve?\n"),
         (["chat", "--nope"], "vllm chat: error: unknown option --nope; see --help\n"),

@@ -232,9 +232,9 @@ def test_the_variable_sets_the_pool(model, monkeypatch):
         config_of(model())
 
 
-def test_unknown_variables_are_refused_by_the_offline_engine_too(model, monkeypatch):
-    monkeypatch.setenv("VLLM_WHATEVER", "1")
-    with pytest.raises(UnsupportedError, match="VLLM_WHATEVER"):
+def test_variables_that_are_not_here_yet_are_refused_by_the_offline_engine_too(model, monkeypatch):
+    monkeypatch.setenv("VLLM_RPC_TIMEOUT", "1")
+    with pytest.raises(UnsupportedError, match="VLLM_RPC_TIMEOUT"):
         config_of(model())
 
 
@@ -287,3 +287,32 @@ def test_kv_transfer_and_events_come_as_json(model):
 def test_wrong_keys_of_kv_transfer_are_named(model, given, message):
     with pytest.raises(ConfigError, match=message):
         config_of(model(), kv_transfer_config=given)
+
+
+def test_offloading_by_size_is_the_offloading_connector(model):
+    config = config_of(model(), kv_offloading_size=1.5)
+    transfer = config.kv_transfer_config
+    assert (transfer.kv_connector, transfer.kv_role) == ("OffloadingConnector", "kv_both")
+    assert transfer.kv_connector_extra_config == {"cpu_bytes_to_use": 3 * 2**29}
+    assert config_of(model(), kv_offloading_size=0.0).kv_transfer_config is None
+    with pytest.raises(ConfigError, match="--kv-offloading-size and --kv-transfer-config exclude"):
+        config_of(
+            model(),
+            kv_offloading_size=1.0,
+            kv_transfer_config={"kv_connector": "ExampleConnector", "kv_role": "kv_both"},
+        )
+
+
+@pytest.mark.parametrize(
+    ("name", "advice"),
+    [
+        ("SharedStorageConnector", "it is called ExampleConnector now"),
+        ("LMCacheConnectorV1", "kv_connector_module_path"),
+        ("NixlConector", "did you mean NixlConnector?"),
+    ],
+)
+def test_an_unknown_connector_is_refused_before_a_model_is_loaded(name, advice):
+    given = {"kv_connector": name, "kv_role": "kv_both"}
+    with pytest.raises(ConfigError, match=f"kv_connector '{name}' is unknown.*") as error:
+        config_of("/no/such/model", kv_transfer_config=given)
+    assert advice in str(error.value)

@@ -1,5 +1,6 @@
 """Environment variables: read in one place, checked, and never ignored."""
 
+import logging
 import os
 import subprocess
 import sys
@@ -25,7 +26,7 @@ def test_defaults():
     assert envs.VLLM_API_KEY is None
 
 
-@pytest.mark.parametrize("name", ["VLLM_CONFIGURE_LOGGING", "VLLM_RPC_TIMEOUT"])
+@pytest.mark.parametrize("name", ["VLLM_PP_LAYER_PARTITION", "VLLM_RPC_TIMEOUT"])
 def test_what_vllm_has_and_this_engine_lacks_is_refused(monkeypatch, name):
     monkeypatch.setenv(name, "1")
     with pytest.raises(UnsupportedError, match=f"{name}: vLLM has this; this engine does not yet"):
@@ -38,17 +39,65 @@ def test_what_is_an_option_now_is_named(monkeypatch):
         envs.validate_environ()
 
 
-def test_unknown_variables_are_refused_with_the_nearest(monkeypatch):
+def test_a_misspelt_variable_is_refused_with_the_nearest(monkeypatch):
     monkeypatch.setenv("VLLM_CPU_KVCACHE_SPASE", "4")
-    monkeypatch.setenv("VLLM_WHATEVER", "4")
     with pytest.raises(UnsupportedError) as error:
         envs.validate_environ()
-    lines = str(error.value).splitlines()
-    assert lines == [
-        "VLLM_CPU_KVCACHE_SPASE: unknown environment variable; "
-        "did you mean VLLM_CPU_KVCACHE_SPACE?",
-        "VLLM_WHATEVER: unknown environment variable; unset it",
-    ]
+    assert str(error.value) == (
+        "VLLM_CPU_KVCACHE_SPASE: unknown environment variable; did you mean VLLM_CPU_KVCACHE_SPACE?"
+    )
+
+
+@pytest.fixture
+def warnings(monkeypatch):
+    """The lines that the module logs."""
+    lines: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: lines.append(record.getMessage())
+    logger = logging.getLogger("vllm.envs")
+    monkeypatch.setattr(envs, "_warned", set())
+    monkeypatch.setattr(logger, "level", logging.WARNING)
+    monkeypatch.setattr(logger, "handlers", [handler])
+    logger.manager._clear_cache()
+    yield lines
+    logger.manager._clear_cache()
+
+
+def test_a_variable_that_nobody_knows_is_a_warning(monkeypatch, warnings):
+    monkeypatch.setenv("VLLM_IMAGE_OF_OURS", "4")
+    envs.validate_environ()
+    envs.validate_environ()
+    assert warnings == ["VLLM_IMAGE_OF_OURS: unknown environment variable; it changes nothing"]
+
+
+def test_a_variable_that_nobody_knows_is_refused_where_asked(monkeypatch):
+    monkeypatch.setenv("VLLM_IMAGE_OF_OURS", "4")
+    with pytest.raises(UnsupportedError, match="VLLM_IMAGE_OF_OURS: unknown environment variable"):
+        envs.validate_environ(fail_on_unknown=True)
+
+
+def test_what_kubernetes_sets_for_a_service_passes(monkeypatch, warnings):
+    """In a namespace with a Service named vllm, or vllm-router, each pod has these."""
+    for service in ("VLLM", "VLLM_ROUTER"):
+        for name, value in {
+            "SERVICE_HOST": "10.0.0.1",
+            "SERVICE_PORT": "8000",
+            "SERVICE_PORT_HTTP": "8000",
+            "PORT": "tcp://10.0.0.1:8000",
+            "PORT_8000_TCP": "tcp://10.0.0.1:8000",
+            "PORT_8000_TCP_PROTO": "tcp",
+            "PORT_8000_TCP_PORT": "8000",
+            "PORT_8000_TCP_ADDR": "10.0.0.1",
+        }.items():
+            monkeypatch.setenv(f"{service}_{name}", value)
+    envs.validate_environ(fail_on_unknown=True)
+    assert warnings == []
+
+
+def test_a_port_that_is_no_service_link_is_refused(monkeypatch):
+    monkeypatch.setenv("VLLM_PORT", "8000")
+    with pytest.raises(UnsupportedError, match="VLLM_PORT: vLLM has this"):
+        envs.validate_environ()
 
 
 @pytest.mark.parametrize(
@@ -56,6 +105,7 @@ def test_unknown_variables_are_refused_with_the_nearest(monkeypatch):
     [
         ("VLLM_NO_USAGE_STATS", "1", "0"),
         ("VLLM_USE_V1", "1", "0"),
+        ("VLLM_USE_MODELSCOPE", "False", "True"),
         ("VLLM_WORKER_MULTIPROC_METHOD", "spawn", "fork"),
     ],
 )
@@ -111,7 +161,7 @@ def test_unknown_attribute():
 def test_the_command_refuses_before_it_starts(command):
     result = subprocess.run(
         [sys.executable, "-m", "vllm.entrypoints.cli.main", *command],
-        env={**os.environ, "VLLM_WHATEVER": "1"},
+        env={**os.environ, "VLLM_RPC_TIMEOUT": "1"},
         capture_output=True,
         text=True,
         timeout=60,
@@ -119,5 +169,6 @@ def test_the_command_refuses_before_it_starts(command):
     )
     assert result.returncode == 2
     assert result.stderr == (
-        f"vllm {command[0]}: error: VLLM_WHATEVER: unknown environment variable; unset it\n"
+        f"vllm {command[0]}: error: VLLM_RPC_TIMEOUT: vLLM has this; this engine does not yet; "
+        "unset it\n"
     )

@@ -158,7 +158,10 @@ class FakeModel:
             computed[new.req_id] = new.num_computed_tokens
         cached = output.scheduled_cached_reqs
         for i, req_id in enumerate(cached.req_ids):
-            computed[req_id] = cached.num_computed_tokens[i]
+            if cached.as_expected:
+                computed[req_id] = len(self.tokens[req_id]) - 1
+            else:
+                computed[req_id] = cached.num_computed_tokens[i]
             block_ids = cached.new_block_ids[i]
             if req_id in cached.resumed_req_ids:
                 self.tokens[req_id] = list(cached.all_token_ids[req_id])

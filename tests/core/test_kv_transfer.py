@@ -131,6 +131,7 @@ def test_an_asynchronous_load_waits_without_computing_and_shares_nothing_meanwhi
     assert output.num_scheduled_tokens == {"a": 36}
     outputs = scheduler.update_from_output(output, model.execute(output))
     assert outputs[0].outputs[0].num_cached_tokens == 64
+    assert outputs[0].outputs[0].num_external_tokens == 64
     model.run()
 
 
@@ -246,6 +247,7 @@ def test_a_failed_load_is_recomputed_where_asked(how):
     assert output.num_scheduled_tokens == {"a": 100}
     outputs = scheduler.update_from_output(output, model.execute(output))
     assert outputs[0].outputs[0].num_cached_tokens == 0
+    assert outputs[0].outputs[0].num_external_tokens == 0
     model.run()
 
 

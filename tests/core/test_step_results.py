@@ -3,7 +3,8 @@
 import pytest
 
 from tests.core.helpers import BLOCK, FakeModel, make_request, make_scheduler
-from vllm.v1.engine import FinishReason
+from vllm.v1.engine import EngineCoreOutput, FinishReason
+from vllm.v1.engine.serial import decode_outputs, encode
 from vllm.v1.request import RequestStatus
 
 STOP = 7
@@ -48,12 +49,14 @@ def run(scheduler, model, until=lambda step: False):
         output = scheduler.schedule()
         followed += output.scheduled_cached_reqs.as_expected
         cached = output.scheduled_cached_reqs
-        for name, computed, sampled in zip(
-            cached.req_ids, cached.num_computed_tokens, cached.num_output_tokens, strict=True
-        ):
-            request = scheduler.requests[name]
-            assert not cached.as_expected or computed + 1 == request.num_tokens
-            assert sampled == request.num_output_tokens
+        if cached.as_expected:
+            for name in cached.req_ids:
+                request = scheduler.requests[name]
+                # Counted as computed by this step.
+                assert request.num_computed_tokens == request.num_tokens
+        else:
+            for name, sampled in zip(cached.req_ids, cached.num_output_tokens, strict=True):
+                assert sampled == scheduler.requests[name].num_output_tokens
         for client, part in scheduler.update_from_output(output, model.execute(output)).items():
             for one in part.outputs:
                 tokens.setdefault(one.request_id, []).extend(one.new_token_ids)
@@ -76,6 +79,27 @@ def test_each_request_gets_its_tokens_and_its_end():
     assert followed > 30
     pool = scheduler.kv_cache_manager.block_pool
     assert pool.get_num_free_blocks() == pool.num_usable_blocks
+
+
+def test_plain_tokens_travel_by_themselves_and_read_as_outputs():
+    scheduler = make_scheduler()
+    start(scheduler)
+    model = FakeModel(scheduler, next_token)
+    run(scheduler, model, until=lambda step: step == 8)
+    output = scheduler.schedule()
+    parts = scheduler.update_from_output(output, model.execute(output))
+    assert {client: list(part.next_tokens) for client, part in parts.items()} == {
+        0: ["a", "c"],
+        1: ["b", "d"],
+    }
+    for part in parts.values():
+        assert not part.full_outputs
+        arrived = decode_outputs(encode(part))
+        expected_outputs = [
+            EngineCoreOutput(name, [model.tokens[name][-1]]) for name in part.next_tokens
+        ]
+        assert part.outputs == arrived.outputs == expected_outputs
+        assert arrived.outputs == expected_outputs, "a second look shows them once"
 
 
 def test_blocks_that_fill_up_are_found_by_the_next_prompt():

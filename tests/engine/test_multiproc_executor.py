@@ -230,13 +230,16 @@ def test_workers_leave_with_their_parent(tiny_model: Path, tmp_path: Path):
         executor = MultiprocExecutor(
             make_config(tiny_model, worker_cls=WORKER, tensor_parallel_size=2)
         )
-        os.write(write, " ".join(map(str, executor.collective_rpc("pid"))).encode())
+        pids = map(str, executor.collective_rpc("pid"))
+        os.write(write, " ".join([executor._directory, *pids]).encode())
         signal.pause()
-    workers = [int(number) for number in os.read(read, 100).split()]
+    directory, *pids = os.read(read, 1000).decode().split()
+    workers = [int(number) for number in pids]
     assert len(workers) == 2
     os.kill(pid, signal.SIGKILL)
     os.waitpid(pid, 0)
     assert all(wait_gone(worker) for worker in workers)
+    assert not Path(directory).exists()
 
 
 def test_a_signal_to_the_group_is_left_to_the_parent(executor: MultiprocExecutor):
@@ -282,6 +285,28 @@ def rows(outputs: list[Any]) -> list[list[dict[int, float]]]:
         [{token: entry.logprob for token, entry in row.items()} for row in part or ()]
         for part in parts
     ]
+
+
+def sum_of_a_late_group(worker: Any) -> int:
+    import torch
+    import torch.distributed as dist
+
+    ranks = torch.tensor(worker.rank + 1)
+    dist.all_reduce(ranks, group=dist.new_group())
+    return int(ranks)
+
+
+def test_workers_meet_again_after_the_start(tiny_model: Path):
+    """NCCL connects the ranks of a group at its first sum, through what they met by."""
+    executor = MultiprocExecutor(make_config(tiny_model, tensor_parallel_size=2))
+    try:
+        executor.init_device()
+        assert executor.collective_rpc(sum_of_a_late_group, timeout=60) == [3, 3]
+        directory = Path(executor._directory)
+        assert directory.exists()
+    finally:
+        executor.shutdown()
+    assert not directory.exists()
 
 
 def test_two_workers_give_the_tokens_of_one_until_one_is_killed(tiny_model: Path, llm: LLM):

@@ -172,6 +172,17 @@ def test_abort_tells_the_queue_and_the_engine(tokenizer: Any) -> None:
     asyncio.run(run())
 
 
+def test_prompt_tokens_are_counted_by_where_their_kv_came_from(tokenizer: Any) -> None:
+    stats = IterationStats()
+    processor = OutputProcessor(tokenizer)
+    (engine_id,) = add(processor, max_tokens=3)
+    first = EngineCoreOutput(engine_id, [70], num_cached_tokens=2, num_external_tokens=1)
+    processor.process_outputs([first], 1.0, stats)
+    sources = stats.prompt_tokens
+    assert (sources.external_kv_transfer, sources.local_cache_hit) == (1, 1)
+    assert sources.local_compute == 0
+
+
 def test_times_of_a_request(tokenizer: Any) -> None:
     processor = OutputProcessor(tokenizer)
     (engine_id,) = add(processor, max_tokens=3)

@@ -1,6 +1,7 @@
 """The endpoints beside generation."""
 
 import re
+from pathlib import Path
 
 import openai
 import pytest
@@ -97,6 +98,30 @@ def test_the_schema_names_every_endpoint_and_body(server: Server):
     } <= set(schema["paths"])
     fields = schema["components"]["schemas"]["ChatCompletionRequest"]["properties"]
     assert {"messages", "tools", "structured_outputs", "cache_salt"} <= set(fields)
+
+
+def test_every_endpoint_on_the_page_for_vllms_users_exists(server: Server):
+    page = (Path(__file__).parents[2] / "docs" / "from_vllm.md").read_text()
+    table = page.partition("## Endpoints")[2].partition("## ")[0]
+    open_rows = [row for row in table.splitlines() if "DEV_MODE" not in row]
+    named = re.findall(r"`(GET|POST) (/\S*?)`", "\n".join(open_rows))
+    assert len(named) > 10
+    paths = server.get("/openapi.json").json()["paths"]
+    assert [(m, path) for m, path in named if m.lower() not in paths.get(path, {})] == []
+
+
+@pytest.mark.parametrize(
+    ("body", "kind"),
+    [
+        ({"prompt": "Hi", "max_tokens": 1}, "text_completion"),
+        ({"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 1}, "chat.completion"),
+    ],
+)
+def test_invocations_take_either_kind(server: Server, body: dict, kind: str):
+    assert server.post("/invocations", body).json()["object"] == kind
+    refused = server.post("/invocations", {"max_tokens": 1})
+    assert refused.status_code == 400
+    assert "messages (chat) or prompt (completion)" in refused.json()["error"]["message"]
 
 
 def test_request_ids_come_back(server: Server):

@@ -188,7 +188,7 @@ CHAT_ERRORS = [
     ({"chat_template_kwargs": {"tokenize": True}}, "chat_template_kwargs", "tokenize"),
     ({"documents": [{"text": "x"}]}, "documents", "template"),
     ({"reasoning_effort": "high"}, "reasoning_effort", "template"),
-    ({"include_reasoning": False}, "include_reasoning", "vLLM"),
+    ({"include_reasoning": "maybe"}, "include_reasoning", "boolean"),
     ({"continue_final_message": True}, "continue_final_message", "assistant"),
     (
         {"continue_final_message": True, "add_generation_prompt": True},
@@ -196,7 +196,7 @@ CHAT_ERRORS = [
         "add_generation_prompt",
     ),
     ({"functions": [{"name": "f"}]}, "functions", "use tools"),
-    ({"metadata": {"a": "b"}}, "metadata", "leave it out"),
+    ({"store": True}, "store", "not stored"),
     ({"max_completion_tokens": 99999}, "max_completion_tokens", "leave"),
     ({"max_completion_tokens": 0}, "max_completion_tokens", "at least 1"),
     ({"prompt": "hi"}, "prompt", "unknown field"),

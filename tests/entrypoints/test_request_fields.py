@@ -151,3 +151,16 @@ def test_one_error_of_many_is_told(field: str, value: object, words: str):
     assert len(str(refusal.value)) < 200
     cause = refusal.value.__context__
     assert cause is None or cause.error_count() == 1
+
+
+@pytest.mark.parametrize(
+    "field", ["metadata", "safety_identifier", "prompt_cache_key", "prompt_cache_retention"]
+)
+def test_what_no_answer_depends_on_passes(field):
+    validate(ChatCompletionRequest, "chat", {"messages": MESSAGES, field: {"any": "thing"}})
+    validate(CompletionRequest, "completion", {"prompt": "Hi", field: "thing"})
+
+
+def test_storing_is_refused():
+    with pytest.raises(UnsupportedError, match=r"store: .*answers are not stored"):
+        validate(ChatCompletionRequest, "chat", {"messages": MESSAGES, "store": True})

@@ -87,7 +87,7 @@ def _metadata(step: Step, backend: type[AttentionBackend]) -> Any:
     return builder.build(case.shared if everybody else 0, common)
 
 
-def _clear_as_the_engine_has(step: Step, name: str) -> None:
+def _clear_as_the_engine_has(step: Step) -> None:
     """What earlier steps cleared for backends that read whole pages; the rest stays poison."""
     page = step.case.page
     for (length, new), slots in zip(step.case.lengths, step.slots, strict=True):
@@ -125,7 +125,7 @@ def run_backend(step: Step, name: str, by_reference: bool) -> torch.Tensor:
         for key, value, slots in zip(step.keys, step.values, step.slots, strict=True):
             impl.do_kv_cache_update(layer, key, value, step.cache, slots)
     if name in _READ_WHOLE_PAGES:
-        _clear_as_the_engine_has(step, name)
+        _clear_as_the_engine_has(step)
     new = [count for _, count in case.lengths]
     key, value = (
         torch.cat([x[-n:] for x, n in zip(side, new, strict=True)])

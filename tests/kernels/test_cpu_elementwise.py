@@ -85,9 +85,22 @@ def test_argmax_takes_the_first_of_equal_values(isa: str, seed: int, dtype: torc
     logits[4] = float("-inf")
     logits[5] = float("-inf")
     logits[5, 4998] = -3
-    logits[6, 1] = float("inf")
-    logits[7, 2500] = float("nan")
-    assert torch.equal(ops.argmax(logits), logits.float().argmax(dim=-1))
+    assert ops.argmax(logits).tolist() == [
+        -1 if row == 4 else best for row, best in enumerate(logits.float().argmax(dim=-1).tolist())
+    ]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("value", [float("inf"), float("nan")])
+def test_argmax_chooses_nothing_that_is_not_finite(
+    isa: str, seed: int, dtype: torch.dtype, value: float
+) -> None:
+    logits = torch.randn(3, 4999).to(dtype)
+    best = logits.float().argmax(dim=-1).tolist()
+    logits[1, 2500] = value
+    expected = [best[0], -1, best[2]]
+    assert ops.argmax(logits).tolist() == expected
+    assert _torch_ops.argmax(logits).tolist() == expected
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

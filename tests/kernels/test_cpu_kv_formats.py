@@ -110,8 +110,11 @@ def test_rotation_comes_before_quantising(isa: str, seed: int, name: str) -> Non
         positions, expected_query, key, value, table, True, theirs, *cache_options
     )
     torch.testing.assert_close(query, expected_query)
-    # A number at the edge between two steps may fall on either side.
-    assert (ours != theirs).float().mean() < 1e-3
+    # A scale may differ in its last bit; a number at the edge between two steps may fall on
+    # either side.
+    read, expected = (fmt.read(cache, cache_options[2]) for cache in (ours, theirs))
+    apart = (read - expected).abs() > 1e-5 * expected.abs()
+    assert apart.float().mean() < 1e-3
 
 
 def test_an_nvfp4_cache_that_is_not_one_run_is_refused() -> None:

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from vllm import _custom_ops as ops
+from vllm import _extension
 
 WITHOUT = """
     import sys
@@ -20,7 +21,7 @@ def both_ways(monkeypatch: pytest.MonkeyPatch, call: Callable[[], torch.Tensor])
     """``call`` gives the same with the extension and without."""
     with_extension = call()
     with monkeypatch.context() as patch:
-        patch.setattr(ops, "_C", None)
+        patch.setattr(_extension, "kernels", None)
         without = call()
     assert with_extension.dtype == without.dtype and with_extension.shape == without.shape
     assert torch.allclose(with_extension.float(), without.float(), atol=2e-2, rtol=2e-2)

@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 
 from vllm import _custom_ops as ops
-from vllm._moe_op import GATES, MoeKernel
+from vllm._extension import GATES
+from vllm._moe_op import MoeKernel
 from vllm.model_executor.layers.fused_moe import Routing, select_experts
 
 pytestmark = pytest.mark.skipif(not ops.has_extension(), reason="vllm._C is not built")

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vllm.v1.kv_cache import pieces as module
+from vllm import _extension
 from vllm.v1.kv_cache.pieces import make_mover
 
 CANARY = 0x55
@@ -26,12 +26,12 @@ class OnTriton:
 
 def without_extension(pieces, device):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "has_extension", lambda: False)
+        patch.setattr(_extension, "kernels", None)
         mover = make_mover(pieces, device)
 
         def move(*args, **kwargs):
             with pytest.MonkeyPatch.context() as inner:
-                inner.setattr(module, "has_extension", lambda: False)
+                inner.setattr(_extension, "kernels", None)
                 type(mover).move(mover, *args, **kwargs)
 
         return type("Plain", (), {"move": staticmethod(move)})()

@@ -48,7 +48,7 @@ def test_a_context_that_does_not_fit_names_what_fits():
     text = str(info.value)
     assert "--max-model-len 4096 needs 257 cache blocks" in text
     assert "lower --max-model-len to at most 1584" in text
-    assert "raise --kv-cache-memory-bytes to 257 x 4096 bytes" in text
+    assert f"raise --kv-cache-memory-bytes to {257 * 4096}" in text
     plan_kv_cache(make_config(max_model_len=1584), UNIFORM, 100 * BLOCK)
     plan_kv_cache(make_config(max_model_len=4096), UNIFORM, 257 * BLOCK)
 
@@ -56,7 +56,9 @@ def test_a_context_that_does_not_fit_names_what_fits():
 def test_the_options_named_are_those_of_the_device():
     gpu = DeviceConfig(device_type="cuda")
     config = replace(make_config(max_model_len=4096), device_config=gpu)
-    with pytest.raises(CapacityError, match=r"--kv-cache-memory-bytes or --gpu-memory-util"):
+    with pytest.raises(
+        CapacityError, match=r"-memory-bytes to 1052672, or raise --gpu-memory-utilization"
+    ):
         plan_kv_cache(config, UNIFORM, 100 * BLOCK)
 
 

@@ -156,4 +156,4 @@ def test_the_plan_is_logged_in_short(folder, monkeypatch, caplog):
     text = caplog.text
     assert "KV cache layout BLHNC: " in text
     assert "1 x 1 mamba (128 tokens)" in text
-    assert "% is waste (with equal pages" in text
+    assert "% with equal pages)" in text

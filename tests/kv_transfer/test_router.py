@@ -105,15 +105,24 @@ def in_flight(router: RouterProcess, kind: str) -> float:
     return router.metric(f'vllm_router_requests_in_flight{{kind="{kind}"}}')
 
 
+def tokens_of_others(server) -> float:
+    """Prompt tokens whose KV the server has not computed, but loaded."""
+    lines = httpx.get(f"{server.url}/metrics", timeout=60).text.splitlines()
+    name, label = "vllm:prompt_tokens_by_source_total{", 'source="external_kv_transfer"'
+    return sum(float(x.split()[-1]) for x in lines if x.startswith(name) and label in x)
+
+
 def test_answers_are_those_of_one_server(cluster):
     router, p, d, plain = cluster
     before = d.metric("vllm:kv_transfer_bytes_total"), d.metric("vllm:kv_transfers_total")
+    fetched = tokens_of_others(d)
     answered = router.metric('vllm_router_requests_total{outcome="ok"}')
     for index in range(6):
         assert router.tokens(prompt(index)) == plain.tokens(prompt(index))
     assert d.metric("vllm:kv_transfers_total") >= before[1] + 6
     assert d.metric("vllm:kv_transfer_bytes_total") > before[0]
     assert d.metric("vllm:kv_transfer_descriptors_total") > 0
+    assert tokens_of_others(d) == fetched + sum(len(prompt(index)) for index in range(6))
     assert d.metric("vllm:kv_failed_transfers_total") == 0
     d.wait_until_empty()
     p.wait_until_empty()

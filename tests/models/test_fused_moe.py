@@ -16,7 +16,7 @@ EXPERTS, HIDDEN, INNER = 6, 24, 32
 class Weights:
     """Random experts, and what they compute by the definition."""
 
-    def __init__(self, inner=INNER, biases=False, dtype=torch.float32):
+    def __init__(self, inner=INNER, biases=False):
         self.gate = torch.randn(EXPERTS, inner, HIDDEN) * 0.3
         self.up = torch.randn(EXPERTS, inner, HIDDEN) * 0.3
         self.down = torch.randn(EXPERTS, HIDDEN, inner) * 0.3

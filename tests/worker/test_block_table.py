@@ -47,6 +47,15 @@ def test_conformance_blocks_of_64_read_as_16_and_states_as_they_are():
     assert states.array[0, :3].tolist() == [2, 0, 1]
 
 
+@pytest.mark.parametrize(("block_size", "kernel_block_size"), [(16, 16), (48, 16)])
+def test_a_row_is_given_back_in_manager_blocks(block_size, kernel_block_size):
+    table = make_table(block_size, kernel_block_size)
+    table.set_row(1, [2, 0])
+    table.append_row(1, [5])
+    assert table.get_row(1) == [2, 0, 5]
+    assert table.get_row(0) == []
+
+
 def test_set_replaces_and_move_copies():
     table = make_table(16, 16)
     table.set_row(0, [1, 2, 3])

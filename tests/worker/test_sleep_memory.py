@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from tests.worker.driver import make_config, make_hf_model
-from vllm import _custom_ops as ops
+from vllm import _extension
 from vllm.forward_context import ForwardContext, set_forward_context
 from vllm.model_executor.model_loader import get_model
 from vllm.v1.worker.gpu.sleep import move_weights, weights_size
@@ -60,7 +60,7 @@ def test_every_kind_of_tensor_keeps_values_strides_and_sharing() -> None:
 @pytest.mark.parametrize("tied", [False, True])
 def test_a_model_computes_the_same_from_the_region(tmp_path, monkeypatch, tied: bool) -> None:
     # As on a GPU: weights are not packed for the CPU's kernels, which know their addresses.
-    monkeypatch.setattr(ops, "_C", None)
+    monkeypatch.setattr(_extension, "kernels", None)
     make_hf_model(tie_word_embeddings=tied).save_pretrained(tmp_path)
     model = get_model(make_config(tmp_path))
     ids, positions = torch.arange(20) * 7 % 160, torch.arange(20)

@@ -9,14 +9,13 @@ from vllm.utils.flags import Kind, NotYet, arg
 
 __all__ = ["NOT_YET", "LatencyArgs", "ServeArgs", "ThroughputArgs"]
 
-DATASETS = ("random", "sharegpt", "custom")
+DATASETS = ("random", "prefix_repetition", "sharegpt", "custom")
 _LATER_DATASETS = (
     "burstgpt",
     "sonnet",
     "hf",
     "random-mm",
     "random-rerank",
-    "prefix_repetition",
     "spec_bench",
 )
 
@@ -29,7 +28,8 @@ class DatasetArgs:
         "random",
         "Dataset",
         Kind.STR,
-        "Where prompts come from: random tokens, a ShareGPT file, or a JSON Lines file (custom).",
+        "Where prompts come from: random tokens, random tokens behind a few common prefixes, a "
+        "ShareGPT file, or a JSON Lines file (custom).",
         choices=DATASETS,
         later=_LATER_DATASETS,
     )
@@ -37,6 +37,16 @@ class DatasetArgs:
         None, "Dataset", Kind.STR, "File of a sharegpt or custom dataset."
     )
     num_prompts: int = arg(1000, "Dataset", Kind.INT, "Prompts to send.", minimum=1)
+    input_len: int | None = arg(
+        None,
+        "Dataset",
+        Kind.INT,
+        "The same as --random-input-len, or --prefix-repetition-suffix-len.",
+        minimum=1,
+    )
+    output_len: int | None = arg(
+        None, "Dataset", Kind.INT, "Tokens asked for with each prompt, of any dataset.", minimum=1
+    )
     random_input_len: int = arg(1024, "Dataset", Kind.INT, "Tokens of a random prompt.", minimum=1)
     random_output_len: int = arg(
         128, "Dataset", Kind.INT, "Tokens asked for with a random prompt.", minimum=1
@@ -51,6 +61,18 @@ class DatasetArgs:
     )
     random_prefix_len: int = arg(
         0, "Dataset", Kind.INT, "Tokens that all random prompts begin with.", minimum=0
+    )
+    prefix_repetition_num_prefixes: int = arg(
+        10, "Dataset", Kind.INT, "Prefixes that prompts share out among them.", minimum=1
+    )
+    prefix_repetition_prefix_len: int = arg(
+        256, "Dataset", Kind.INT, "Tokens of such a prefix.", minimum=1
+    )
+    prefix_repetition_suffix_len: int = arg(
+        256, "Dataset", Kind.INT, "Tokens of a prompt behind its prefix.", minimum=1
+    )
+    prefix_repetition_output_len: int = arg(
+        128, "Dataset", Kind.INT, "Tokens asked for with such a prompt.", minimum=1
     )
     sharegpt_output_len: int | None = arg(
         None,
@@ -194,12 +216,6 @@ class ServeArgs(DatasetArgs):
 class ThroughputArgs(DatasetArgs):
     """Options of ``vllm bench throughput``, beside the engine's."""
 
-    input_len: int | None = arg(
-        None, "Benchmark", Kind.INT, "The same as --random-input-len.", minimum=1
-    )
-    output_len: int | None = arg(
-        None, "Benchmark", Kind.INT, "Tokens generated per prompt, of any dataset.", minimum=1
-    )
     n: int = arg(1, "Benchmark", Kind.INT, "Outputs per prompt.", minimum=1)
     backend: str = arg(
         "vllm",

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -48,6 +48,9 @@ def make_samples(args: DatasetArgs, tokenizer: Tokenizer, seed: int) -> list[Sam
     Raises:
         ConfigError: the dataset's file is missing, not what it should be, or has no usable prompt.
     """
+    args = _with_common_lengths(args)
+    if args.dataset_name == "prefix_repetition":
+        return _prefix_repetition(args, tokenizer, seed)
     if args.dataset_name == "random":
         return random_samples(
             tokenizer,
@@ -73,6 +76,38 @@ def make_samples(args: DatasetArgs, tokenizer: Tokenizer, seed: int) -> list[Sam
     generator = np.random.default_rng(seed)
     order = np.arange(len(samples)) if args.disable_shuffle else generator.permutation(len(samples))
     return [samples[order[i % len(order)]] for i in range(args.num_prompts)]
+
+
+def _with_common_lengths(args: DatasetArgs) -> DatasetArgs:
+    """``args`` with --input-len and --output-len in the place of each dataset's own."""
+    return replace(
+        args,
+        random_input_len=args.input_len or args.random_input_len,
+        random_output_len=args.output_len or args.random_output_len,
+        prefix_repetition_suffix_len=args.input_len or args.prefix_repetition_suffix_len,
+        prefix_repetition_output_len=args.output_len or args.prefix_repetition_output_len,
+        sharegpt_output_len=args.output_len or args.sharegpt_output_len,
+        custom_output_len=args.output_len or args.custom_output_len,
+    )
+
+
+def _prefix_repetition(args: DatasetArgs, tokenizer: Tokenizer, seed: int) -> list[Sample]:
+    """As many prompts behind each prefix, one more behind the first ones; in random order."""
+    generator = np.random.default_rng(seed)
+    samples: list[Sample] = []
+    for index in range(args.prefix_repetition_num_prefixes):
+        count = len(range(index, args.num_prompts, args.prefix_repetition_num_prefixes))
+        samples += random_samples(
+            tokenizer,
+            count=count,
+            input_len=args.prefix_repetition_suffix_len,
+            output_len=args.prefix_repetition_output_len,
+            prefix_len=args.prefix_repetition_prefix_len,
+            seed=int(generator.integers(2**63)),
+        )
+    if args.disable_shuffle:
+        return samples
+    return [samples[index] for index in generator.permutation(len(samples))]
 
 
 def random_samples(

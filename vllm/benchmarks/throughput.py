@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from dataclasses import replace
 
 from vllm.benchmarks.args import ThroughputArgs
 from vllm.benchmarks.datasets import make_samples
@@ -16,24 +15,13 @@ from vllm.utils.flags import flags_of
 __all__ = ["run"]
 
 
-def _arguments(namespace: argparse.Namespace) -> ThroughputArgs:
-    args = ThroughputArgs(**{name: getattr(namespace, name) for name in flags_of(ThroughputArgs)})
-    return replace(
-        args,
-        random_input_len=args.input_len or args.random_input_len,
-        random_output_len=args.output_len or args.random_output_len,
-        sharegpt_output_len=args.output_len or args.sharegpt_output_len,
-        custom_output_len=args.output_len or args.custom_output_len,
-    )
-
-
 def run(namespace: argparse.Namespace) -> int:
     """Complete all prompts in one call and print the rates.
 
     Raises:
         ConfigError: an option cannot work.
     """
-    args = _arguments(namespace)
+    args = ThroughputArgs(**{name: getattr(namespace, name) for name in flags_of(ThroughputArgs)})
     llm = make_llm(namespace)
     samples = make_samples(args, llm.get_tokenizer(), namespace.seed)
     longest = max(sample.prompt_len + sample.output_len for sample in samples)

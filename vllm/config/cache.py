@@ -55,6 +55,9 @@ class CacheConfig:
     mamba_ssm_cache_dtype: str = "auto"
     mamba_cache_mode: str = "none"
     """One of ``MAMBA_CACHE_MODES``: which states are kept for prefix reuse."""
+    kv_offloading_size: float | None = None
+    """GiB of host memory that blocks are offloaded to; None where the option is not given."""
+    kv_offloading_backend: str = "native"
     kv_sharing_fast_prefill: bool = False
     """Skip the layers that share another's cache while a prompt is computed."""
 

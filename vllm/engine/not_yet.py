@@ -1,14 +1,15 @@
 """Options of ``vllm serve`` and ``LLM`` that vLLM has and this engine does not have yet.
 
 They are refused by name, never ignored. A value that asks for nothing (vLLM's default, or what
-switches the feature off) passes. When a feature arrives, its line moves to ``EngineArgs``.
+switches the feature off) passes. When a feature arrives, its line moves to ``options.py``.
+``GONE`` has options of older releases of vLLM, and what to do in place of them.
 """
 
 from collections.abc import Iterator
 
 from vllm.utils.flags import NotYet
 
-__all__ = ["NOT_YET"]
+__all__ = ["GONE", "NOT_YET"]
 
 # group -> switches: the bare name asks for the feature, ``--no-NAME`` does not.
 _SWITCHES: dict[str, str] = {
@@ -37,8 +38,7 @@ _SWITCHES: dict[str, str] = {
         "use-replayssm"
     ),
     "MultiModalConfig": (
-        "enable-mm-embeds interleave-mm-strings language-model-only mm-device-do-normalize "
-        "mm-encoder-only skip-mm-profiling"
+        "enable-mm-embeds interleave-mm-strings mm-device-do-normalize mm-encoder-only"
     ),
     "LoRAConfig": (
         "enable-lora enable-mixed-moe-lora-format enable-moe-shared-loras "
@@ -104,7 +104,6 @@ _VALUES: dict[str, dict[str, str]] = {
         "mamba-cache-philox-rounds": "",
         "mamba-ssu-algorithm": "auto",
     },
-    "StructuredOutputsConfig": {"reasoning-parser": "", "reasoning-parser-plugin": ""},
     "ParallelConfig": {
         "all2all-backend": "",
         "cp-kv-cache-interleave-size": "1",
@@ -141,8 +140,6 @@ _VALUES: dict[str, dict[str, str]] = {
         "worker-extension-cls": "",
     },
     "CacheConfig": {
-        "kv-offloading-backend": "native",
-        "kv-offloading-size": "",
         "prefix-cache-retention-interval": "",
         "prefix-match-unit": "",
         "replayssm-buffer-len": "",
@@ -193,7 +190,7 @@ _VALUES: dict[str, dict[str, str]] = {
         "otlp-traces-endpoint": "",
         "show-hidden-metrics-for-version": "",
     },
-    "LoggingConfig": {"log-config-file": "", "logging-config": "{}"},
+    "LoggingConfig": {"logging-config": "{}"},
     "SchedulerConfig": {
         "max-num-active-seqs": "",
         "max-num-queued-tokens": "",
@@ -234,11 +231,16 @@ _VALUES: dict[str, dict[str, str]] = {
 # Switches where asking for less is what this engine does anyway, and their harmless spellings.
 _PASSING_SWITCHES: dict[str, tuple[str, tuple[str, ...]]] = {
     "disable-cascade-attn": ("ModelConfig", ("--disable-cascade-attn",)),
-    "fail-on-environ-validation": ("top level", ("--fail-on-environ-validation",)),
     "disable-custom-all-reduce": (
         "ParallelConfig",
         ("--disable-custom-all-reduce", "--no-disable-custom-all-reduce"),
     ),
+    # Of models that see or hear, the language model is served, and nothing of them is profiled.
+    "language-model-only": (
+        "MultiModalConfig",
+        ("--language-model-only", "--no-language-model-only"),
+    ),
+    "skip-mm-profiling": ("MultiModalConfig", ("--skip-mm-profiling", "--no-skip-mm-profiling")),
 }
 
 _SHORT = {
@@ -275,8 +277,51 @@ def _entries() -> Iterator[NotYet]:
                 takes_value=True,
                 off=tuple(off.split("|")) if off else (),
                 short=_SHORT.get(name),
+                # No images at all is what this engine takes.
+                off_at_zero=name == "limit-mm-per-prompt",
             )
 
 
 NOT_YET: dict[str, NotYet] = {entry.name: entry for entry in _entries()}
 """By name with underscores, as keyword arguments are spelt."""
+
+_LEAVE_OUT = "leave it out"
+_NO_SPECULATION = "use --speculative-config, which this engine does not have yet"
+_ROPE = """use --hf-overrides, such as --hf-overrides '{"rope_parameters": {...}}'"""
+
+GONE: dict[str, str] = {
+    "cuda-graph-sizes": "its successor --cudagraph-capture-sizes is not here yet; leave it out",
+    "device": "the device is found at start; leave it out",
+    "disable-async-output-proc": "use --no-async-scheduling",
+    "disable-frontend-multiprocessing": _LEAVE_OUT,
+    "disable-log-requests": "requests are logged only with --enable-log-requests; leave it out",
+    "disable-mm-preprocessor-cache": "use --mm-processor-cache-gb 0",
+    "enable-reasoning": "--reasoning-parser alone switches it on",
+    "engine-use-ray": "use --distributed-executor-backend ray",
+    "guided-decoding-backend": "use --structured-outputs-config.backend",
+    "guided-decoding-disable-any-whitespace": (
+        "use --structured-outputs-config.disable_any_whitespace true"
+    ),
+    "guided-decoding-disable-fallback": _LEAVE_OUT,
+    "logits-processor-pattern": "name processors with --logits-processors",
+    "lora-extra-vocab-size": _LEAVE_OUT,
+    "max-context-len-to-capture": _LEAVE_OUT,
+    "max-seq-len-to-capture": _LEAVE_OUT,
+    "multi-step-stream-outputs": "use --stream-interval",
+    "num-lookahead-slots": _LEAVE_OUT,
+    "num-scheduler-steps": "use --async-scheduling",
+    "num-speculative-tokens": _NO_SPECULATION,
+    "override-pooler-config": "its successor --pooler-config is not here yet; leave it out",
+    "preemption-mode": "preempted requests are computed again; leave it out",
+    "rope-scaling": _ROPE,
+    "rope-theta": _ROPE,
+    "scheduler-delay-factor": _LEAVE_OUT,
+    "speculative-model": _NO_SPECULATION,
+    "swap-space": "preempted requests are computed again, not swapped out; leave it out",
+    "task": "use --runner",
+    "tokenizer-pool-size": _LEAVE_OUT,
+    "tokenizer-pool-type": _LEAVE_OUT,
+    "use-v2-block-manager": _LEAVE_OUT,
+    "worker-use-ray": "use --distributed-executor-backend ray",
+}
+"""By option without its dashes: what follows "vLLM no longer has this;"."""

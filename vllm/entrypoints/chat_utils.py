@@ -330,7 +330,7 @@ def parse_chat_messages(messages: Iterable[Any], content_format: str) -> list[di
     return parsed
 
 
-def _check_variables(template: ChatTemplate, variables: Mapping[str, Any], given: str) -> None:
+def _check_variables(variables: Mapping[str, Any], given: str) -> None:
     for name in variables:
         if name in _RESERVED_VARIABLES:
             raise VLLMValidationError(
@@ -359,7 +359,7 @@ def render_chat(
         VLLMValidationError: the template refuses the messages or fails on them.
     """
     variables = dict(variables or {})
-    _check_variables(template, variables, "chat_template_kwargs")
+    _check_variables(variables, "chat_template_kwargs")
     if documents and "documents" not in template.variables:
         raise VLLMValidationError(
             "documents: this model's chat template does not read them", parameter="documents"

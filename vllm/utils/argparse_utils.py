@@ -2,8 +2,9 @@
 
 Options come as ``Flag`` entries. On top of argparse: underscores and dashes are the same, switches
 have a ``--no-`` twin, JSON options take dotted keys, ``--config`` reads YAML, help comes by group
-or by option, options that vLLM has and this engine lacks are refused by name, and an unknown
-option is answered with the nearest real one. Every error is one line, with exit status 2.
+or by option, options that vLLM has and this engine lacks are refused by name, those it had once
+with what to use now, and an unknown option is answered with the nearest real one. All options
+that are refused are named at once, each in one line, with exit status 2.
 """
 
 from __future__ import annotations
@@ -12,10 +13,10 @@ import argparse
 import copy
 import json
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NoReturn
 
-from vllm.errors import ConfigError, VLLMValidationError
+from vllm.errors import ConfigError, UnsupportedError, VLLMValidationError
 from vllm.utils.flags import Flag, Kind, NotYet, nearest
 
 __all__ = ["FlexibleArgumentParser"]
@@ -66,6 +67,7 @@ class FlexibleArgumentParser(argparse.ArgumentParser):
         self.grouped_help = grouped_help
         self.flags: dict[str, Flag] = {}
         self._refused: dict[str, NotYet] = {}
+        self._gone: dict[str, str] = {}
         self._groups: dict[str, argparse._ArgumentGroup] = {}
 
     def add_flag(self, flag: Flag) -> None:
@@ -100,6 +102,10 @@ class FlexibleArgumentParser(argparse.ArgumentParser):
                     self._refused[spelling] = entry
             self._group(entry.group)
 
+    def refuse_gone(self, advice: Mapping[str, str]) -> None:
+        """Answer options that vLLM had once with what to do now: ``{"task": "use --runner"}``."""
+        self._gone.update(("--" + name, text) for name, text in advice.items())
+
     def _group(self, title: str) -> argparse._ArgumentGroup:
         if title not in self._groups:
             self._groups[title] = self.add_argument_group(title)
@@ -110,7 +116,7 @@ class FlexibleArgumentParser(argparse.ArgumentParser):
     def parse_args(  # type: ignore[override]
         self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
     ) -> argparse.Namespace:
-        """Parse, or print one line that names what is wrong and exit with status 2."""
+        """Parse, or print what is wrong, one line each, and exit with status 2."""
         argv = list(sys.argv[1:] if args is None else args)
         try:
             self._answer_help(argv)
@@ -127,9 +133,14 @@ class FlexibleArgumentParser(argparse.ArgumentParser):
         self.exit(2, lines)
 
     def _prepare(self, argv: list[str]) -> list[str]:
-        """``argv`` in the spelling that argparse knows: config file first, JSON merged, last."""
+        """``argv`` in the spelling that argparse knows: config file first, JSON merged, last.
+
+        Raises:
+            VLLMValidationError: options that are refused or unknown, all of them.
+        """
         argv = self._insert_config(argv)
         prepared: list[str] = []
+        refusals: list[VLLMValidationError] = []
         json_values: dict[str, dict[str, Any]] = {}
         index = 0
         while index < len(argv):
@@ -143,13 +154,21 @@ class FlexibleArgumentParser(argparse.ArgumentParser):
                 prepared.append(token)
                 continue
             following = argv[index] if index < len(argv) else None
-            entry = self._refused_by(option)
-            if entry is not None:
-                index += self._pass_or_refuse(entry, option, path, value, following)
+            try:
+                entry = self._refused_by(option)
+                if entry is not None:
+                    index += self._pass_or_refuse(entry, option, path, value, following)
+                    continue
+                flag = self._json_flag(option)
+                if flag is None:
+                    self._check_known(option, path, token)
+            except VLLMValidationError as error:
+                refusals.append(error)
+                # What follows is most likely its values.
+                while index < len(argv) and not argv[index].startswith("-"):
+                    index += 1
                 continue
-            flag = self._json_flag(option)
             if flag is None:
-                self._check_known(option, path, token)
                 prepared.append(option if value is None else f"{option}={value}")
                 continue
             if value is None:
@@ -161,6 +180,11 @@ class FlexibleArgumentParser(argparse.ArgumentParser):
                 _set_dotted(json_values.setdefault(flag.option, {}), path, value, token)
             else:
                 json_values[flag.option] = flag.parse(value)
+        if len(refusals) == 1:
+            raise refusals[0]
+        if refusals:
+            lines = dict.fromkeys(str(refusal) for refusal in refusals)
+            raise UnsupportedError("\n".join(lines), parameter=refusals[0].parameter)
         for option, document in json_values.items():
             prepared[:0] = [option, json.dumps(document)]
         return prepared
@@ -204,6 +228,8 @@ class FlexibleArgumentParser(argparse.ArgumentParser):
             raise entry.refusal(option)
         taken = 1 if value is None else 0
         text = following if value is None else value
+        if path and entry.off_at_zero and text is not None and entry.is_off(text):
+            return taken
         if path or text is None or not entry.is_off(text):
             raise entry.refusal(option)
         return taken
@@ -225,6 +251,11 @@ class FlexibleArgumentParser(argparse.ArgumentParser):
 
     def _unknown(self, token: str) -> ConfigError:
         name = token.partition("=")[0]
+        advice = self._gone.get(name.replace("_", "-"))
+        if advice is None and name.startswith("--no-"):
+            advice = self._gone.get("--" + name.removeprefix("--no-").replace("_", "-"))
+        if advice is not None:
+            return ConfigError(f"{name}: vLLM no longer has this; {advice}", parameter=name)
         if not name.startswith("-"):
             return ConfigError(f"unexpected argument {name!r}", parameter=name)
         known = {o.lstrip("-"): o for o in (*self._option_string_actions, *self._refused)}
@@ -305,6 +336,8 @@ class FlexibleArgumentParser(argparse.ArgumentParser):
         name = "--" + topic.lower().lstrip("-").replace("_", "-")
         if name in self._refused:
             return f"{self._refused[name].refusal()}\n"
+        if name in self._gone:
+            return f"{self._unknown(name)}\n"
         exact = self._option_string_actions.get(name)
         if exact is not None:
             return self._help_on_actions("options", [exact])

@@ -305,6 +305,8 @@ class NotYet:
     off: tuple[str, ...] = ()
     """Values, as text, that ask for nothing this engine lacks; for a switch, such spellings."""
     short: str | None = None
+    off_at_zero: bool = False
+    """Whether a JSON object of zeros alone asks for nothing, too."""
 
     @property
     def option(self) -> str:
@@ -327,4 +329,18 @@ class NotYet:
             return True
         if isinstance(value, dict | list | tuple) and not value:
             return True
+        if self.off_at_zero and _all_zero(value):
+            return True
         return str(value).lower() in self.off
+
+
+def _all_zero(value: Any) -> bool:
+    """Whether ``value``, a dictionary or JSON text, is zero or maps names to nothing but zeros."""
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except ValueError:
+            return False
+    if isinstance(value, dict):
+        return all(map(_all_zero, value.values()))
+    return type(value) is int and value == 0

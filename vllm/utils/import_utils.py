@@ -1,11 +1,14 @@
-"""Classes that an option names by dotted path."""
+"""Classes that an option names by dotted path, and Python files that one names."""
 
+import importlib.util
+import os
+import sys
 from importlib import import_module
 from typing import Any
 
 from vllm.errors import ConfigError
 
-__all__ = ["import_class"]
+__all__ = ["import_class", "import_plugin_file"]
 
 
 def import_class(path: str, option: str) -> type[Any]:
@@ -33,3 +36,26 @@ def import_class(path: str, option: str) -> type[Any]:
             value=path,
         )
     return found
+
+
+def import_plugin_file(path: str, option: str) -> None:
+    """Run the Python file ``path``, as a module of its name.
+
+    Args:
+        option: what the user set, for the error.
+
+    Raises:
+        ConfigError: the file cannot be imported.
+    """
+    name = os.path.splitext(os.path.basename(path))[0]
+    spec = importlib.util.spec_from_file_location(name, path)
+    if spec is None or spec.loader is None:
+        raise ConfigError(f"{option}: not a Python file: {path}", parameter=option, value=path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    try:
+        spec.loader.exec_module(module)
+    except (ImportError, SyntaxError, OSError, AttributeError, TypeError, KeyError) as error:
+        raise ConfigError(
+            f"{option}: {path} cannot be imported: {error}", parameter=option, value=path
+        ) from error

@@ -408,7 +408,7 @@ def _copy_of_layer(
         )
     copy = plan_layer_copy(*layers, *shards, total_heads)
     if copy is not None:
-        check_inside(copy, layers[1], layers[0], *caches)
+        check_inside(copy, layers[1], *caches)
     return copy
 
 
@@ -499,7 +499,6 @@ def check_descriptor(cache: CacheDescriptor) -> None:
 def check_inside(
     copy: LayerCopy,
     layer: LayerDescriptor,
-    source_layer: LayerDescriptor,
     source: CacheDescriptor,
     target: CacheDescriptor,
 ) -> None:

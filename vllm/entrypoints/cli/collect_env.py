@@ -36,6 +36,7 @@ _PACKAGES = (
     "msgspec",
     "nixl",
     "mooncake-transfer-engine",
+    "mooncake-transfer-engine-non-cuda",
     "ray",
 )
 _INSTRUCTION_SETS = (
@@ -122,7 +123,7 @@ def _environment() -> Iterator[tuple[str, str]]:
         if name.startswith(("VLLM_", "OMP_", "CUDA_", "GOMP_", "HF_HUB_")):
             yield name, "(set)" if "KEY" in name or "TOKEN" in name else value
     try:
-        envs.validate_environ()
+        envs.validate_environ(fail_on_unknown=True)
     except VLLMValidationError as error:
         for line in str(error).splitlines():
             yield "refused", line

@@ -49,9 +49,14 @@ _COMMANDS: dict[str, Command | dict[str, Command]] = {
         ("collect-env", "collect_env", "Print what this installation runs on."),
     )
 }
+_COMMANDS["run-batch"] = Command(
+    "Answer a file of requests offline.",
+    f"{_CLI}.run_batch:make_parser",
+    "vllm.entrypoints.openai.run_batch:run",
+)
 _COMMANDS["bench"] = _BENCH
 _NOT_YET = {
-    "vllm": ("download-kernels", "launch", "preload", "run-batch", "snapshot"),
+    "vllm": ("download-kernels", "launch", "preload", "snapshot"),
     "vllm bench": ("mm-processor", "startup", "sweep"),
 }
 

@@ -9,7 +9,7 @@ import vllm.envs as envs
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.entrypoints.openai.cli_args import FrontendArgs
 from vllm.errors import ConfigError
-from vllm.logger import set_level
+from vllm.logger import set_level, use_config_file
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 from vllm.utils.flags import Kind, arg, flags_of
 
@@ -35,12 +35,25 @@ class ServeArgs:
         short="-asc",
         minimum=1,
     )
+    fail_on_environ_validation: bool = arg(
+        False,
+        "top level",
+        Kind.SWITCH,
+        "Refuse to start where a VLLM_ variable is set that nobody knows; else it is a warning.",
+    )
     log_level: str | None = arg(
         None,
         "LoggingConfig",
         Kind.STR,
         "Level of the log of every process; by default VLLM_LOGGING_LEVEL.",
         choices=("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"),
+    )
+    log_config_file: str | None = arg(
+        None,
+        "LoggingConfig",
+        Kind.STR,
+        "JSON file for Python's logging.config.dictConfig, for the log of every process; by "
+        "default VLLM_LOGGING_CONFIG_PATH.",
     )
 
 
@@ -87,9 +100,11 @@ def run(args: argparse.Namespace) -> int:
         VLLMError: the engine could not start, or died.
     """
     _name_model(args)
+    if args.log_config_file is not None:
+        use_config_file(args.log_config_file)
     if args.log_level is not None:
         set_level(args.log_level)
-    envs.validate_environ()
+    envs.validate_environ(fail_on_unknown=args.fail_on_environ_validation)
     from vllm.entrypoints.openai.api_server import run_server
 
     return run_server(args) or 0

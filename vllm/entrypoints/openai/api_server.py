@@ -24,6 +24,7 @@ from vllm.entrypoints.openai.plugins import load_middleware
 from vllm.entrypoints.openai.tool_parsers.manager import ToolParserManager
 from vllm.errors import VLLMError
 from vllm.logger import init_logger
+from vllm.reasoning.manager import ReasoningParserManager
 from vllm.utils.system import raise_open_files_limit
 
 if TYPE_CHECKING:
@@ -130,6 +131,10 @@ def check_options(frontend: FrontendArgs) -> None:
         ToolParserManager.import_tool_parser(frontend.tool_parser_plugin)
     if frontend.tool_call_parser:
         ToolParserManager.check(frontend.tool_call_parser)
+    if frontend.reasoning_parser_plugin:
+        ReasoningParserManager.import_reasoning_parser(frontend.reasoning_parser_plugin)
+    if frontend.reasoning_parser:
+        ReasoningParserManager.check(frontend.reasoning_parser)
     for path in frontend.middleware:
         load_middleware(path)
 

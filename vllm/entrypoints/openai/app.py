@@ -64,7 +64,6 @@ _REF = "#/components/schemas/{model}"
 _NOT_YET = (
     "/generative_scoring",
     "/inference/v1",
-    "/invocations",
     "/is_scaling_elastic_ep",
     "/kv_event_sources",
     "/scale_elastic_ep",
@@ -140,6 +139,20 @@ def _add_generation_routes(app: FastAPI, context: ServerContext, prompts: ChatPr
         request = await parse_request(raw, ChatCompletionRequest, "chat")
         return await chat.create_chat_completion(request, raw)
 
+    async def invocations(raw: Request) -> Response:
+        """SageMaker's one path: the fields tell what is meant."""
+        _refuse_if_closing(context)
+        body = await read_object(raw)
+        if "messages" in body:
+            return await chat.create_chat_completion(
+                validate(ChatCompletionRequest, "chat", body), raw
+            )
+        if "prompt" not in body:
+            raise VLLMValidationError("/invocations takes messages (chat) or prompt (completion)")
+        return await completion.create_completion(
+            validate(CompletionRequest, "completion", body), raw
+        )
+
     errors: dict[int | str, dict[str, Any]] = {
         status: {"model": ErrorResponse} for status in (400, 404, 500, 503)
     }
@@ -158,6 +171,14 @@ def _add_generation_routes(app: FastAPI, context: ServerContext, prompts: ChatPr
         response_model=None,
         responses={200: {"model": ChatCompletionResponse}, **errors},
         openapi_extra=_body(ChatCompletionRequest),
+    )
+    app.add_api_route(
+        "/invocations",
+        invocations,
+        methods=["POST"],
+        response_model=None,
+        responses={200: {"model": ChatCompletionResponse | CompletionResponse}, **errors},
+        openapi_extra=_body(ChatCompletionRequest, CompletionRequest),
     )
 
 

@@ -192,6 +192,19 @@ class FrontendArgs:
     enable_log_requests: bool = arg(
         False, _TOP, Kind.SWITCH, "Log each request with its prompt and parameters."
     )
+    reasoning_parser: str = arg(
+        "",
+        "StructuredOutputsConfig",
+        Kind.STR,
+        "Parser that tells a model's reasoning from its answer, such as qwen3 or deepseek_r1; "
+        "gpt-oss has openai_gptoss without being asked.",
+    )
+    reasoning_parser_plugin: str = arg(
+        "",
+        "StructuredOutputsConfig",
+        Kind.STR,
+        "Python file that registers further reasoning parsers.",
+    )
     shutdown_timeout: int = arg(
         0,
         _TOP,
@@ -258,13 +271,24 @@ class FrontendArgs:
                 "--tool-parser-plugin needs --tool-call-parser with the name it registers",
                 parameter="--tool-parser-plugin",
             )
+        if self.reasoning_parser_plugin and not self.reasoning_parser:
+            raise ConfigError(
+                "--reasoning-parser-plugin needs --reasoning-parser with the name it registers",
+                parameter="--reasoning-parser-plugin",
+            )
         if self.enable_log_outputs and not self.enable_log_requests:
             raise ConfigError(
                 "--enable-log-outputs needs --enable-log-requests", parameter="--enable-log-outputs"
             )
         if self.uses_tls and not self.ssl_certfile:
             raise ConfigError("--ssl-keyfile needs --ssl-certfile", parameter="--ssl-keyfile")
-        for name in ("ssl_keyfile", "ssl_certfile", "ssl_ca_certs", "tool_parser_plugin"):
+        for name in (
+            "ssl_keyfile",
+            "ssl_certfile",
+            "ssl_ca_certs",
+            "tool_parser_plugin",
+            "reasoning_parser_plugin",
+        ):
             path = getattr(self, name)
             if path and not os.path.isfile(path):
                 raise ConfigError(

@@ -31,7 +31,7 @@ _OPEN_PATHS = frozenset(
 )  # fmt: skip
 _REQUEST_ID = re.compile(rb"[\x21-\x7e]{1,256}")
 # Endpoints whose requests occupy the engine.
-_LOAD_PATHS = frozenset(("/v1/completions", "/v1/chat/completions"))
+_LOAD_PATHS = frozenset(("/v1/completions", "/v1/chat/completions", "/invocations"))
 
 
 def _path(scope: Scope) -> str:

@@ -480,6 +480,7 @@ class ChatCompletionRequest(_SamplingRequest):
     chat_template: str | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     return_prompt_text: bool | None = None
+    include_reasoning: bool = True
 
     def max_output_tokens(self) -> int | None:
         return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
@@ -655,6 +656,7 @@ class ChatMessage(_Lean):
     role: str
     content: str | None = None
     refusal: str | None = None
+    reasoning: str | None = None
     tool_calls: list[ToolCall] | None = None
 
 

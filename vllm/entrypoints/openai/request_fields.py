@@ -37,7 +37,6 @@ _NOT_YET_COMPLETION: dict[str, tuple[Any, ...]] = {
 }
 _NOT_YET_CHAT: dict[str, tuple[Any, ...]] = {
     **_NOT_YET_COMMON,
-    "include_reasoning": (True,),
     "media_io_kwargs": ({},),
     "mm_processor_kwargs": ({},),
 }
@@ -70,13 +69,15 @@ _ELSEWHERE: dict[str, tuple[tuple[Any, ...], str]] = {
     "prediction": ((), "leave it out"),
     "service_tier": (("auto", "default"), "leave it out"),
     "store": ((False,), "answers are not stored"),
-    "metadata": (({},), "leave it out; request_id names a request"),
     "web_search_options": ((), "leave it out"),
     "verbosity": (("medium",), "leave it out"),
-    "safety_identifier": ((), "use user"),
-    "prompt_cache_key": ((), "prompts with the same beginning share their cache as they are"),
-    "prompt_cache_retention": ((), "leave it out"),
 }
+
+# Fields of OpenAI's service that its clients send unasked and that no answer depends on: labels of
+# stored answers, a name for the end user, hints for a cache that finds common beginnings anyway.
+_WITHOUT_EFFECT = frozenset(
+    ("metadata", "safety_identifier", "prompt_cache_key", "prompt_cache_retention")
+)
 
 
 def _same(value: Any, neutral: Any) -> bool:
@@ -101,6 +102,8 @@ def drop_neutral_fields(body: dict[str, Any], kind: str, known: Set[str]) -> dic
     for name, value in body.items():
         if name in known:
             kept[name] = value
+            continue
+        if name in _WITHOUT_EFFECT and kind in ("completion", "chat"):
             continue
         neutral, advice = NOT_YET[kind].get(name), "leave it out"
         owner = "vLLM has this field; this server does not yet"

@@ -20,12 +20,13 @@ import uvicorn
 import uvloop
 from uvicorn.config import LOGGING_CONFIG
 
+import vllm.envs as envs
 from vllm.entrypoints.openai.app import make_app
 from vllm.entrypoints.openai.cli_args import FrontendArgs
 from vllm.entrypoints.openai.middleware import AccessLogFilter
 from vllm.entrypoints.openai.serving_engine import ServerContext
 from vllm.entrypoints.openai.serving_models import OpenAIServingModels
-from vllm.logger import init_logger
+from vllm.logger import init_logger, read_logging_config
 from vllm.v1.engine.async_llm import AsyncLLM
 
 __all__ = ["make_context", "serve"]
@@ -134,9 +135,11 @@ class _Lifetime:
 
 
 def _uvicorn_config(app: Any, frontend: FrontendArgs) -> uvicorn.Config:
-    # Lines of the access log go where all other lines go.
-    log_config = copy.deepcopy(LOGGING_CONFIG)
-    log_config["handlers"]["access"]["stream"] = "ext://sys.stderr"
+    log_config: dict[str, Any] | None = None
+    if not _logs_http_itself():
+        # Lines of the access log go where all other lines go.
+        log_config = copy.deepcopy(LOGGING_CONFIG)
+        log_config["handlers"]["access"]["stream"] = "ext://sys.stderr"
     optional: dict[str, Any] = {}
     if frontend.ssl_ciphers:
         optional["ssl_ciphers"] = frontend.ssl_ciphers
@@ -158,6 +161,17 @@ def _uvicorn_config(app: Any, frontend: FrontendArgs) -> uvicorn.Config:
         ssl_ca_certs=frontend.ssl_ca_certs,
         ssl_cert_reqs=ssl.VerifyMode(frontend.ssl_cert_reqs),
         **optional,
+    )
+
+
+def _logs_http_itself() -> bool:
+    """Whether the user's logging file says how uvicorn logs."""
+    path = envs.VLLM_LOGGING_CONFIG_PATH
+    if not path or not envs.VLLM_CONFIGURE_LOGGING:
+        return False
+    config = read_logging_config(path)
+    return "root" in config or any(
+        name.split(".")[0] in ("", "uvicorn") for name in config.get("loggers", {})
     )
 
 

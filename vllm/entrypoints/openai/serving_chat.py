@@ -33,6 +33,8 @@ from vllm.entrypoints.openai.tool_parsers.abstract_tool_parser import ToolParser
 from vllm.entrypoints.openai.tool_parsers.manager import ToolParserManager
 from vllm.errors import VLLMValidationError
 from vllm.outputs import CompletionOutput, RequestOutput
+from vllm.reasoning.abs_reasoning_parsers import ReasoningParser
+from vllm.reasoning.manager import ReasoningParserManager
 from vllm.sampling_params import SamplingParams
 from vllm.v1.engine.input_processor import TokenizedPrompt
 
@@ -76,6 +78,11 @@ class OpenAIServingChat(OpenAIServing):
         self._parser: type[ToolParser] | None = None
         if self.frontend.tool_call_parser:
             self._parser = ToolParserManager.get_tool_parser(self.frontend.tool_call_parser)
+        self._reasoning: type[ReasoningParser] | None = None
+        model_type = getattr(self.engine.model_config.hf_config, "model_type", "")
+        reasoning = self.frontend.reasoning_parser or ReasoningParserManager.default_for(model_type)
+        if reasoning:
+            self._reasoning = ReasoningParserManager.get_reasoning_parser(reasoning)
 
     async def create_chat_completion(
         self, request: ChatCompletionRequest, raw: Request
@@ -89,15 +96,23 @@ class OpenAIServingChat(OpenAIServing):
     async def _prepare(self, request: ChatCompletionRequest, raw: Request) -> _Job:
         model = self.context.models.check(request.model)
         request.check()
-        make_reader = self._reader_for(request)
+        make_parser = self._tool_parser_for(request)
         messages, text = self._prompts.render(request)
         limited = request.truncate_prompt_tokens is None
         prompt = await self.encode(text, request.add_special_tokens, limited=limited)
         prompt = self.truncate(prompt, request)
+        constraint = tool_constraint(request) or request.constraint()
+        make_reasoning = self._reasoning_parser_for(request, text)
+        if make_reasoning is not None and constraint is not None:
+            after = make_reasoning().constraint_after(constraint)
+            # Otherwise the constraint holds from the first token on, so there is no reasoning.
+            constraint, make_reasoning = (
+                (constraint, None) if after is None else (after, make_reasoning)
+            )
         params = request.sampling_params(
             max_tokens=self.max_tokens(request, len(prompt.token_ids)),
             defaults=dict(self.default_sampling_params),
-            constraint=tool_constraint(request) or request.constraint(),
+            constraint=constraint,
         )
         last = messages[-1]
         role = self.frontend.response_role if request.add_generation_prompt else last["role"]
@@ -111,27 +126,45 @@ class OpenAIServingChat(OpenAIServing):
             params=params,
             role=role,
             echo_text=_echo_text(last) if request.echo and last["role"] == role else "",
-            make_reader=make_reader,
+            make_reader=lambda: AnswerReader(
+                request, make_parser and make_parser(), make_reasoning and make_reasoning()
+            ),
         )
 
-    def _reader_for(self, request: ChatCompletionRequest) -> Callable[[], AnswerReader]:
-        """A maker of readers, one per choice; may change the request as its parser needs."""
-        parser = None
-        if request.tools and request.tool_choice == "auto":
-            if not self.frontend.enable_auto_tool_choice or self._parser is None:
-                raise VLLMValidationError(
-                    "tool_choice auto needs a server started with --enable-auto-tool-choice and "
-                    "--tool-call-parser; required, none or a named function work as it is",
-                    parameter="tool_choice",
-                )
-            parser = self._parser
+    def _tool_parser_for(self, request: ChatCompletionRequest) -> Callable[[], ToolParser] | None:
+        """A maker of parsers, one per choice; may change the request as its parser needs."""
+        if not request.tools or request.tool_choice != "auto":
+            return None
+        parser = self._parser
+        if not self.frontend.enable_auto_tool_choice or parser is None:
+            raise VLLMValidationError(
+                "tool_choice auto needs a server started with --enable-auto-tool-choice and "
+                "--tool-call-parser; required, none or a named function work as it is",
+                parameter="tool_choice",
+            )
         tokenizer = self.engine.get_tokenizer()
-        if parser is None:
-            return lambda: AnswerReader(request, None)
         adjusted = parser(tokenizer).adjust_request(request)
         request.skip_special_tokens = adjusted.skip_special_tokens
         request.structured_outputs = adjusted.structured_outputs
-        return lambda: AnswerReader(request, parser(tokenizer))
+        return lambda: parser(tokenizer)
+
+    def _reasoning_parser_for(
+        self, request: ChatCompletionRequest, prompt: str
+    ) -> Callable[[], ReasoningParser] | None:
+        """As ``_tool_parser_for``; None, too, where the model goes on with a message."""
+        parser = self._reasoning
+        if parser is None or request.continue_final_message:
+            return None
+        tokenizer = self.engine.get_tokenizer()
+        adjusted = parser(tokenizer).adjust_request(request)
+        request.skip_special_tokens = adjusted.skip_special_tokens
+
+        def make() -> ReasoningParser:
+            reasoning = parser(tokenizer)
+            reasoning.begin(prompt)
+            return reasoning
+
+        return make
 
     def _outputs(self, job: _Job) -> AsyncGenerator[RequestOutput, None]:
         return self.generate(job.prompt, job.params, job.response_id, job.request)
@@ -168,11 +201,13 @@ class OpenAIServingChat(OpenAIServing):
 
     def _choice(self, job: _Job, output: CompletionOutput) -> ChatCompletionResponseChoice:
         reader = job.make_reader()
-        content, calls = reader.read(output.text)
+        reasoning, content, calls = reader.read(output.text)
         self.log_output(job.response_id, output.text)
         if job.echo_text:
             content = job.echo_text + (content or "")
         message = ChatMessage(role=job.role, content=content)
+        if reasoning is not None:
+            message.reasoning = reasoning
         if calls:
             message.tool_calls = calls
         choice = ChatCompletionResponseChoice(

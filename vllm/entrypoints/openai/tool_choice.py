@@ -25,6 +25,7 @@ from vllm.entrypoints.openai.tool_parsers.abstract_tool_parser import (
 )
 from vllm.entrypoints.openai.tool_parsers.scanners import JSONCallList
 from vllm.errors import VLLMValidationError
+from vllm.reasoning.abs_reasoning_parsers import ReasoningParser
 from vllm.sampling_params import StructuredOutputsParams
 
 __all__ = ["AnswerReader", "tool_constraint"]
@@ -93,16 +94,25 @@ def _call_schema(function: FunctionDefinition, definitions: dict[str, Any]) -> d
 
 
 class AnswerReader:
-    """Reads one choice's text, whole or in pieces, as content and tool calls.
+    """Reads one choice's text, whole or in pieces, as reasoning, content and tool calls.
 
     Args:
         parser: the model's parser, with ``tool_choice`` auto; None leaves the text as it is,
             unless the request forces calls.
+        reasoning: the model's parser of reasoning; None: there is none.
     """
 
-    def __init__(self, request: ChatCompletionRequest, parser: ToolParser | None) -> None:
+    def __init__(
+        self,
+        request: ChatCompletionRequest,
+        parser: ToolParser | None,
+        reasoning: ReasoningParser | None = None,
+    ) -> None:
         self._request = request
         self._parser = parser
+        self._reasoning = reasoning
+        self._whole = ""
+        self._whole_ids: list[int] = []
         choice = request.tool_choice if request.tools else "none"
         self._named = (
             choice.function.name if isinstance(choice, ChatCompletionNamedToolChoiceParam) else None
@@ -117,15 +127,27 @@ class AnswerReader:
     @property
     def is_plain(self) -> bool:
         """Text is content, nothing else."""
-        return self._parser is None and self._named is None and self._list is None
+        readers = (self._parser, self._named, self._list, self._reasoning)
+        return all(reader is None for reader in readers)
 
     @property
     def ends_with_calls(self) -> bool:
         """The finish reason is "tool_calls": the model chose to call, in whole or in part."""
         return self._num_calls > 0 and self._named is None
 
-    def read(self, text: str) -> tuple[str | None, list[ToolCall]]:
-        """Content and calls of a whole answer."""
+    def read(self, text: str) -> tuple[str | None, str | None, list[ToolCall]]:
+        """Reasoning, content and calls of a whole answer."""
+        reasoning: str | None = None
+        if self._reasoning is not None:
+            reasoning, rest = self._reasoning.extract_reasoning(text, self._request)
+            if not self._request.include_reasoning:
+                reasoning = None
+            if rest is None:
+                return reasoning, None, []
+            text = rest
+        return reasoning, *self._read_answer(text)
+
+    def _read_answer(self, text: str) -> tuple[str | None, list[ToolCall]]:
         if self._named is not None:
             function = FunctionCall(name=self._named, arguments=text)
             return None, [ToolCall(id=make_tool_call_id(), function=function)]
@@ -142,6 +164,30 @@ class AnswerReader:
 
     def push(self, text: str, token_ids: Sequence[int]) -> DeltaMessage | None:
         """What to send for the next piece of the answer; None: nothing yet."""
+        if self._reasoning is None:
+            return self._push_answer(text, token_ids)
+        before, ids_before = self._whole, self._whole_ids
+        self._whole = before + text
+        self._whole_ids = [*ids_before, *token_ids]
+        split = self._reasoning.extract_reasoning_streaming(
+            before, self._whole, text, ids_before, self._whole_ids, token_ids
+        )
+        return self._push_split(split, token_ids)
+
+    def _push_split(
+        self, split: DeltaMessage | None, token_ids: Sequence[int]
+    ) -> DeltaMessage | None:
+        """``split`` with its content read on."""
+        if split is None:
+            return None
+        answer = self._push_answer(split.content, token_ids) if split.content else None
+        if not split.reasoning or not self._request.include_reasoning:
+            return answer
+        answer = answer or DeltaMessage()
+        answer.reasoning = split.reasoning
+        return answer
+
+    def _push_answer(self, text: str, token_ids: Sequence[int]) -> DeltaMessage | None:
         if self._named is not None:
             return self._push_named(text)
         if self._list is not None:
@@ -162,7 +208,15 @@ class AnswerReader:
 
     def finish(self) -> DeltaMessage | None:
         """What is left to send at the end."""
-        return None if self._parser is None else self._limited(self._parser.finish_streaming())
+        rest: DeltaMessage | None = None
+        if self._reasoning is not None:
+            rest = self._push_split(self._reasoning.finish_streaming(), ())
+        last = None if self._parser is None else self._limited(self._parser.finish_streaming())
+        if rest is None or last is None:
+            return rest or last
+        rest.content = (rest.content or "") + (last.content or "") or None
+        rest.tool_calls += last.tool_calls
+        return rest
 
     def _push_named(self, text: str) -> DeltaMessage | None:
         assert self._named is not None

@@ -336,7 +336,6 @@ class QKVParallelLinear(ColumnParallelLinear):
         )
         self.num_heads = self_heads
         self.num_kv_heads = kv_heads
-        self.num_kv_head_replicas = replicas
         self.head_size = head_size
 
 

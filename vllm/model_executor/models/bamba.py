@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import nn
-
 from vllm.config import VllmConfig
 from vllm.model_executor.layers.mamba.mamba_mixer2 import MambaMixer2
 from vllm.model_executor.models.hybrid import HybridDecoderLayer, HybridForCausalLM
 from vllm.model_executor.models.llama import LlamaAttention, LlamaMLP
 
-__all__ = ["BambaForCausalLM", "make_bamba_mixer"]
+__all__ = ["BambaDecoderLayer", "BambaForCausalLM", "make_bamba_mixer"]
 
 
 def make_bamba_mixer(vllm_config: VllmConfig, config: Any, prefix: str) -> MambaMixer2:
@@ -34,17 +32,16 @@ def make_bamba_mixer(vllm_config: VllmConfig, config: Any, prefix: str) -> Mamba
     )
 
 
+class BambaDecoderLayer(HybridDecoderLayer):
+    attention_cls = LlamaAttention
+
+    def make_mixer(self, vllm_config: VllmConfig, config: Any, prefix: str) -> MambaMixer2:
+        return make_bamba_mixer(vllm_config, config, f"{prefix}.mamba")
+
+    def make_mlp(self, config: Any, layer_index: int, prefix: str) -> LlamaMLP:
+        return LlamaMLP(config, prefix)
+
+
 class BambaForCausalLM(HybridForCausalLM):
-    def make_layer(
-        self, vllm_config: VllmConfig, config: Any, layer_index: int, prefix: str
-    ) -> nn.Module:
-        mixers: dict[str, nn.Module] = {}
-        if config.layer_types[layer_index] == "full_attention":
-            mixers["self_attn"] = LlamaAttention(
-                vllm_config, config, layer_index, prefix=f"{prefix}.self_attn"
-            )
-        else:
-            mixers["mamba"] = make_bamba_mixer(vllm_config, config, f"{prefix}.mamba")
-        return HybridDecoderLayer(
-            config, feed_forward=LlamaMLP(config, f"{prefix}.feed_forward"), **mixers
-        )
+    layer_cls = BambaDecoderLayer
+    renamed_parts = {"pre_ff_layernorm": "post_attention_layernorm", "feed_forward": "mlp"}

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import nn
 
 from vllm import _custom_ops as ops
 from vllm.config import VllmConfig
@@ -108,13 +107,10 @@ class FalconH1DecoderLayer(HotModule):
 
 
 class FalconH1ForCausalLM(HybridForCausalLM):
+    layer_cls = FalconH1DecoderLayer
+
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__(vllm_config=vllm_config, prefix=prefix)
         self.logits_processor = LogitsProcessor(
             self.config.vocab_size, scale=self.config.lm_head_multiplier
         )
-
-    def make_layer(
-        self, vllm_config: VllmConfig, config: Any, layer_index: int, prefix: str
-    ) -> nn.Module:
-        return FalconH1DecoderLayer(vllm_config, config, layer_index, prefix)

@@ -147,6 +147,7 @@ _STACKED = {
 
 
 class GraniteMoeHybridForCausalLM(HybridForCausalLM):
+    layer_cls = GraniteMoeHybridDecoderLayer
     norm_name = "norm"
     checkpoint_names = QWEN_MOE_CHECKPOINT_NAMES
 
@@ -155,11 +156,6 @@ class GraniteMoeHybridForCausalLM(HybridForCausalLM):
         self.logits_processor = LogitsProcessor(
             self.config.vocab_size, scale=1 / self.config.logits_scaling
         )
-
-    def make_layer(
-        self, vllm_config: VllmConfig, config: Any, layer_index: int, prefix: str
-    ) -> nn.Module:
-        return GraniteMoeHybridDecoderLayer(vllm_config, config, layer_index, prefix)
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
         def renamed() -> Iterator[tuple[str, torch.Tensor]]:

@@ -6,6 +6,7 @@ knows layers; it must not know the engine, the scheduler or how a cache is laid 
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any, ClassVar
 
@@ -79,26 +80,41 @@ class MixerDecoderLayer(HotModule):
         return self.mixer.forward(hidden_states), residual
 
 
-class HybridDecoderLayer(HotModule):
-    """Attention or a state mixer, then a feed-forward network, each behind a norm.
+class HybridDecoderLayer(HotModule, ABC):
+    """Attention or a mixer that keeps a state, then an MLP or experts, each behind a norm.
 
-    Exactly one of ``self_attn`` and ``mamba`` is there.
+    Subclasses make the parts. Where checkpoints call the norms or the MLP otherwise, their model
+    says so in ``renamed_parts``.
     """
 
-    def __init__(
-        self,
-        config: Any,
-        *,
-        feed_forward: nn.Module,
-        self_attn: nn.Module | None = None,
-        mamba: nn.Module | None = None,
-    ) -> None:
+    attention_cls: ClassVar[Callable[..., nn.Module]]
+    norm_cls: ClassVar[type[RMSNorm]] = RMSNorm
+    mixer_name: ClassVar[str] = "mamba"
+    """What checkpoints call the mixer."""
+
+    def __init__(self, vllm_config: VllmConfig, config: Any, layer_index: int, prefix: str) -> None:
         super().__init__()
-        self.input_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.self_attn = self_attn
-        self.mamba = mamba
-        self.pre_ff_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.feed_forward = feed_forward
+        self.input_layernorm = self.norm_cls(config.hidden_size, eps=config.rms_norm_eps)
+        self.attends = self.has_attention(config, layer_index)
+        if self.attends:
+            self.self_attn = self.attention_cls(
+                vllm_config, config, layer_index, prefix=f"{prefix}.self_attn"
+            )
+        else:
+            setattr(self, self.mixer_name, self.make_mixer(vllm_config, config, prefix))
+        self.post_attention_layernorm = self.norm_cls(config.hidden_size, eps=config.rms_norm_eps)
+        self.mlp = self.make_mlp(config, layer_index, f"{prefix}.mlp")
+
+    @staticmethod
+    def has_attention(config: Any, layer_index: int) -> bool:
+        return config.layer_types[layer_index] == "full_attention"
+
+    @abstractmethod
+    def make_mixer(self, vllm_config: VllmConfig, config: Any, prefix: str) -> nn.Module:
+        """The mixer of a layer without attention; ``prefix`` is the layer's."""
+
+    @abstractmethod
+    def make_mlp(self, config: Any, layer_index: int, prefix: str) -> nn.Module: ...
 
     def forward(
         self,
@@ -108,13 +124,12 @@ class HybridDecoderLayer(HotModule):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The branch's output and the stream that it is still to be added to."""
         hidden_states, residual = add_and_norm(self.input_layernorm, hidden_states, residual)
-        if self.mamba is not None:
-            hidden_states = self.mamba.forward(hidden_states)
-        else:
-            assert self.self_attn is not None
+        if self.attends:
             hidden_states = self.self_attn.forward(positions, hidden_states)
-        hidden_states, residual = self.pre_ff_layernorm.forward(hidden_states, residual)
-        return self.feed_forward.forward(hidden_states), residual
+        else:
+            hidden_states = getattr(self, self.mixer_name).forward(hidden_states)
+        hidden_states, residual = self.post_attention_layernorm.forward(hidden_states, residual)
+        return self.mlp.forward(hidden_states), residual
 
 
 LayerFactory = Callable[[VllmConfig, Any, int, str], nn.Module]
@@ -219,7 +234,7 @@ class HybridForCausalLM(LlamaForCausalLM):
         self, vllm_config: VllmConfig, config: Any, layer_index: int, prefix: str
     ) -> nn.Module:
         """Layer ``layer_index``; its parts are named as in checkpoints."""
-        raise TypeError(f"{type(self).__name__} does not say what its layers are")
+        return self.layer_cls(vllm_config, config, layer_index, prefix)
 
     def embed_input_ids(self, input_ids: torch.Tensor) -> torch.Tensor:
         return self.body.embed_input_ids(input_ids)

@@ -19,7 +19,7 @@ from vllm.model_executor.models.hybrid import (
 from vllm.model_executor.models.llama import HotModule, LlamaMLP
 from vllm.model_executor.models.qwen2_moe import QWEN_EXPERT_NAMES, QWEN_MOE_CHECKPOINT_NAMES
 
-__all__ = ["JambaForCausalLM", "JambaMoE"]
+__all__ = ["JambaDecoderLayer", "JambaForCausalLM", "JambaMoE"]
 
 
 class JambaMoE(HotModule):
@@ -50,38 +50,38 @@ class JambaMoE(HotModule):
         return self.experts.forward(x, self.router.forward(x))
 
 
+class JambaDecoderLayer(HybridDecoderLayer):
+    attention_cls = AttentionWithoutRope
+
+    @staticmethod
+    def has_attention(config: Any, layer_index: int) -> bool:
+        return layer_index % config.attn_layer_period == config.attn_layer_offset
+
+    def make_mixer(self, vllm_config: VllmConfig, config: Any, prefix: str) -> MambaMixer:
+        return MambaMixer(
+            vllm_config,
+            hidden_size=config.hidden_size,
+            intermediate_size=config.mamba_expand * config.hidden_size,
+            state_size=config.mamba_d_state,
+            conv_kernel=config.mamba_d_conv,
+            time_step_rank=config.mamba_dt_rank,
+            use_conv_bias=config.mamba_conv_bias,
+            use_bias=config.mamba_proj_bias,
+            activation=config.hidden_act,
+            norm_eps=config.rms_norm_eps,
+            norm_weights=True,
+            prefix=f"{prefix}.mamba",
+        )
+
+    def make_mlp(self, config: Any, layer_index: int, prefix: str) -> nn.Module:
+        has_experts = layer_index % config.expert_layer_period == config.expert_layer_offset
+        if has_experts and config.num_experts > 1:
+            return JambaMoE(config, prefix)
+        return LlamaMLP(config, prefix)
+
+
 class JambaForCausalLM(HybridForCausalLM):
+    layer_cls = JambaDecoderLayer
     checkpoint_names = QWEN_MOE_CHECKPOINT_NAMES
     expert_names = QWEN_EXPERT_NAMES
-
-    def make_layer(
-        self, vllm_config: VllmConfig, config: Any, layer_index: int, prefix: str
-    ) -> nn.Module:
-        mixers: dict[str, nn.Module] = {}
-        if layer_index % config.attn_layer_period == config.attn_layer_offset:
-            mixers["self_attn"] = AttentionWithoutRope(
-                vllm_config, config, layer_index, prefix=f"{prefix}.self_attn"
-            )
-        else:
-            mixers["mamba"] = MambaMixer(
-                vllm_config,
-                hidden_size=config.hidden_size,
-                intermediate_size=config.mamba_expand * config.hidden_size,
-                state_size=config.mamba_d_state,
-                conv_kernel=config.mamba_d_conv,
-                time_step_rank=config.mamba_dt_rank,
-                use_conv_bias=config.mamba_conv_bias,
-                use_bias=config.mamba_proj_bias,
-                activation=config.hidden_act,
-                norm_eps=config.rms_norm_eps,
-                norm_weights=True,
-                prefix=f"{prefix}.mamba",
-            )
-        name = f"{prefix}.feed_forward"
-        has_experts = layer_index % config.expert_layer_period == config.expert_layer_offset
-        feed_forward: nn.Module
-        if has_experts and config.num_experts > 1:
-            feed_forward = JambaMoE(config, name)
-        else:
-            feed_forward = LlamaMLP(config, name)
-        return HybridDecoderLayer(config, feed_forward=feed_forward, **mixers)
+    renamed_parts = {"pre_ff_layernorm": "post_attention_layernorm", "feed_forward": "mlp"}

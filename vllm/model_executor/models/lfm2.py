@@ -9,10 +9,10 @@ from torch import nn
 
 from vllm.config import VllmConfig
 from vllm.model_executor.layers.fused_moe import FusedMoE, Routing
-from vllm.model_executor.layers.layernorm import RMSNorm
 from vllm.model_executor.layers.linear import ReplicatedLinear
 from vllm.model_executor.layers.mamba.short_conv import ShortConv
 from vllm.model_executor.layers.weight_loading import make_parameter
+from vllm.model_executor.models.hybrid import HybridDecoderLayer
 from vllm.model_executor.models.llama import HotModule, LlamaForCausalLM, LlamaMLP
 from vllm.model_executor.models.qwen3 import Qwen3Attention
 
@@ -64,56 +64,28 @@ class Lfm2MoE(HotModule):
         return self.experts.forward(x, self.gate.forward(x))
 
 
-class Lfm2DecoderLayer(HotModule):
-    """A short convolution or attention, then an MLP or experts; names are the checkpoints'."""
+class Lfm2DecoderLayer(HybridDecoderLayer):
+    attention_cls = Qwen3Attention
+    mixer_name = "conv"
 
-    def __init__(self, vllm_config: VllmConfig, config: Any, layer_index: int, prefix: str) -> None:
-        super().__init__()
-        self.operator_norm = RMSNorm(config.hidden_size, eps=config.norm_eps)
-        self.attends = config.layer_types[layer_index] == "full_attention"
-        if self.attends:
-            self.self_attn = Qwen3Attention(
-                vllm_config, config, layer_index, prefix=f"{prefix}.self_attn"
-            )
-        else:
-            self.conv = ShortConv(
-                vllm_config,
-                hidden_size=config.hidden_size,
-                intermediate_size=config.hidden_size,
-                conv_kernel=config.conv_L_cache,
-                bias=config.conv_bias,
-                prefix=f"{prefix}.short_conv",
-            )
-        self.ffn_norm = RMSNorm(config.hidden_size, eps=config.norm_eps)
-        self.feed_forward = self.make_feed_forward(config, layer_index, f"{prefix}.feed_forward")
+    def make_mixer(self, vllm_config: VllmConfig, config: Any, prefix: str) -> ShortConv:
+        return ShortConv(
+            vllm_config,
+            hidden_size=config.hidden_size,
+            intermediate_size=config.hidden_size,
+            conv_kernel=config.conv_L_cache,
+            bias=config.conv_bias,
+            prefix=f"{prefix}.short_conv",
+        )
 
-    def make_feed_forward(self, config: Any, layer_index: int, prefix: str) -> nn.Module:
+    def make_mlp(self, config: Any, layer_index: int, prefix: str) -> nn.Module:
         return LlamaMLP(config, prefix, inner_size(config))
-
-    def forward(
-        self,
-        positions: torch.Tensor,
-        hidden_states: torch.Tensor,
-        residual: torch.Tensor | None,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The branch's output and the stream that it is still to be added to."""
-        if residual is None:
-            residual = hidden_states
-            hidden_states = self.operator_norm.forward(hidden_states)
-        else:
-            hidden_states, residual = self.operator_norm.forward(hidden_states, residual)
-        if self.attends:
-            hidden_states = self.self_attn.forward(positions, hidden_states)
-        else:
-            hidden_states = self.conv.forward(hidden_states)
-        hidden_states, residual = self.ffn_norm.forward(hidden_states, residual)
-        return self.feed_forward.forward(hidden_states), residual
 
 
 class Lfm2MoeDecoderLayer(Lfm2DecoderLayer):
     """The first layers are dense."""
 
-    def make_feed_forward(self, config: Any, layer_index: int, prefix: str) -> nn.Module:
+    def make_mlp(self, config: Any, layer_index: int, prefix: str) -> nn.Module:
         if layer_index < config.num_dense_layers:
             return LlamaMLP(config, prefix)
         return Lfm2MoE(config, prefix)
@@ -131,7 +103,10 @@ class Lfm2ForCausalLM(LlamaForCausalLM):
     }
     renamed_parts = {
         "embedding_norm": "norm",
+        "feed_forward": "mlp",
+        "ffn_norm": "post_attention_layernorm",
         "k_layernorm": "k_norm",
+        "operator_norm": "input_layernorm",
         "out_proj": "o_proj",
         "q_layernorm": "q_norm",
     }

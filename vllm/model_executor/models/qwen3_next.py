@@ -12,6 +12,7 @@ from vllm.config import VllmConfig
 from vllm.model_executor.layers.layernorm import GemmaRMSNorm
 from vllm.model_executor.layers.linear import QKVParallelLinear, RowParallelLinear
 from vllm.model_executor.layers.mamba.gdn_linear_attn import GatedDeltaNetAttention
+from vllm.model_executor.models.hybrid import HybridDecoderLayer
 from vllm.model_executor.models.llama import (
     HotModule,
     LlamaAttention,
@@ -75,57 +76,31 @@ class Qwen3NextAttention(LlamaAttention):
         return self.o_proj.forward(output)
 
 
-class Qwen3NextDecoderLayer(HotModule):
-    """A gated delta net or gated attention, then an MLP or experts."""
+class Qwen3NextDecoderLayer(HybridDecoderLayer):
+    attention_cls = Qwen3NextAttention
+    norm_cls = GemmaRMSNorm
+    mixer_name = "linear_attn"
 
-    def __init__(self, vllm_config: VllmConfig, config: Any, layer_index: int, prefix: str) -> None:
-        super().__init__()
-        self.input_layernorm = GemmaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.attends = config.layer_types[layer_index] == "full_attention"
-        if self.attends:
-            self.self_attn = Qwen3NextAttention(
-                vllm_config, config, layer_index, prefix=f"{prefix}.self_attn"
-            )
-        else:
-            self.linear_attn = GatedDeltaNetAttention(
-                vllm_config,
-                hidden_size=config.hidden_size,
-                num_k_heads=config.linear_num_key_heads,
-                num_v_heads=config.linear_num_value_heads,
-                head_k_dim=config.linear_key_head_dim,
-                head_v_dim=config.linear_value_head_dim,
-                conv_kernel=config.linear_conv_kernel_dim,
-                rms_norm_eps=config.rms_norm_eps,
-                activation=config.hidden_act,
-                prefix=f"{prefix}.linear_attn",
-            )
-        self.post_attention_layernorm = GemmaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.mlp: nn.Module
+    def make_mixer(
+        self, vllm_config: VllmConfig, config: Any, prefix: str
+    ) -> GatedDeltaNetAttention:
+        return GatedDeltaNetAttention(
+            vllm_config,
+            hidden_size=config.hidden_size,
+            num_k_heads=config.linear_num_key_heads,
+            num_v_heads=config.linear_num_value_heads,
+            head_k_dim=config.linear_key_head_dim,
+            head_v_dim=config.linear_value_head_dim,
+            conv_kernel=config.linear_conv_kernel_dim,
+            rms_norm_eps=config.rms_norm_eps,
+            activation=config.hidden_act,
+            prefix=f"{prefix}.linear_attn",
+        )
+
+    def make_mlp(self, config: Any, layer_index: int, prefix: str) -> nn.Module:
         if is_sparse_layer(config, layer_index):
-            self.mlp = QwenSparseMoE(
-                config, f"{prefix}.mlp", config.shared_expert_intermediate_size
-            )
-        else:
-            self.mlp = LlamaMLP(config, f"{prefix}.mlp")
-
-    def forward(
-        self,
-        positions: torch.Tensor,
-        hidden_states: torch.Tensor,
-        residual: torch.Tensor | None,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The branch's output and the stream that it is still to be added to."""
-        if residual is None:
-            residual = hidden_states
-            hidden_states = self.input_layernorm.forward(hidden_states)
-        else:
-            hidden_states, residual = self.input_layernorm.forward(hidden_states, residual)
-        if self.attends:
-            hidden_states = self.self_attn.forward(positions, hidden_states)
-        else:
-            hidden_states = self.linear_attn.forward(hidden_states)
-        hidden_states, residual = self.post_attention_layernorm.forward(hidden_states, residual)
-        return self.mlp.forward(hidden_states), residual
+            return QwenSparseMoE(config, prefix, config.shared_expert_intermediate_size)
+        return LlamaMLP(config, prefix)
 
 
 class Qwen3NextModel(LlamaModel):

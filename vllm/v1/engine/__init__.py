@@ -104,6 +104,8 @@ class EngineCoreOutput(msgspec.Struct, array_like=True, omit_defaults=True, gc=F
     num_preemptions: int = 0
     error: str | None = None
     error_type: str | None = None
+    num_external_tokens: int = 0
+    """Of ``num_cached_tokens``, those that a connector has loaded."""
 
     @property
     def finished(self) -> bool:
@@ -147,14 +149,30 @@ class SchedulerStats(msgspec.Struct, array_like=True, gc=False, omit_defaults=Tr
 
 
 class EngineCoreOutputs(msgspec.Struct, array_like=True, omit_defaults=True, gc=False):
-    """All that one engine step sends to one front end."""
+    """All that one engine step sends to one front end.
+
+    ``outputs`` is what to read. On the wire most requests are no more than a token of
+    ``next_tokens``, by id: nothing else has happened to them.
+    """
 
     engine_index: int = 0
-    outputs: list[EngineCoreOutput] = []
+    full_outputs: list[EngineCoreOutput] = []
     scheduler_stats: SchedulerStats | None = None
     timestamp: float = 0.0
     utility_output: UtilityOutput | None = None
     finished_requests: set[str] | None = None
+    next_tokens: dict[str, int] = {}
+
+    @property
+    def outputs(self) -> list[EngineCoreOutput]:
+        """One for each request that has got something; may be added to."""
+        if self.next_tokens:
+            self.full_outputs += [
+                EngineCoreOutput(request_id, [token_id])
+                for request_id, token_id in self.next_tokens.items()
+            ]
+            self.next_tokens = {}
+        return self.full_outputs
 
 
 class EngineCoreRequestType(bytes, enum.Enum):

@@ -124,7 +124,8 @@ class MultiprocExecutor(Executor):
         super().__init__(vllm_config)
         world_size = vllm_config.parallel_config.world_size
         self._directory = private_directory()
-        """Where the workers meet; gone once they have."""
+        """Where the workers meet, at the start and whenever they make a group: NCCL connects ranks
+        at their first sum. Gone with them."""
         self._overlaps = vllm_config.scheduler_config.async_scheduling
         self._failure: WorkerError | None = None
         self._on_failure: Callable[[Exception], None] | None = None
@@ -304,11 +305,6 @@ class MultiprocExecutor(Executor):
         assert kind == Kind.RESULT, kind
         self._results[rank].append(decode_result(payload))
         return None
-
-    def init_device(self) -> None:
-        super().init_device()
-        # All have met.
-        shutil.rmtree(self._directory, ignore_errors=True)
 
     def initialize_from_config(self, kv_cache_configs: list[Any]) -> None:
         self.collective_rpc(_initialize_worker, (kv_cache_configs,))

@@ -50,7 +50,7 @@ def _import_ray() -> Any:
         import ray
     except ImportError:
         raise ConfigError(
-            "--distributed-executor-backend ray needs Ray: pip install 'vllm[ray]'",
+            "--distributed-executor-backend ray needs Ray: pip install ray",
             parameter="distributed_executor_backend",
             value="ray",
         ) from None

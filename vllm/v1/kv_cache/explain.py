@@ -271,13 +271,13 @@ def summarize(report: CacheReport) -> list[str]:
     request = report.request
     waste, equal = 100 * request.waste, 100 * request.equal_pages_waste
     return [
-        f"KV cache: {report.num_tokens:,} tokens in {report.num_blocks:,} blocks of "
-        f"{report.bytes_per_block:,} bytes; {report.max_concurrency:.1f} requests of "
-        f"{report.max_model_len:,} tokens fit",
+        f"KV cache size: {report.num_tokens:,} tokens ({report.num_blocks:,} blocks of "
+        f"{report.bytes_per_block:,} bytes); maximum concurrency for {report.max_model_len:,} "
+        f"tokens per request: {report.max_concurrency:.2f}x",
         f"KV cache layout {report.layout}: {report.reason}",
-        f"KV cache groups: {groups}; {report.bytes_per_token:,.0f} bytes a token, "
-        f"{report.num_regions} regions; of what a request of {request.num_tokens:,} tokens holds "
-        f"{waste:.1f} % is waste (with equal pages {equal:.1f} %)",
+        f"KV cache groups: {groups}; {report.bytes_per_token:,.0f} bytes per token, "
+        f"{report.num_regions} regions; unused memory in a request of {request.num_tokens:,} "
+        f"tokens: {waste:.1f} % ({equal:.1f} % with equal pages)",
         *(f"KV cache: {note}" for note in report.notes),
     ]
 

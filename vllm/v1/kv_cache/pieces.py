@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from vllm._custom_ops import has_extension
+from vllm import _extension
 
 __all__ = ["PieceMover", "make_mover"]
 
@@ -62,10 +62,8 @@ class _CpuMover(PieceMover):
         there = np.ascontiguousarray(source_starts, dtype=np.int64)
         here = np.ascontiguousarray(target_starts, dtype=np.int64)
         assert there.shape == here.shape
-        if has_extension():
-            from vllm import _C
-
-            _C.move_pieces(
+        if _extension.kernels is not None:
+            _extension.kernels.move_pieces(
                 source, target, there.ctypes.data, here.ctypes.data, len(there),
                 self._pieces.ctypes.data, len(self._pieces), int(streams),
             )  # fmt: skip

@@ -142,16 +142,16 @@ def _decide_num_blocks(
         longest = vllm_config.model_config.max_model_len
         fits = longest_that_fits(plan, vllm_config, num_blocks)
         remedy = f"lower --max-model-len to at most {fits}, or " if fits else ""
-        option = (
-            "raise --num-gpu-blocks-override"
-            if override is not None
-            else f"raise {memory_options(vllm_config.device_config.device_type)}"
-        )
+        if override is not None:
+            option = f"--num-gpu-blocks-override to {needed}"
+        else:
+            option = f"--kv-cache-memory-bytes to {needed * block_bytes}"
+            if vllm_config.device_config.device_type != "cpu":
+                option += ", or raise --gpu-memory-utilization"
         raise CapacityError(
             f"a request of --max-model-len {longest} needs {needed} cache blocks "
             f"({needed * block_bytes} bytes), but there are {num_blocks} "
-            f"({num_blocks * block_bytes} bytes): {remedy}{option} to {needed}"
-            + (" blocks" if override is not None else f" x {block_bytes} bytes")
+            f"({num_blocks * block_bytes} bytes): {remedy}raise {option}"
         )
     return num_blocks
 

@@ -8,7 +8,7 @@ the user and the connector asked for. Pure; knows no tensors, no backends' class
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from vllm.errors import ConfigError
@@ -89,8 +89,6 @@ class LayoutPlan:
     reason: str
     rejected: tuple[RejectedLayout, ...] = ()
     backends: tuple[str, ...] = ()
-    bytes_by_layout: dict[str, int] = field(default_factory=dict)
-    """Bytes of one request of the longest length under each layout that would work."""
     compared_with_bytes: int = 0
     """What the rule of equal pages holds for the request of ``grouping.compared_bytes``."""
 
@@ -199,9 +197,6 @@ def resolve_layout(
         reason=reason,
         rejected=tuple(rejected),
         backends=tuple(sorted({limit.backend for limit in limits.values()})),
-        bytes_by_layout={
-            str(name): grouping.bytes_per_request for name, (grouping, _) in possible.items()
-        },
         compared_with_bytes=ceiling,
     )
 
@@ -399,7 +394,7 @@ def _choose(
     _reject_rest(possible, layout, rejected, "later in the order of preference")
     if movement is not None and movement.takes_descriptors:
         return layout, f"{movement.connector} moves blocks, and it takes the fewest runs"
-    return layout, "of those that need least memory, the first that leaves layers as they are"
+    return layout, "needs the least memory, and keeps the pages of layers as declared"
 
 
 def _reject_rest(

@@ -78,8 +78,6 @@ _KV_TRANSFER_COUNTERS = {
 _CACHE_INFO_OFF = {
     "enable_mamba_shared_prefix_checkpoint": "False",
     "is_attention_free": "False",
-    "kv_offloading_backend": "None",
-    "kv_offloading_size": "None",
     "mamba_page_size_padded": "None",
     "num_cpu_blocks": "None",
     "prefix_cache_retention_interval": "None",
@@ -142,6 +140,8 @@ def cache_config_labels(vllm_config: VllmConfig, facts: EngineFacts) -> dict[str
         "kv_cache_max_concurrency": f"{facts.kv_cache_max_concurrency:.2f}",
         "kv_cache_memory_bytes": facts.kv_cache_memory_bytes,
         "kv_cache_size_tokens": facts.kv_cache_size_tokens,
+        "kv_offloading_backend": config.kv_offloading_backend,
+        "kv_offloading_size": config.kv_offloading_size,
         "kv_sharing_fast_prefill": config.kv_sharing_fast_prefill,
         "mamba_block_size": config.mamba_block_size,
         "mamba_cache_dtype": config.mamba_cache_dtype,

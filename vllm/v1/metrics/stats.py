@@ -76,7 +76,9 @@ class IterationStats:
             self.time_to_first_tokens.append(metrics.first_token_latency)
             self.num_prompt_tokens += num_prompt_tokens
             cached = min(output.num_cached_tokens, num_prompt_tokens)
-            self.prompt_tokens.local_cache_hit += cached
+            external = min(output.num_external_tokens, cached)
+            self.prompt_tokens.external_kv_transfer += external
+            self.prompt_tokens.local_cache_hit += cached - external
             self.prompt_tokens.local_compute += num_prompt_tokens - cached
         else:
             self.inter_token_latencies.append(engine_timestamp - metrics.last_token_ts)

@@ -87,7 +87,7 @@ class Sampler:
         ):
             if grammar_mask is not None:
                 logits = grammar_mask(logits)
-            return SamplerOutput(_greedy(logits))
+            return SamplerOutput(ops.argmax(logits))
 
         asking = None
         if metadata.num_logprobs is not None:
@@ -132,10 +132,10 @@ class Sampler:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Sampled tokens, and the logits that they were drawn from, if those are needed."""
         if metadata.temperature is None:
-            return _greedy(logits), logits
+            return ops.argmax(logits), logits
         device = logits.device
         greedy_rows = metadata.temperature < _GREEDY_BELOW
-        greedy = _greedy(logits) if greedy_rows.any() else None
+        greedy = ops.argmax(logits) if greedy_rows.any() else None
         scale = np.where(greedy_rows, np.float32(1), metadata.temperature)
         logits.div_(torch.from_numpy(scale).to(device).unsqueeze(-1))
         logits = after_temperature(logits)
@@ -157,17 +157,6 @@ class Sampler:
 
 def _tensor(array: np.ndarray | None, device: torch.device) -> torch.Tensor | None:
     return None if array is None else torch.from_numpy(array).to(device)
-
-
-def _greedy(logits: torch.Tensor) -> torch.Tensor:
-    """The best token of each row; -1 where that is not a finite logit.
-
-    A NaN counts as the largest value, so that looking at the chosen logit is enough.
-    """
-    best = ops.argmax(logits).unsqueeze_(-1)
-    # Neither NaN nor infinity less itself is zero.
-    chosen = logits.gather(-1, best)
-    return torch.where(chosen.sub_(chosen) == 0, best, -1).squeeze_(-1)
 
 
 def _edit(logits: torch.Tensor, metadata: SamplingMetadata) -> torch.Tensor:

@@ -56,19 +56,24 @@ class BlockTable:
         return self._table.device_view(num_reqs)
 
     def append_row(self, row: int, block_ids: Sequence[int]) -> None:
-        if not block_ids:
-            return
-        ids = np.asarray(block_ids, dtype=np.int32)
-        ratio = self.blocks_per_manager_block
-        if ratio > 1:
-            ids = (ids[:, None] * ratio + self._split).reshape(-1)
-        start = self.num_blocks[row]
-        self.array[row, start : start + ids.size] = ids
-        self.num_blocks[row] = start + ids.size
+        start, ratio = int(self.num_blocks[row]), self.blocks_per_manager_block
+        end = start + len(block_ids) * ratio
+        if ratio == 1:
+            self.array[row, start:end] = block_ids
+        else:
+            ids = np.asarray(block_ids, dtype=np.int32)
+            self.array[row, start:end] = (ids[:, None] * ratio + self._split).reshape(-1)
+        self.num_blocks[row] = end
 
     def set_row(self, row: int, block_ids: Sequence[int]) -> None:
         self.num_blocks[row] = 0
         self.append_row(row, block_ids)
+
+    def get_row(self, row: int) -> list[int]:
+        """Ids of the row's manager blocks."""
+        ratio = self.blocks_per_manager_block
+        ids = self.array[row, : self.num_blocks[row] : ratio]
+        return (ids if ratio == 1 else ids // ratio).tolist()
 
     def move_row(self, source: int, target: int) -> None:
         count = self.num_blocks[source]
@@ -84,11 +89,10 @@ class BlockTable:
             out: int64 ``(T,)``.
         """
         size = self.kernel_block_size
-        place = positions // size
-        np.multiply(place, -size, out=out)
+        block = positions // size
+        np.subtract(self._entries[rows * self._width + block], block, out=out)
+        out *= size
         out += positions
-        place += rows * self._width
-        out += np.multiply(self._entries[place], size, dtype=np.int64)
 
 
 class MultiGroupBlockTable:
@@ -107,6 +111,9 @@ class MultiGroupBlockTable:
     def set_row(self, row: int, block_ids: Sequence[Sequence[int]]) -> None:
         for table, ids in zip(self.tables, block_ids, strict=True):
             table.set_row(row, ids)
+
+    def get_row(self, row: int) -> tuple[list[int], ...]:
+        return tuple(table.get_row(row) for table in self.tables)
 
     def move_row(self, source: int, target: int) -> None:
         for table in self.tables:

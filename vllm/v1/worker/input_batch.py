@@ -29,8 +29,8 @@ _NO_EDITS = np.empty(0, dtype=np.int64)
 class CachedRequestState:
     """One request as the worker knows it, in the batch or not (not scheduled, or preempted).
 
-    ``num_computed_tokens`` is kept up to date only while the request is outside the batch, and so
-    is ``output_token_ids`` but for requests that need it between steps.
+    ``num_computed_tokens`` and ``block_ids`` are kept up to date only while the request is outside
+    the batch, and so is ``output_token_ids`` but for requests that need it between steps.
     """
 
     req_id: str
@@ -223,6 +223,7 @@ class InputBatch:
         for rows in self._sparse:
             rows.pop(req_id, None)
         state.num_computed_tokens = int(self.num_computed[row])
+        state.block_ids = self.block_table.get_row(row)
         self.changes.note_removed(row)
         self._summary = None
         return row

@@ -486,7 +486,8 @@ class ModelRunner:
             self._steady = (cached.req_ids, rows, np.array(rows)) if known else None
         if self._steady is not None:
             _, rows, row_array = self._steady
-            batch.rewind(row_array, cached.num_computed_tokens, cached.num_output_tokens)
+            if not cached.as_expected:
+                batch.rewind(row_array, cached.num_computed_tokens, cached.num_output_tokens)
         else:
             for i, (req_id, row) in enumerate(zip(cached.req_ids, rows, strict=True)):
                 computed, num_output = cached.num_computed_tokens[i], cached.num_output_tokens[i]
@@ -504,19 +505,20 @@ class ModelRunner:
         """Note new blocks of requests; ``rows`` of the batch, -1 for those outside it."""
         if not any(cached.new_block_ids):
             return
-        batch = self.batch
+        block_table = self.batch.block_table
         for i, new_blocks in enumerate(cached.new_block_ids):
             if new_blocks is None:
                 continue
-            req_id, row = cached.req_ids[i], rows[i]
+            if rows[i] >= 0:
+                block_table.append_row(rows[i], new_blocks)
+                continue
+            req_id = cached.req_ids[i]
             state = self.requests[req_id]
             if req_id in cached.resumed_req_ids:
                 state.block_ids = tuple(list(ids) for ids in new_blocks)
-                continue
-            for held, ids in zip(state.block_ids, new_blocks, strict=True):
-                held.extend(ids)
-            if row >= 0:
-                batch.block_table.append_row(row, new_blocks)
+            else:
+                for held, ids in zip(state.block_ids, new_blocks, strict=True):
+                    held.extend(ids)
 
     # ---- for others -----------------------------------------------------------------------------
 

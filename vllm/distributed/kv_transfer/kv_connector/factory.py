@@ -28,6 +28,17 @@ logger = init_logger(__name__)
 
 _V1 = "vllm.distributed.kv_transfer.kv_connector.v1"
 
+# Connectors of vLLM that are not here -> what to use.
+_ELSEWHERE = {
+    "LMCacheConnectorV1": "offload with OffloadingConnector, or name LMCache's own class with "
+    "kv_connector_module_path",
+    "LMCacheMPConnector": "offload with OffloadingConnector",
+    "MooncakeStoreConnector": "offload with OffloadingConnector, its file_path for files",
+    "P2pNcclConnector": "use NixlConnector",
+    "SharedStorageConnector": "it is called ExampleConnector now",
+    "SimpleCPUOffloadConnector": "use OffloadingConnector",
+}
+
 
 class KVConnectorFactory:
     """The registry of connectors; plug-ins may add theirs with ``register_connector``."""
@@ -68,17 +79,24 @@ class KVConnectorFactory:
 
     @classmethod
     def get_connector_class_by_name(cls, name: str) -> type[KVConnectorBase_V1]:
-        if name not in cls._registry:
-            guess = nearest(name, cls._registry)
-            hint = f"did you mean {guess}?" if guess else f"known: {', '.join(cls._registry)}"
-            raise ConfigError(
-                f"connector {name!r} is unknown; {hint} A class of your own needs "
-                "kv_connector_module_path",
-                parameter="kv_connector",
-                value=name,
-            )
+        cls.check_name(name)
         module, class_name = cls._registry[name]
         return _load(module, class_name, "kv_connector")
+
+    @classmethod
+    def check_name(cls, name: str) -> None:
+        """Raises ConfigError if no connector of this name is registered."""
+        if name in cls._registry:
+            return
+        if name in _ELSEWHERE:
+            hint = _ELSEWHERE[name]
+        else:
+            guess = nearest(name, cls._registry)
+            known = f"did you mean {guess}?" if guess else f"known: {', '.join(cls._registry)}."
+            hint = f"{known} A class of your own needs kv_connector_module_path"
+        raise ConfigError(
+            f"kv_connector {name!r} is unknown; {hint}", parameter="kv_connector", value=name
+        )
 
     @classmethod
     def create_connector(

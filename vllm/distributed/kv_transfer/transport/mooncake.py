@@ -45,8 +45,8 @@ def load_engine() -> type[Any]:
         engine: type[Any] = import_module("mooncake.engine").TransferEngine
     except ModuleNotFoundError:
         raise ConfigError(
-            "MooncakeConnector needs the package mooncake: pip install 'vllm[mooncake]', or "
-            "'vllm[mooncake-cpu]' where there is no CUDA",
+            "MooncakeConnector needs the package mooncake: pip install mooncake-transfer-engine, "
+            "or mooncake-transfer-engine-non-cuda where there is no CUDA",
             parameter="kv_connector",
         ) from None
     except ImportError as error:

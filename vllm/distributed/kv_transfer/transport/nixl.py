@@ -33,9 +33,7 @@ def load_api() -> Any:
     for package in _PACKAGES:
         with contextlib.suppress(ImportError):
             return import_module(f"{package}._api")
-    raise ConfigError(
-        "this needs the package nixl: pip install 'vllm[nixl]'", parameter="kv_connector"
-    )
+    raise ConfigError("this needs the package nixl: pip install nixl", parameter="kv_connector")
 
 
 def _parameters(backend: str, num_threads: int) -> dict[str, str]:

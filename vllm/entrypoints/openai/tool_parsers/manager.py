@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import importlib
-import importlib.util
-import os
-import sys
 from typing import TYPE_CHECKING, Any
 
 from vllm.errors import ConfigError
+from vllm.utils.import_utils import import_plugin_file
 
 if TYPE_CHECKING:
     from vllm.entrypoints.openai.tool_parsers.abstract_tool_parser import ToolParser
@@ -22,6 +20,7 @@ _OWN = {
     "llama4_json": "llama_tool_parser:Llama3JsonToolParser",
     "llama4_pythonic": "pythonic_tool_parser:Llama4PythonicToolParser",
     "mistral": "mistral_tool_parser:MistralToolParser",
+    "openai": "gptoss_tool_parser:GptOssToolParser",
     "pythonic": "pythonic_tool_parser:PythonicToolParser",
     "qwen3_coder": "qwen3coder_tool_parser:Qwen3CoderToolParser",
     "qwen3_xml": "qwen3coder_tool_parser:Qwen3CoderToolParser",
@@ -101,21 +100,4 @@ class ToolParserManager:
         Raises:
             ConfigError: the file cannot be imported.
         """
-        name = os.path.splitext(os.path.basename(plugin_path))[0]
-        spec = importlib.util.spec_from_file_location(name, plugin_path)
-        if spec is None or spec.loader is None:
-            raise ConfigError(
-                f"--tool-parser-plugin: not a Python file: {plugin_path}",
-                parameter="--tool-parser-plugin",
-                value=plugin_path,
-            )
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[name] = module
-        try:
-            spec.loader.exec_module(module)
-        except (ImportError, SyntaxError, OSError, AttributeError, TypeError, KeyError) as exc:
-            raise ConfigError(
-                f"--tool-parser-plugin: {plugin_path} cannot be imported: {exc}",
-                parameter="--tool-parser-plugin",
-                value=plugin_path,
-            ) from exc
+        import_plugin_file(plugin_path, "--tool-parser-plugin")

@@ -7,6 +7,7 @@ K and V of a token lie side by side, as on every other device.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from types import ModuleType
 from typing import ClassVar
 
 import torch
@@ -14,8 +15,7 @@ import torch
 from vllm import _custom_ops as ops
 from vllm.v1.attention.backend import AttentionBackend, AttentionType, MultipleOf
 from vllm.v1.attention.backends.torch_ref import (
-    PagedAttentionImpl,
-    PagedAttentionMetadata,
+    OperatorAttentionImpl,
     PagedAttentionMetadataBuilder,
 )
 from vllm.v1.attention.ops.kv_formats import FORMATS
@@ -24,47 +24,8 @@ from vllm.v1.kv_cache_interface import KVCacheSpec
 __all__ = ["CPUAttentionBackend", "CPUAttentionImpl"]
 
 
-class CPUAttentionImpl(PagedAttentionImpl):
-    def forward(
-        self,
-        layer: torch.nn.Module,
-        query: torch.Tensor,
-        key: torch.Tensor | None,
-        value: torch.Tensor | None,
-        kv_cache: torch.Tensor,
-        attn_metadata: PagedAttentionMetadata,
-        output: torch.Tensor,
-        output_scale: torch.Tensor | None = None,
-        output_block_scale: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        ops.paged_attention(
-            query,
-            kv_cache,
-            output,
-            attn_metadata.query_start_loc,
-            attn_metadata.seq_lens,
-            attn_metadata.block_table,
-            self.scale,
-            causal=attn_metadata.causal,
-            sliding_window=self.sliding_window,
-            logits_soft_cap=self.logits_soft_cap,
-            alibi_slopes=self.alibi_slopes,
-            sinks=self.sinks,
-            fmt=self.format,
-            scales=self.side_scales(layer),
-        )
-        return output
-
-    def do_kv_cache_update(
-        self,
-        layer: torch.nn.Module,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        kv_cache: torch.Tensor,
-        slot_mapping: torch.Tensor,
-    ) -> None:
-        scales = self.side_scales(layer)
-        ops.store_kv_cache(key, value, kv_cache, slot_mapping, self.format, scales)
+class CPUAttentionImpl(OperatorAttentionImpl):
+    operators: ClassVar[ModuleType] = ops
 
     def fused_rope_kvcache_supported(self) -> bool:
         return True

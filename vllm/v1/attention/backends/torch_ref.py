@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Any, ClassVar, Self
 
 import torch
@@ -29,6 +30,7 @@ from vllm.v1.attention.ops.turboquant import TURBOQUANT_FORMATS
 from vllm.v1.kv_cache_interface import KVCacheSpec
 
 __all__ = [
+    "OperatorAttentionImpl",
     "PagedAttentionImpl",
     "PagedAttentionMetadata",
     "PagedAttentionMetadataBuilder",
@@ -128,7 +130,12 @@ class PagedAttentionImpl(AttentionImpl[PagedAttentionMetadata]):
         return SideScales(k=layer._k_scale_float, v=layer._v_scale_float)
 
 
-class TorchRefImpl(PagedAttentionImpl):
+class OperatorAttentionImpl(PagedAttentionImpl):
+    """Attention by operators that take the step's tensors as they are."""
+
+    operators: ClassVar[ModuleType]
+    """``_custom_ops``, or another module with its names."""
+
     def forward(
         self,
         layer: torch.nn.Module,
@@ -141,7 +148,7 @@ class TorchRefImpl(PagedAttentionImpl):
         output_scale: torch.Tensor | None = None,
         output_block_scale: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        _torch_ops.paged_attention(
+        self.operators.paged_attention(
             query,
             kv_cache,
             output,
@@ -167,9 +174,12 @@ class TorchRefImpl(PagedAttentionImpl):
         kv_cache: torch.Tensor,
         slot_mapping: torch.Tensor,
     ) -> None:
-        _torch_ops.store_kv_cache(
-            key, value, kv_cache, slot_mapping, self.format, self.side_scales(layer)
-        )
+        scales = self.side_scales(layer)
+        self.operators.store_kv_cache(key, value, kv_cache, slot_mapping, self.format, scales)
+
+
+class TorchRefImpl(OperatorAttentionImpl):
+    operators: ClassVar[ModuleType] = _torch_ops
 
 
 class TorchRefBackend(AttentionBackend):

@@ -46,7 +46,8 @@ class CachedRequestData:
     num_computed_tokens: list[int] = field(default_factory=list)
     num_output_tokens: list[int] = field(default_factory=list)
     as_expected: bool = False
-    """These are the requests of the step before, in its order, and each is one token further."""
+    """These are the requests of the step before, in its order, and each is one token further;
+    the counts are left out."""
 
     @property
     def num_reqs(self) -> int:

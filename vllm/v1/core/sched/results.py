@@ -45,9 +45,9 @@ class _Decodes:
         self._num_tokens = np.array([request.num_tokens for request in requests])
         self._looks_at = np.array([request.looks_at for request in requests])
         self._stop_ids = frozenset().union(*(request.stop_ids for request in requests))
-        self.clients: dict[int, list[int]] = {}
-        for index, request in enumerate(requests):
-            self.clients.setdefault(request.client_index, []).append(index)
+        self.clients: dict[int, list[str]] = {}
+        for request in requests:
+            self.clients.setdefault(request.client_index, []).append(request.request_id)
 
     @classmethod
     def of(cls, req_ids: list[str], requests: Mapping[str, Request]) -> _Decodes | None:
@@ -96,6 +96,7 @@ class StepResults:
     def __init__(self, scheduler: Scheduler) -> None:
         self._scheduler = scheduler
         self._outputs: dict[int, list[EngineCoreOutput]] = {}
+        self._next_tokens: dict[int, dict[str, int]] = {}
         self._finished: dict[int, set[str]] = {}
         self._decodes: _Decodes | None = None
         self._last_req_ids: list[str] = []
@@ -147,6 +148,7 @@ class StepResults:
                     events=request.take_events(),
                     num_cached_tokens=request.num_cached_tokens,
                     num_preemptions=request.num_preemptions,
+                    num_external_tokens=request.num_external_computed_tokens,
                 )
             else:
                 # Nothing else is new to its client.
@@ -191,20 +193,28 @@ class StepResults:
             self._decodes = None
             return False
         lists = result.sampled_token_ids
-        tokens = [token_ids[0] for token_ids in lists if len(token_ids) == 1]
-        if len(tokens) != len(req_ids):
+        try:
+            tokens = [token_id for (token_id,) in lists]
+        except ValueError:
+            # Some request has none, or several.
             self._decodes = None
             return False
-        new = list(map(EngineCoreOutput, req_ids, lists))
+        next_tokens = dict(zip(req_ids, tokens, strict=True))
         any_stopped = False
         for index in decodes.append(tokens):
             request = decodes.requests[index]
             if check_stop(request):
-                new[index], was_running = self._end(request, lists[index])
+                del next_tokens[request.request_id]
+                output, was_running = self._end(request, lists[index])
+                self._outputs.setdefault(request.client_index, []).append(output)
                 any_stopped |= was_running
-        for client, indices in decodes.clients.items():
-            own = new if len(decodes.clients) == 1 else [new[index] for index in indices]
-            self._outputs.setdefault(client, []).extend(own)
+        if len(decodes.clients) == 1:
+            self._next_tokens = dict.fromkeys(decodes.clients, next_tokens)
+        else:
+            self._next_tokens = {
+                client: {name: next_tokens[name] for name in names if name in next_tokens}
+                for client, names in decodes.clients.items()
+            }
         if any_stopped:
             self._scheduler.drop_finished_from_running()
         return True
@@ -259,16 +269,15 @@ class StepResults:
         """All there is to tell, by client; the statistics go to one of them."""
         now = time.monotonic()
         by_client = {
-            client: EngineCoreOutputs(outputs=outputs, timestamp=now)
-            for client, outputs in self._outputs.items()
+            client: EngineCoreOutputs(
+                full_outputs=self._outputs.get(client, []),
+                timestamp=now,
+                finished_requests=self._finished.get(client),
+                next_tokens=self._next_tokens.get(client, {}),
+            )
+            for client in (self._outputs | self._next_tokens | self._finished)
         }
-        self._outputs = {}
-        if self._finished:
-            for client, finished in self._finished.items():
-                by_client.setdefault(
-                    client, EngineCoreOutputs(timestamp=now)
-                ).finished_requests = finished
-            self._finished = {}
+        self._outputs, self._next_tokens, self._finished = {}, {}, {}
         if stats is not None:
             first = next(iter(by_client.values()), None)
             if first is None:
@@ -291,4 +300,5 @@ def _make_last_output(
         num_preemptions=request.num_preemptions,
         error=request.error,
         error_type=request.error_type,
+        num_external_tokens=request.num_external_computed_tokens,
     )

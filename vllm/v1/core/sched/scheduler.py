@@ -539,12 +539,13 @@ class Scheduler(SchedulerInterface):
     ) -> tuple[list[NewRequestData], CachedRequestData, dict[str, int]]:
         last = self._last_decodes
         if last is not None:
-            last = self._last_decodes = step.follow(last)
-            if last is not None:
-                return [], last.cached, last.num_scheduled_tokens
+            cached = step.follow(last)
+            if cached is not None:
+                return [], cached, last.num_scheduled_tokens
+            self._last_decodes = None
         new, cached, num_scheduled = step.make_request_data(self.kv_cache_manager)
         if step.is_decode and not step.admitted and self._follows_decodes:
-            self._last_decodes = LastDecodes(step.running, cached, num_scheduled)
+            self._last_decodes = LastDecodes(step.running, cached.req_ids, num_scheduled)
         return new, cached, num_scheduled
 
     def _common_prefix_blocks(self) -> list[int]:

@@ -16,16 +16,13 @@ __all__ = ["LastDecodes", "Step"]
 class LastDecodes:
     """What a step of decodes alone told the workers; nothing of it may be changed."""
 
-    __slots__ = ("cached", "num_scheduled_tokens", "running")
+    __slots__ = ("num_scheduled_tokens", "req_ids", "running")
 
     def __init__(
-        self,
-        running: list[Request],
-        cached: CachedRequestData,
-        num_scheduled_tokens: dict[str, int],
+        self, running: list[Request], req_ids: list[str], num_scheduled_tokens: dict[str, int]
     ) -> None:
         self.running = running
-        self.cached = cached
+        self.req_ids = req_ids
         self.num_scheduled_tokens = num_scheduled_tokens
 
 
@@ -73,22 +70,14 @@ class Step:
     def has_structured_output_requests(self) -> bool:
         return any(request.use_structured_output for request in (*self.running, *self.admitted))
 
-    def follow(self, last: LastDecodes) -> LastDecodes | None:
+    def follow(self, last: LastDecodes) -> CachedRequestData | None:
         """What to tell the workers where this step goes on with ``last``; None where it does not.
 
-        Only where nothing takes tokens back: counts are those of ``last``, one further.
+        Only where nothing takes tokens back: counts are those of the step before, one further.
         """
         if not self.is_decode or self.admitted or self.preempted or self.running != last.running:
             return None
-        before = last.cached
-        cached = CachedRequestData(
-            req_ids=before.req_ids,
-            new_block_ids=self.blocks,
-            num_computed_tokens=[count + 1 for count in before.num_computed_tokens],
-            num_output_tokens=[count + 1 for count in before.num_output_tokens],
-            as_expected=True,
-        )
-        return LastDecodes(last.running, cached, last.num_scheduled_tokens)
+        return CachedRequestData(req_ids=last.req_ids, new_block_ids=self.blocks, as_expected=True)
 
     def make_request_data(
         self, kv_cache_manager: KVCacheManager

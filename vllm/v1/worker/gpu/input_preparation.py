@@ -118,9 +118,7 @@ class DeviceInputPreparer(InputPreparer):
         else:
             rows = np.repeat(self._arange[:num_reqs], num_scheduled)
             ids = batch.token_ids[rows, self._arange[:num_tokens] - (starts - computed)[rows]]
-        tables = [
-            table for table in batch.block_table.tables if isinstance(table, DeviceBlockTable)
-        ]
+        tables = _tables_of(batch)
         changes = [table.take_changes() for table in tables]
         draw_rows = None
         if batch.draws_on_device:
@@ -265,9 +263,7 @@ class DeviceInputPreparer(InputPreparer):
         self.positions[:size].zero_()
         for slots in self._slot_mappings:
             slots[:size].fill_(-1)
-        tables = [
-            table for table in batch.block_table.tables if isinstance(table, DeviceBlockTable)
-        ]
+        tables = _tables_of(batch)
         nothing = np.zeros(size, dtype=np.int64)
         return self._attention(tables, size, size, 1, nothing, nothing + 1, nothing)
 

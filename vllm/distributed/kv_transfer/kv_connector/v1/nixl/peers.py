@@ -169,9 +169,6 @@ class PeerBook:
         self.scales: dict[str, tuple[float, float]] = {}
         """Of layers whose numbers may be converted: scales of K and V."""
 
-    def is_asking(self, engine_id: str) -> bool:
-        return engine_id in self._asking
-
     def ask_for(self, params: RemoteParams) -> None:
         """Start a handshake with the engine of these parameters, unless one is under way."""
         engine_id = params.remote_engine_id
@@ -242,11 +239,11 @@ class PeerBook:
         topology = self._topology(first.tp_size)
         sources = topology.source_ranks()
         for rank, metadata in answers.metadata.items():
-            peer.ranks[rank] = self._connect_rank(rank, metadata, rank in sources)
+            peer.ranks[rank] = self._connect_rank(metadata, rank in sources)
         self.peers[engine_id] = peer
         return peer
 
-    def _connect_rank(self, rank: int, metadata: AgentMetadata, has_data: bool) -> PeerRank:
+    def _connect_rank(self, metadata: AgentMetadata, has_data: bool) -> PeerRank:
         plan = source = None
         if has_data:
             plan, source = plan_between(self._local, metadata, receiving=True)
