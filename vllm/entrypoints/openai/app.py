@@ -31,6 +31,7 @@ from vllm.entrypoints.openai.middleware import (
     HeaderLimitMiddleware,
     LoadMiddleware,
     RequestIdMiddleware,
+    ResetConnectionMiddleware,
 )
 from vllm.entrypoints.openai.plugins import load_middleware
 from vllm.entrypoints.openai.protocol import (
@@ -279,6 +280,7 @@ def _add_layers(app: FastAPI, context: ServerContext) -> None:
     limit = frontend.h11_max_header_count or _DEFAULT_HEADER_LIMIT
     app.add_middleware(HeaderLimitMiddleware, limit=limit)
     app.add_middleware(HTTPMetricsMiddleware, registry=get_process_registry())
+    app.add_middleware(ResetConnectionMiddleware)
 
 
 class _App(FastAPI):
