@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import queue
+import re
 import resource
 import signal
 import subprocess
@@ -208,6 +209,38 @@ out = llm.generate("The quick", use_tqdm=False)
 print(len(out[0].outputs[0].token_ids), flush=True)
 sys.stdin.read()
 """
+
+
+FORK = """
+import os
+from vllm import LLM, SamplingParams
+from vllm.errors import EngineDeadError
+llm = LLM({model!r}, dtype="float32", kv_cache_memory_bytes=1 << 22)
+if os.fork() == 0:
+    try:
+        llm.generate("The quick", use_tqdm=False)
+    except EngineDeadError as error:
+        print(error, flush=True)
+    del llm
+    os._exit(0)
+os.wait()
+out = llm.generate("The quick", SamplingParams(max_tokens=3, ignore_eos=True), use_tqdm=False)
+print(len(out[0].outputs[0].token_ids), flush=True)
+"""
+
+
+def test_a_fork_is_told_whose_the_engine_is(tiny_model: Path) -> None:
+    """It would wait for answers that its parent gets, and end its parent's engine with itself."""
+    done = subprocess.run(
+        [sys.executable, "-c", FORK.format(model=str(tiny_model))],
+        stdout=subprocess.PIPE,
+        text=True,
+        timeout=120,
+        check=True,
+    )
+    told, count = done.stdout.splitlines()
+    assert re.fullmatch(r"this engine belongs to process (\d+), of which process (\d+) is .*", told)
+    assert count == "3"
 
 
 @pytest.fixture

@@ -186,6 +186,8 @@ def test_sending_to_a_connection_that_was_reset_is_no_error():
             raise RuntimeError("a bug")
 
         transport.abort()
+        for _ in range(5):
+            await asyncio.sleep(0)
         with pytest.raises(RuntimeError, match="the handler is closed"):
             await write(0)
         await ResetConnectionMiddleware(app)({}, write, write)

@@ -345,6 +345,22 @@ def test_a_port_in_use_is_one_line():
     )
 
 
+def test_too_few_files_are_one_line():
+    shell = ["bash", "-c", 'ulimit -n 40; exec "$@"', "bash"]
+    done = subprocess.run(
+        [*shell, *serve_command("--port", "0", *TINY, *SMALL)],
+        stderr=subprocess.PIPE,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert done.stderr.strip() == (
+        "vllm serve: error: this process may open 40 files, and a server needs at least 64, with "
+        "one more for each connection: raise the limit with ulimit -n"
+    )
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [

@@ -38,6 +38,8 @@ logger = init_logger(__name__)
 
 _HTTP_STACK = "vllm.entrypoints.openai.server"
 _JOIN_SECONDS = 0.2
+# An idle server has 26 open.
+_FEWEST_FILES = 64
 
 
 def _bind_tcp(host: str, port: int) -> socket.socket:
@@ -178,7 +180,12 @@ def run_server(args: argparse.Namespace) -> int:
     begin = time.monotonic()
     frontend = FrontendArgs.from_namespace(args)
     check_options(frontend)
-    raise_open_files_limit()
+    files = raise_open_files_limit()
+    if files < _FEWEST_FILES:
+        raise VLLMError(
+            f"this process may open {files} files, and a server needs at least {_FEWEST_FILES}, "
+            "with one more for each connection: raise the limit with ulimit -n"
+        )
     sock = (
         _bind_unix(frontend.uds)
         if frontend.uds

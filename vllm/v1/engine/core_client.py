@@ -6,6 +6,7 @@ knows text or ``RequestOutput``, and only the in-place one imports torch.
 
 import asyncio
 import itertools
+import os
 import time
 from abc import ABC, abstractmethod
 from collections import deque
@@ -168,6 +169,7 @@ class _Connection:
 
     def __init__(self, process: EngineProcess | AttachedEngine, client_index: int = 0) -> None:
         self.process = process
+        self._owner = os.getpid()
         self.error: EngineDeadError | None = None
         self._closed = False
         self._context = zmq.Context()
@@ -195,9 +197,18 @@ class _Connection:
         self._input.send_multipart(frames)
 
     def send(self, kind: EngineCoreRequestType, payload: Any) -> None:
+        self._check_owner()
         if self.error is not None:
             raise self.error
         self._send(kind, payload)
+
+    def _check_owner(self) -> None:
+        """A fork has copies of the sockets, which answer its parent alone."""
+        if os.getpid() != self._owner:
+            raise EngineDeadError(
+                f"this engine belongs to process {self._owner}, of which process {os.getpid()} is "
+                "a fork: start an engine in the process that uses it"
+            )
 
     def receive(self) -> EngineCoreOutputs | None:
         """A message that has arrived, or None."""
@@ -222,7 +233,7 @@ class _Connection:
         return self.error
 
     def close(self, timeout: float) -> None:
-        if self._closed:
+        if self._closed or os.getpid() != self._owner:
             return
         self._closed = True
         if self.error is None:
