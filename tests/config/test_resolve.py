@@ -157,6 +157,13 @@ class TestGenerationDefaults:
             resolve.generation_defaults("auto", {}, {"max_new_tokens": 0})
         assert resolve.generation_defaults("vllm", {"top_p": "much"}, {}) == {}
 
+    @pytest.mark.parametrize("ends", ["</s>", [[1]], [1, None], 2.5, True, {}])
+    def test_ends_of_a_text_that_are_no_tokens_are_refused(self, ends):
+        with pytest.raises(ConfigError, match=r"^generation_config\.json: eos_token_id must be"):
+            resolve.generation_defaults("auto", {"eos_token_id": ends}, {})
+        fine = {"eos_token_id": [1, 2]}
+        assert resolve.generation_defaults("auto", fine, {}) == fine
+
 
 def test_quantised_checkpoints_are_refused():
     class Config:
