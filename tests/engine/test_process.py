@@ -49,8 +49,8 @@ def is_alive(pid: int) -> bool:
     return state != "Z"
 
 
-def wait_gone(pid: int, seconds: float = 10.0) -> bool:
-    deadline = time.monotonic() + seconds
+def wait_gone(pid: int) -> bool:
+    deadline = time.monotonic() + 120
     while is_alive(pid):
         if time.monotonic() > deadline:
             return False
@@ -278,7 +278,7 @@ def test_a_program_that_just_ends_leaves_no_engine(script: subprocess.Popen[str]
     assert script.stdin is not None
     pid = int(script.stdout.readline())
     script.stdin.close()
-    assert script.wait(timeout=30) == 0
+    assert script.wait(timeout=120) == 0
     assert wait_gone(pid)
 
 

@@ -20,6 +20,7 @@ from tests.kernels.attention_case import (
 from vllm.errors import ConfigError
 from vllm.v1.attention.backends.turboquant_attn import TurboQuantBackend
 from vllm.v1.attention.ops.triton_byte_decode import fits_byte_decode
+from vllm.v1.attention.ops.triton_paged_attention import default_config
 from vllm.v1.attention.ops.triton_slot_codes import key_codes_asm, value_codes_asm
 from vllm.v1.attention.ops.turboquant import (
     TURBOQUANT_FORMATS,
@@ -89,14 +90,11 @@ def test_a_slot_keeps_lengths_and_the_range_of_values(name: str) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_attention_over_slots_equals_float64(name: str, rng: random.Random) -> None:
     options = rng.choice([{}, {"window": 24}, {"soft_cap": 20.0}, {"alibi": True}, {"sinks": True}])
-    # Each device's products of 16 bits: the interpreter's of bfloat16 are wrong, a GPU's of float16
-    # are refused (TurboQuantBackend.validate_configuration).
-    half = torch.bfloat16 if DEVICE == "cuda" else torch.float16
     case = Case(
         lengths=((70, 5), (300, 1), (33, 2), (1, 1)), kv_heads=2, group=rng.choice([1, 3]),
         head_size=rng.choice([32, 64]), page=rng.choice([16, 64]),
         layout=rng.choice(["LBHNC", "LBNHC", "BLHNC", "BHLNC", "padded"]), cache_dtype=name,
-        dtype=rng.choice([torch.float32, half]), shared=16, **options,
+        dtype=rng.choice([torch.float32, torch.float16]), shared=16, **options,
     )  # fmt: skip
     print(case)
     step = make_step(case, rng, DEVICE)
@@ -221,22 +219,54 @@ def test_decodes_over_slots_in_bfloat16(name: str, layout: str, rng: random.Rand
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("head_size", [16, 32, 64, 128, 256])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("name", NAMES)
-def test_prompts_over_slots_in_bfloat16(name: str, rng: random.Random) -> None:
+def test_prompts_over_slots_on_a_gpu(
+    name: str, dtype: torch.dtype, head_size: int, rng: random.Random
+) -> None:
+    for group, page, options in ((4, 64, {}), (1, 16, {"soft_cap": 20.0}), (2, 16, {"window": 40})):
+        case = Case(
+            lengths=((133, 20), (60, 60), (300, 300), (70, 1), (1, 1)), kv_heads=2, group=group,
+            head_size=head_size, page=page, cache_dtype=name, dtype=dtype, **options,
+        )  # fmt: skip
+        step = make_step(case, rng, DEVICE)
+        store(step, "TURBOQUANT")
+        assert relative_error(attend(step, "TURBOQUANT"), exact(step)) < TOLERANCE[dtype], case
+
+
+@pytest.mark.parametrize("size", [1e-3, 1.0, 2e3])
+@pytest.mark.parametrize("name", [n for n in NAMES if n != "turboquant_k8v4"])
+def test_small_and_large_values_stay_within_float16(
+    name: str, size: float, rng: random.Random
+) -> None:
+    """Weights times steps of values are float16, as are the numbers that codes stand for."""
     case = Case(
-        lengths=((133, 20), (60, 60), (70, 1), (1, 1)), kv_heads=2, group=4, head_size=128, page=64,
-        cache_dtype=name, dtype=torch.bfloat16,
+        lengths=((90, 3), (33, 2), (70, 1)), kv_heads=1, group=2, head_size=rng.choice([32, 64]),
+        cache_dtype=name, dtype=torch.float16,
     )  # fmt: skip
     step = make_step(case, rng, DEVICE)
-    store(step, "TURBOQUANT")
-    assert relative_error(attend(step, "TURBOQUANT"), exact(step)) < TOLERANCE[torch.bfloat16]
+    # The only head's have a magnitude of 0.1.
+    step.values = [(10 * size * value.float()).half() for value in step.values]
+    step.query = (step.query.float() * 4).half()
+    store(step, "TORCH_REF")
+    assert relative_error(attend(step, "TURBOQUANT"), exact(step)) < TOLERANCE[torch.float16]
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_float16_is_refused_on_a_gpu(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_half_precision_is_taken_on_a_gpu(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
     wanted = {"head_size": 128, "kv_cache_dtype": name, "block_size": 64}
-    refused = TurboQuantBackend.validate_configuration(dtype=torch.float16, **wanted)
-    assert refused == ["float16 is computed wrongly by Triton on a GPU; use --dtype bfloat16"]
-    assert TurboQuantBackend.validate_configuration(dtype=torch.bfloat16, **wanted) == []
+    for dtype in (torch.float16, torch.bfloat16):
+        assert TurboQuantBackend.validate_configuration(dtype=dtype, **wanted) == []
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_small_heads_are_multiplied_without_descriptors(name: str, dtype: torch.dtype) -> None:
+    """Triton takes Hopper's grouped products for groups of four warps."""
+    for head_size in (16, 32):
+        config = default_config(64, head_size, dtype, True, TURBOQUANT_FORMATS[name])
+        assert config.prefill_warps < 4
+    assert default_config(64, 64, dtype, True, TURBOQUANT_FORMATS[name]).prefill_warps >= 4

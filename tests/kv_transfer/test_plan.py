@@ -116,9 +116,8 @@ class Rank:
         chunks = chunks_of(plan, [len(own) for own in units], pair.slot_bytes)
         for chunk in chunks:
             slots = rings[0].take(), rings[1].take()
-            own, part = units[chunk.table], slice(chunk.first, chunk.first + chunk.count)
-            blocks, parts = own.source_blocks[part], own.source_parts[part]
-            assert rings[0].gather(movers[chunk.table], chunk, blocks, parts, slots[0]).poll()
+            own = units[chunk.table]
+            assert rings[0].gather(movers[chunk.table], chunk, own, slots[0]).poll()
             copy = self.port.read(
                 lists[0],
                 pair.granules("target", slots[1], chunk.num_bytes),

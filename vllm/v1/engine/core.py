@@ -210,9 +210,9 @@ class EngineCore:
         should leave that thread some time.
         """
         outputs: dict[int, EngineCoreOutputs] = {}
-        ran_model = False
+        made_progress = False
         if not self._halted and self.scheduler.has_requests():
-            outputs, ran_model = self._stepping.step()
+            outputs, made_progress = self._stepping.step()
         elif self._stepping.in_flight:
             outputs = self._stepping.drain()
         self._kv_events.publish(self.scheduler)
@@ -224,7 +224,7 @@ class EngineCore:
             if self._halted and first.scheduler_stats is None:
                 # No step follows that would say how many requests are left.
                 first.scheduler_stats = self.scheduler.make_stats()
-        return outputs, ran_model or any(part.outputs for part in outputs.values())
+        return outputs, made_progress or any(part.outputs for part in outputs.values())
 
     def on_idle(self) -> None:
         """Called when nothing is left to do: in debug mode the pool must add up."""

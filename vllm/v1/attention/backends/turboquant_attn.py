@@ -5,7 +5,7 @@ Keys are stored rotated, so queries are rotated before they meet them; values ar
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 
@@ -30,7 +30,7 @@ class TurboQuantImpl(TritonAttentionImpl):
         key: torch.Tensor | None,
         value: torch.Tensor | None,
         kv_cache: torch.Tensor,
-        attn_metadata: TritonAttentionMetadata,  # type: ignore[override]
+        attn_metadata: TritonAttentionMetadata,
         output: torch.Tensor,
         output_scale: torch.Tensor | None = None,
         output_block_scale: torch.Tensor | None = None,
@@ -71,12 +71,3 @@ class TurboQuantBackend(TritonAttentionBackend):
     @classmethod
     def get_supported_head_sizes(cls) -> list[int]:
         return [16, 32, 64, 128, 256]
-
-    @classmethod
-    def validate_configuration(cls, **wanted: Any) -> list[str]:
-        reasons = super().validate_configuration(**wanted)
-        # Seen with Triton 3.6 on Hopper: prompts of float16 over slots had wrong numbers, which
-        # bfloat16 and float32 have not.
-        if wanted["dtype"] == torch.float16 and torch.cuda.is_available():
-            reasons.append("float16 is computed wrongly by Triton on a GPU; use --dtype bfloat16")
-        return reasons

@@ -35,6 +35,7 @@ from vllm.v1.attention.ops.triton_decode import (
 from vllm.v1.attention.ops.triton_formats import FormatArguments, layer_scales, scaled, widened
 from vllm.v1.attention.ops.triton_slot_codes import slot_constants, slot_keys, slot_values
 from vllm.v1.attention.ops.triton_softmax import open_softmax, score, softmax_step
+from vllm.v1.attention.ops.turboquant import TurboQuantFormat
 
 
 @triton.jit
@@ -296,6 +297,11 @@ def default_config(
     if fmt is not None and dtype == torch.float32:
         # Exact products are unrolled, three times over: larger tiles take half a minute to compile.
         rows, tile, warps, stages = 16, 32, 4, 2
+    elif isinstance(fmt, TurboQuantFormat) and head_size < 64:
+        # Groups of four warps take operands in shared memory by descriptors, of which ptxas 12.8
+        # made wrong ones here: all but the first 16 tokens of 64 were multiplied by other memory
+        # (benchmarks/kernels/sass.py finds such). Two warps read the operands themselves.
+        rows, tile, warps, stages = 64, 64, 2, 2
     elif wide:
         rows, tile, warps, stages = 64, 32, 4, 2
     elif tma:

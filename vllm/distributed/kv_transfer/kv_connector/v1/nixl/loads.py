@@ -224,16 +224,16 @@ class Loads:
             )
             if not any(len(own) for own in units):
                 continue
-            load.num_bytes += plan.num_bytes(units)
             self._post_rank(load, number, rank, plan, units)
 
     def _post_rank(
         self, load: _Load, number: int, rank: PeerRank, plan: TransferPlan, units: list[UnitBlocks]
     ) -> None:
         """Start what one rank has, by the way that costs least."""
-        descriptors = plan.num_descriptors(units)
-        way = self._way(rank, plan, descriptors, plan.num_bytes(units))
-        load.chosen.append((rank, way, descriptors, plan.num_bytes(units)))
+        descriptors, num_bytes = plan.num_descriptors(units), plan.num_bytes(units)
+        way = self._way(rank, plan, descriptors, num_bytes)
+        load.num_bytes += num_bytes
+        load.chosen.append((rank, way, descriptors, num_bytes))
         self.ways_taken[way] = self.ways_taken.get(way, 0) + 1
         self._reports.count(**{f"transfers_by_{way}": 1})
         if way == "staging" or self._pushes:

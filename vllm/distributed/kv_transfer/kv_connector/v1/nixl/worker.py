@@ -127,6 +127,10 @@ class TransferWorker:
             raise KVTransferError("the KV transfer thread has ended") from self._broken
         return self._reports.take_results()
 
+    def register_callback(self, callback: Callable[[], None]) -> None:
+        """Have ``callback`` called, by the transfer thread, when ``take_results`` has something."""
+        self._reports.register_callback(callback)
+
     def set_scales(self, scales: dict[str, tuple[float, float]]) -> None:
         """Of layers with one scale a side: (K, V); before the first load."""
         self._book.scales = scales
