@@ -13,7 +13,9 @@ if importlib.util.find_spec("hypothesis") is not None:
     import hypothesis
 
     # A busy machine is no failure.
-    hypothesis.settings.register_profile("untimed", deadline=None)
+    hypothesis.settings.register_profile(
+        "untimed", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+    )
     hypothesis.settings.load_profile("untimed")
 
 # Before anything imports triton: without a GPU its kernels run in the interpreter.

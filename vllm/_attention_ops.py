@@ -8,13 +8,16 @@ Letters: T tokens, Q query heads, K KV heads, D head size, B cache blocks, N tok
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from vllm import _extension, _torch_ops
-from vllm._extension import DTYPE_CODES
+from vllm._extension import DTYPE_CODES, address_of
 from vllm.utils.torch_utils import nvfp4_split_data_scale
+
+if TYPE_CHECKING:
+    from vllm.v1.attention.ops.kv_formats import KVFormat, SideScales
 
 __all__ = [
     "MAX_HEAD_SIZE",
@@ -71,14 +74,14 @@ _NVFP4 = 6
 _PLAIN_CACHE = (0, 1.0, 1.0, 0, 0, 0, 0)
 
 
-def _cache_kernel_takes(kv_cache: torch.Tensor, fmt: Any) -> bool:
+def _cache_kernel_takes(kv_cache: torch.Tensor, fmt: KVFormat | None) -> bool:
     if fmt is None:
         return kv_cache.dtype in DTYPE_CODES
     return fmt.code <= _LAST_FORMAT and kv_cache.element_size() == 1
 
 
 def cache_arguments(
-    kv_cache: torch.Tensor, fmt: Any, scales: Any, head_size: int
+    kv_cache: torch.Tensor, fmt: KVFormat | None, scales: SideScales | None, head_size: int
 ) -> tuple[tuple[int, int, int, int], tuple[Any, ...]]:
     """Address and strides over B, H and N of a cache's keys, and struct QuantisedCache.
 
@@ -131,8 +134,8 @@ def _rope_store(
     is_neox: bool,
     kv_cache: torch.Tensor | None,
     slot_mapping: torch.Tensor | None,
-    fmt: Any = None,
-    scales: Any = None,
+    fmt: KVFormat | None = None,
+    scales: SideScales | None = None,
 ) -> None:
     """RoPE of query and key, the store of key and value, or both; checked by the callers."""
     lead = query if key is None else key
@@ -186,7 +189,7 @@ def _store_kernel_takes(
     value: torch.Tensor,
     kv_cache: torch.Tensor,
     slot_mapping: torch.Tensor,
-    fmt: Any = None,
+    fmt: KVFormat | None = None,
 ) -> bool:
     return (
         _extension.kernels is not None
@@ -208,8 +211,8 @@ def store_kv_cache(
     value: torch.Tensor,
     kv_cache: torch.Tensor,
     slot_mapping: torch.Tensor,
-    fmt: Any = None,
-    scales: Any = None,
+    fmt: KVFormat | None = None,
+    scales: SideScales | None = None,
 ) -> None:
     """Write each token's key and value to its slot.
 
@@ -251,8 +254,8 @@ def rope_and_store(
     is_neox: bool,
     kv_cache: torch.Tensor,
     slot_mapping: torch.Tensor,
-    fmt: Any = None,
-    scales: Any = None,
+    fmt: KVFormat | None = None,
+    scales: SideScales | None = None,
 ) -> None:
     """Rotate ``query`` (T, Q, D) in place, rotate ``key`` (T, K, D), store key and value.
 
@@ -266,6 +269,32 @@ def rope_and_store(
         _rope_store(positions, query, key, value, cos_sin_cache, is_neox, *cache)
     else:
         _torch_ops.rope_and_store(positions, query, key, value, cos_sin_cache, is_neox, *cache)
+
+
+def _attention_kernel_takes(
+    query: torch.Tensor, kv_cache: torch.Tensor, value_size: int, fmt: KVFormat | None
+) -> bool:
+    head_size = query.shape[2]
+    return (
+        _extension.kernels is not None
+        and query.is_cpu
+        and query.dtype in DTYPE_CODES
+        and _cache_kernel_takes(kv_cache, fmt)
+        and head_size % 8 == 0
+        and head_size <= MAX_HEAD_SIZE
+        and value_size <= MAX_HEAD_SIZE
+        and query.stride(2) == 1
+        and kv_cache.stride(3) == 1
+    )
+
+
+def _check_batch(
+    query_start_loc: torch.Tensor, seq_lens: torch.Tensor, block_table: torch.Tensor
+) -> None:
+    requests = query_start_loc.shape[0] - 1
+    assert seq_lens.shape[0] >= requests and block_table.shape[0] >= requests
+    assert query_start_loc.dtype is torch.int32 and seq_lens.dtype is torch.int32
+    assert block_table.dtype is torch.int32 and block_table.stride(1) == 1
 
 
 def paged_attention(
@@ -283,8 +312,8 @@ def paged_attention(
     alibi_slopes: torch.Tensor | None = None,
     sinks: torch.Tensor | None = None,
     value_offset: int | None = None,
-    fmt: Any = None,
-    scales: Any = None,
+    fmt: KVFormat | None = None,
+    scales: SideScales | None = None,
 ) -> None:
     """Attention of new tokens over a paged cache that holds their keys and values already.
 
@@ -311,17 +340,7 @@ def paged_attention(
     value_size = out.shape[-1]
     if value_offset is None:
         value_offset = head_size
-    if (
-        _extension.kernels is None
-        or not query.is_cpu
-        or query.dtype not in DTYPE_CODES
-        or not _cache_kernel_takes(kv_cache, fmt)
-        or head_size % 8
-        or head_size > MAX_HEAD_SIZE
-        or value_size > MAX_HEAD_SIZE
-        or query.stride(2) != 1
-        or kv_cache.stride(3) != 1
-    ):
+    if not _attention_kernel_takes(query, kv_cache, value_size, fmt):
         _torch_ops.paged_attention(
             query,
             kv_cache,
@@ -347,14 +366,11 @@ def paged_attention(
         assert value_offset == head_size == value_size
         kv_heads //= fmt.head_slots(1)
     # The kernel takes addresses only: what disagrees here would be read beyond its end.
-    requests = query_start_loc.shape[0] - 1
     assert num_heads % kv_heads == 0 and out.shape[1] == num_heads
-    assert seq_lens.shape[0] >= requests and block_table.shape[0] >= requests
     assert alibi_slopes is None or alibi_slopes.shape[0] == num_heads
     assert sinks is None or sinks.shape[0] == num_heads
     assert out.dtype is query.dtype and out.stride(2) == 1
-    assert query_start_loc.dtype is torch.int32 and seq_lens.dtype is torch.int32
-    assert block_table.dtype is torch.int32 and block_table.stride(1) == 1
+    _check_batch(query_start_loc, seq_lens, block_table)
     if sinks is not None and sinks.dtype is not torch.float32:
         sinks = sinks.to(torch.float32)
     address, quantised = cache_arguments(kv_cache, fmt, scales, head_size)
@@ -366,8 +382,8 @@ def paged_attention(
         seq_lens.data_ptr(),
         block_table.data_ptr(),
         block_table.stride(0),
-        0 if alibi_slopes is None else alibi_slopes.data_ptr(),
-        0 if sinks is None else sinks.data_ptr(),
+        address_of(alibi_slopes),
+        address_of(sinks),
         seq_lens.shape[0],
         num_heads,
         kv_heads,

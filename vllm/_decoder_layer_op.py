@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from vllm import _custom_ops as ops
 from vllm import _extension
 from vllm._extension import GATES, address_of
+
+if TYPE_CHECKING:
+    from vllm.v1.attention.ops.kv_formats import KVFormat, SideScales
 
 __all__ = ["DecoderLayerKernel", "run_decoder_layers"]
 
@@ -138,7 +141,9 @@ class DecoderLayerKernel:
         kept = (packed, all_norms, biases, cos_sin_cache, alibi_slopes, sinks)
         return cls(fixed, last, kept, hidden_size, head_size, dtype)
 
-    def bind(self, kv_cache: torch.Tensor, fmt: Any = None, scales: Any = None) -> None:
+    def bind(
+        self, kv_cache: torch.Tensor, fmt: KVFormat | None = None, scales: SideScales | None = None
+    ) -> None:
         """Take the layer's cache, (B, K, N, 2 * D) with a dense last dim.
 
         With ``fmt``, the ``KVFormat`` of a cache of single bytes, ``scales`` are the layer's

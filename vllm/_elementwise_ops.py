@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from vllm import _extension, _torch_ops
-from vllm._extension import DTYPE_CODES, GATES
+from vllm._extension import DTYPE_CODES, GATES, address_of
 
 _cuda_ops: Any = None
 if torch.version.cuda is not None:
@@ -143,7 +143,7 @@ def layer_norm(
     out = torch.empty(x.shape, dtype=x.dtype)
     _extension.kernels.layer_norm(
         x.data_ptr(),
-        0 if residual is None else residual.data_ptr(),
+        address_of(residual),
         weight.data_ptr(),
         bias.data_ptr(),
         out.data_ptr(),

@@ -1,4 +1,4 @@
-"""Operators of layers whose memory is one matrix a head: the kernel, and PyTorch's form of it.
+"""Linear attention, whose state is one matrix a head: the kernel, and PyTorch's form of it.
 
 Owns what ``_C.linear_attention`` takes; as ``_custom_ops``, it checks what C++ will not, and knows
 no layer, no cache's owner and no model. The formulas are those of csrc/cpu/linear_attention.cpp.
@@ -14,6 +14,7 @@ import torch.nn.functional as F
 
 from vllm import _custom_ops as ops
 from vllm import _extension
+from vllm._extension import address_of
 from vllm._torch_state_ops import StateSegments
 
 __all__ = ["gated_delta_rule", "lightning_attention"]
@@ -140,12 +141,12 @@ def _run(
         value.data_ptr(),
         value.stride(0),
         value.stride(1),
-        0 if gate is None else gate.data_ptr(),
+        address_of(gate),
         0 if gate is None else gate.stride(0),
-        0 if beta is None else beta.data_ptr(),
+        address_of(beta),
         0 if beta is None else beta.stride(0),
         rates.data_ptr(),
-        0 if biases is None else biases.data_ptr(),
+        address_of(biases),
         out.data_ptr(),
         out.stride(0),
         state.data_ptr(),

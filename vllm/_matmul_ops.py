@@ -13,7 +13,7 @@ import torch.nn.functional as F
 
 from vllm import _extension
 from vllm._elementwise_ops import gelu_tanh_and_mul, silu_and_mul
-from vllm._extension import DTYPE_CODES, GATES
+from vllm._extension import DTYPE_CODES, GATES, address_of
 from vllm.utils.huge_pages import HugePageArena
 
 _cuda_ops: Any = None
@@ -68,7 +68,7 @@ class PackedWeight:
         self.dtype = dtype
         self.data = data
         self.plain = plain
-        self.address = 0 if data is None else data.data_ptr()
+        self.address = address_of(data)
         self.code = DTYPE_CODES.get(dtype, -1)
 
     @property
@@ -141,7 +141,7 @@ def _product(
         x.data_ptr(),
         x.stride(0),
         weight.address,
-        0 if bias is None else bias.data_ptr(),
+        address_of(bias),
         out.data_ptr(),
         out.stride(0),
         m,
@@ -322,7 +322,7 @@ def _experts_product(
         weights.addresses.data_ptr(),
         counts.data_ptr(),
         num_experts,
-        0 if bias is None else bias.data_ptr(),
+        address_of(bias),
         out.data_ptr(),
         n,
         x.shape[0],

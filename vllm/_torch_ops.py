@@ -1,4 +1,4 @@
-"""PyTorch forms of the operators in ``vllm._custom_ops``: the fallback, and the judge in tests.
+"""PyTorch forms of the operators in ``vllm._custom_ops``: the fallback, and the reference in tests.
 
 Every function computes in float32, or in float64 where its input is float64, and works on any
 device. Must not know the extension. Letters: T tokens, Q query heads, K KV heads, D head size,
@@ -7,10 +7,13 @@ B cache blocks, N tokens per block.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
+
+if TYPE_CHECKING:
+    from vllm.v1.attention.ops.kv_formats import KVFormat, SideScales
 
 
 def rms_norm(
@@ -116,8 +119,8 @@ def store_kv_cache(
     value: torch.Tensor,
     kv_cache: torch.Tensor,
     slot_mapping: torch.Tensor,
-    fmt: Any = None,
-    scales: Any = None,
+    fmt: KVFormat | None = None,
+    scales: SideScales | None = None,
 ) -> None:
     """Write each token's key and value to its slot.
 
@@ -160,8 +163,8 @@ def rope_and_store(
     is_neox: bool,
     kv_cache: torch.Tensor,
     slot_mapping: torch.Tensor,
-    fmt: Any = None,
-    scales: Any = None,
+    fmt: KVFormat | None = None,
+    scales: SideScales | None = None,
 ) -> None:
     """Rotate ``query`` (T, Q, D) in place, rotate ``key`` (T, K, D), store key and value.
 
@@ -186,8 +189,8 @@ def paged_attention(
     logits_soft_cap: float = 0.0,
     alibi_slopes: torch.Tensor | None = None,
     sinks: torch.Tensor | None = None,
-    fmt: Any = None,
-    scales: Any = None,
+    fmt: KVFormat | None = None,
+    scales: SideScales | None = None,
     value_offset: int | None = None,
 ) -> None:
     """Attention of new tokens over a paged cache that holds their keys and values already.

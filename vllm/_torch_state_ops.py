@@ -1,4 +1,4 @@
-"""PyTorch forms of the operators in ``vllm._state_ops``: the fallback, and the judge in tests.
+"""PyTorch forms of the operators in ``vllm._state_ops``: the fallback, and the reference in tests.
 
 Every function computes in float32, or in float64 where its input is float64, and works on any
 device. Must not know the extension. Letters: T tokens, R requests, S segments, B cache blocks,

@@ -1,4 +1,4 @@
-"""Layers whose memory is one matrix a head, in Triton: one step, and prompts in chunks.
+"""Linear attention, whose state is one matrix a head, in Triton: one step, and prompts in chunks.
 
 With ``G_i`` the sum of a chunk's logarithms of decay up to token i and S the memory before it, the
 gated delta rule adds ``u_i k_i^T`` for each token, where (arXiv:2412.06464, section 3.3)::

@@ -37,6 +37,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.nixl.messages import (
 )
 from vllm.distributed.kv_transfer.kv_connector.v1.nixl.peers import LocalSide
 from vllm.distributed.kv_transfer.transport.peer_memory import PeerMemoryPort
+from vllm.distributed.kv_transfer.transport.port import TransferPort
 from vllm.utils.huge_pages import advise_huge_pages
 from vllm.v1.kv_cache import allocate_kv_cache
 from vllm.v1.kv_cache.descriptors import describe
@@ -118,9 +119,14 @@ def filled(config: KVCacheConfig, device: str, seed: int) -> Any:
 
 
 def make_side(
-    case: Case, shard: Shard, engine_id: str, device: str, answers: dict[int, bytes]
+    case: Case,
+    shard: Shard,
+    engine_id: str,
+    device: str,
+    answers: dict[int, bytes],
+    port: TransferPort | None = None,
 ) -> tuple[Any, Any, bytes]:
-    """A cache, its worker, and the worker's handshake."""
+    """A cache, its worker, and the worker's handshake; over NIXL where no port is given."""
     if device != "cpu":
         torch.cuda.set_device(device)
     config = case.config(shard.tp_size)
@@ -128,8 +134,9 @@ def make_side(
     cache = filled(config, device, seed)
     backing = cache.backing
     settings = case.settings
-    name = f"agent-{os.getpid()}-{case.layout}-{case.path}-{seed}"
-    port = PeerMemoryPort(name, num_threads=case.threads)
+    if port is None:
+        name = f"agent-{os.getpid()}-{case.layout}-{case.path}-{seed}"
+        port = PeerMemoryPort(name, num_threads=case.threads)
     base = backing.data_ptr()
     port.register([(base + r.offset, r.size_bytes) for r in regions(config)], device)
     ring = make_ring(backing, settings)

@@ -150,7 +150,9 @@ class Measurement:
                 # Half of the shapes tell whether writing is worth while.
                 for device, way in ((1, "read"), (0, "write"))[: 2 if warps == 4 else 1]:
                     with torch.cuda.device(device):
-                        table = PieceTable(pieces, torch.device("cuda", device), shape)
+                        place = torch.device("cuda", device)
+                        apart = int(np.diff(np.sort(there)).min())
+                        table = PieceTable(pieces, place, shape, grain=PAGE, apart=apart)
                     took = seconds(device, partial(table.move, source, target, there, here))
                     what = {"words": words, "warps": warps, "programs": each * sms}
                     self._note({"case": case, "way": way, "by": "kernel", **what}, took)

@@ -19,6 +19,7 @@ from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, StreamingResponse
 
 WORD = "tik "
+_PATIENCE = 120
 
 
 @dataclass
@@ -30,6 +31,8 @@ class Peer:
     most_in_flight: int = 0
     delay: float = 0.0
     """Seconds before each word."""
+    gathers: int = 0
+    """No stream goes on before so many have been in flight at once."""
     fail_every: int = 0
     """Each request of this number in a row is answered 500."""
     send_usage: bool = True
@@ -53,6 +56,9 @@ def _application(peer: Peer) -> FastAPI:
         peer.in_flight += 1
         peer.most_in_flight = max(peer.most_in_flight, peer.in_flight)
         try:
+            late = time.monotonic() + _PATIENCE
+            while peer.most_in_flight < peer.gathers and time.monotonic() < late:
+                await asyncio.sleep(0.005)
             if chat:
                 yield _event({"delta": {"role": "assistant", "content": ""}})
             for i in range(count):
@@ -94,7 +100,7 @@ def running_peer() -> Iterator[Peer]:
     )
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + _PATIENCE
     while not server.started:
         assert time.monotonic() < deadline, "the peer did not start"
         time.sleep(0.01)
@@ -104,4 +110,4 @@ def running_peer() -> Iterator[Peer]:
         yield peer
     finally:
         server.should_exit = True
-        thread.join(timeout=10)
+        thread.join(timeout=_PATIENCE)

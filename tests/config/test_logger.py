@@ -57,7 +57,7 @@ def log_of_another_process(tmp_path, **variables):
         env={**os.environ, **variables},
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=600,
         check=False,
     )
     return result.stderr

@@ -59,9 +59,10 @@ class PlainWorker(WorkerBase):
     def echo(self, value: Any, *, twice: bool = False) -> Any:
         return [value, value] if twice else value
 
-    def nap(self, rank: int, seconds: float) -> str:
-        if rank == self.rank:
-            time.sleep(seconds)
+    def nap(self, rank: int, until: str) -> str:
+        """Sleep until there is a file of this name."""
+        while rank == self.rank and not os.path.exists(until):
+            time.sleep(0.01)
         return f"awake {self.rank}"
 
     def pid(self) -> int:

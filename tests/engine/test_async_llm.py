@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import os
 import signal
 import subprocess
@@ -24,10 +25,16 @@ from vllm.v1.engine.async_llm import AsyncLLM
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 
+# Room for requests that have not ended by the time that a test goes on, however late it does.
+LONG = 600
+ENDLESS = 3900
+LONG_ARGS = {**ENGINE_ARGS, "hf_overrides": {"max_position_embeddings": 4000}}
+
+
 @pytest_asyncio.fixture(loop_scope="module", scope="module")
 async def engine(tiny_model: Path) -> AsyncIterator[AsyncLLM]:
     args = AsyncEngineArgs(
-        model=str(tiny_model), scheduling_policy="priority", max_num_queued_reqs=64, **ENGINE_ARGS
+        model=str(tiny_model), scheduling_policy="priority", max_num_queued_reqs=64, **LONG_ARGS
     )
     engine = AsyncLLM.from_engine_args(args)
     yield engine
@@ -44,25 +51,26 @@ async def collect(engine: AsyncLLM, prompt: Any, own: SamplingParams, **kwargs: 
 
 
 async def test_deltas_add_up_to_the_whole(engine: AsyncLLM) -> None:
-    deltas = await collect(engine, "The quick", params(logprobs=1))
-    cumulative = await collect(engine, "The quick", params(RequestOutputKind.CUMULATIVE))
-    (final,) = await collect(engine, "The quick", params(RequestOutputKind.FINAL_ONLY))
+    long = {"max_tokens": LONG}
+    deltas = await collect(engine, "The quick", params(logprobs=1, **long))
+    cumulative = await collect(engine, "The quick", params(RequestOutputKind.CUMULATIVE, **long))
+    (final,) = await collect(engine, "The quick", params(RequestOutputKind.FINAL_ONLY, **long))
     assert len(deltas) > 5
     text = final.outputs[0].text
     assert "".join(out.outputs[0].text for out in deltas) == text
     assert cumulative[-1].outputs[0].text == text
     assert all(text.startswith(out.outputs[0].text) for out in cumulative)
     assert [i for out in deltas for i in out.outputs[0].token_ids] == final.outputs[0].token_ids
-    assert sum(len(out.outputs[0].logprobs) for out in deltas) == 24
+    assert sum(len(out.outputs[0].logprobs) for out in deltas) == LONG
     assert [out.finished for out in deltas] == [False] * (len(deltas) - 1) + [True]
     assert deltas[-1].outputs[0].finish_reason == "length"
 
 
 async def test_stream_interval_thins_the_stream(engine: AsyncLLM) -> None:
     outputs = await collect(engine, "The quick", params(stream_interval=10))
-    counts = [len(out.outputs[0].token_ids) for out in outputs]
+    seen = list(itertools.accumulate(len(out.outputs[0].token_ids) for out in outputs))
     # A reader that comes late finds several outputs as one.
-    assert counts[0] == 1 and min(counts[1:-1]) >= 10 and sum(counts) == 24
+    assert set(seen) <= {1, 11, 21, 24} and seen[-1] == 24
 
 
 async def test_many_streams_at_once_with_one_id(engine: AsyncLLM) -> None:
@@ -91,7 +99,7 @@ async def test_n_streams_each_sequence_and_ends_once(engine: AsyncLLM) -> None:
 
 
 async def test_a_slow_reader_gets_merged_outputs(engine: AsyncLLM) -> None:
-    stream = engine.generate("The quick", params(logprobs=0), "slow")
+    stream = engine.generate("The quick", params(logprobs=0, max_tokens=LONG), "slow")
     first = await anext(stream)
     while engine.get_num_unfinished_requests():
         await asyncio.sleep(0.01)
@@ -99,16 +107,16 @@ async def test_a_slow_reader_gets_merged_outputs(engine: AsyncLLM) -> None:
     assert len(rest) == 1
     assert rest[0].finished
     tokens = first.outputs[0].token_ids + rest[0].outputs[0].token_ids
-    assert len(tokens) == 24
+    assert len(tokens) == LONG
     assert len(rest[0].outputs[0].logprobs) == len(rest[0].outputs[0].token_ids)
 
 
 async def test_leaving_a_stream_gives_its_blocks_back(engine: AsyncLLM) -> None:
     for count in (1, 3):
-        stream = engine.generate([9] * 100, params(max_tokens=150, n=count), "left")
+        stream = engine.generate([9] * 100, params(max_tokens=ENDLESS - 100, n=count), "left")
         await anext(stream)
         await stream.aclose()
-    task = asyncio.create_task(collect(engine, [9] * 100, params(max_tokens=150)))
+    task = asyncio.create_task(collect(engine, [9] * 100, params(max_tokens=ENDLESS - 100)))
     while not engine.get_num_unfinished_requests():
         await asyncio.sleep(0)
     task.cancel()
@@ -117,16 +125,15 @@ async def test_leaving_a_stream_gives_its_blocks_back(engine: AsyncLLM) -> None:
         await task
     assert engine.get_num_unfinished_requests() == 0
     # Only an engine without requests gives all its blocks back to be forgotten.
-    for _ in range(200):
-        if await engine.reset_prefix_cache():
-            break
-        await asyncio.sleep(0.01)
+    async with asyncio.timeout(60):
+        while not await engine.reset_prefix_cache():
+            await asyncio.sleep(0.01)
     await engine.client.call_utility("check_integrity")
     assert await engine.reset_prefix_cache()
 
 
 async def test_abort_by_id_ends_the_stream(engine: AsyncLLM) -> None:
-    stream = engine.generate("x", params(max_tokens=150), "by-id")
+    stream = engine.generate("x", params(max_tokens=ENDLESS), "by-id")
     outputs = [await anext(stream)]
     await engine.abort("by-id")
     outputs += [output async for output in stream]
@@ -137,7 +144,7 @@ async def test_abort_by_id_ends_the_stream(engine: AsyncLLM) -> None:
 
 async def test_wrong_requests_raise_and_leave_nothing(engine: AsyncLLM) -> None:
     with pytest.raises(VLLMValidationError, match="max_model_len"):
-        await collect(engine, [5] * 1000, params())
+        await collect(engine, [5] * 5000, params())
     with pytest.raises(VLLMValidationError, match="--kv-transfer-config"):
         await collect(engine, "x", params(), kv_transfer_params={"do_remote_decode": True})
     assert engine.get_num_unfinished_requests() == 0
@@ -162,7 +169,8 @@ async def test_the_waiting_queue_has_a_limit_and_priority_reorders(engine: Async
         order.append(index)
 
     tasks = [asyncio.create_task(run(index)) for index in range(64)]
-    await asyncio.sleep(0.2)
+    while engine.get_num_unfinished_requests() < 64:
+        await asyncio.sleep(0)
     assert await engine.is_paused()
     with pytest.raises(QueueFullError):
         await collect(engine, "x", params())
@@ -174,7 +182,7 @@ async def test_the_waiting_queue_has_a_limit_and_priority_reorders(engine: Async
 
 
 async def test_pausing_ends_holds_or_awaits_what_is_in_flight(engine: AsyncLLM) -> None:
-    own = params(max_tokens=100)
+    own = params(max_tokens=LONG)
 
     async def begin() -> asyncio.Task[Any]:
         task = asyncio.create_task(collect(engine, "The quick", own))
@@ -207,7 +215,7 @@ async def test_pausing_ends_holds_or_awaits_what_is_in_flight(engine: AsyncLLM) 
 
 async def test_drain_waits_for_what_is_in_flight(engine: AsyncLLM) -> None:
     assert await engine.wait_for_requests_to_drain(0.1)
-    task = asyncio.create_task(collect(engine, "x", params(max_tokens=200)))
+    task = asyncio.create_task(collect(engine, "x", params(max_tokens=LONG)))
     while not engine.get_num_unfinished_requests():
         await asyncio.sleep(0)
     assert not await engine.wait_for_requests_to_drain(0.001)
@@ -230,8 +238,8 @@ async def test_facts_and_metrics(engine: AsyncLLM) -> None:
 
 
 async def test_a_dead_engine_fails_all_requests(tiny_model: Path) -> None:
-    engine = AsyncLLM.from_engine_args(AsyncEngineArgs(model=str(tiny_model), **ENGINE_ARGS))
-    own = params(max_tokens=200)
+    engine = AsyncLLM.from_engine_args(AsyncEngineArgs(model=str(tiny_model), **LONG_ARGS))
+    own = params(max_tokens=ENDLESS)
     tasks = [asyncio.create_task(collect(engine, "x", own)) for _ in range(3)]
     while engine.get_num_unfinished_requests() < 3:
         await asyncio.sleep(0)

@@ -174,7 +174,7 @@ def test_only_what_may_begin_a_stop_string_is_held_back(byte_level: Any) -> None
 @given(st.text("ab", max_size=8), st.lists(st.text("ab", min_size=1, max_size=6), max_size=3))
 def test_held_back_is_the_longest_beginning_of_a_stop_string(text: str, stop: list[str]) -> None:
     detokenizer = IncrementalDetokenizer(None, SamplingParams(stop=stop), [])
-    detokenizer.output_text = text
+    detokenizer._text = text
     held = max(
         (n for word in stop for n in range(1, len(word)) if text.endswith(word[:n])), default=0
     )

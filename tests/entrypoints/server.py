@@ -22,19 +22,29 @@ MODEL = "smollm2"
 # Two layers of random weights: starts in a few seconds, and computes a token in no time.
 TINY = ("--load-format", "dummy", "--hf-overrides", '{"num_hidden_layers": 2}')
 SMALL = ("--max-model-len", "1024", "--kv-cache-memory-bytes", "128M")
-_START_SECONDS = 120
+# Waits end with what they wait for: a busy machine may take its time.
+PATIENCE = 120.0
+_START_SECONDS = 2 * PATIENCE
 
 
 # Below the ports that Linux gives to outgoing connections, which would take one between its choice
-# and its use; spread by the operating system's randomness, as tests may run in several processes.
-_PORTS = range(12_000, 32_000)
+# and its use, and above those that Mooncake takes by itself; spread by the operating system's
+# randomness, as tests may run beside others.
+_PORTS = range(18_000, 32_000)
 _given: set[int] = set()
+
+
+def _own_ports() -> range:
+    """Those that no other process of the same run of tests chooses from."""
+    worker = os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw")
+    count = max(1, int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")))
+    return _PORTS[int(worker) % count :: count]
 
 
 def free_port() -> int:
     """A port that nobody listens on, and that this process has not been given before."""
     while True:
-        port = random.SystemRandom().choice(_PORTS)
+        port = random.SystemRandom().choice(_own_ports())
         with socket.socket() as sock:
             if port not in _given and sock.connect_ex(("127.0.0.1", port)):
                 _given.add(port)
@@ -60,7 +70,7 @@ class Server:
         self.url = f"http://127.0.0.1:{self.port}"
         self._log = log
         headers = {"authorization": f"Bearer {api_key}"} if api_key else {}
-        self._http = httpx.Client(base_url=self.url, headers=headers, timeout=60)
+        self._http = httpx.Client(base_url=self.url, headers=headers, timeout=PATIENCE)
         self._api_key = api_key or "none"
         with log.open("wb") as file:
             self.process = subprocess.Popen(
@@ -82,6 +92,7 @@ class Server:
                     return self
             except httpx.TransportError:
                 time.sleep(0.1)
+        self.process.kill()
         raise AssertionError(f"the server did not start:\n{self.log()}")
 
     def __exit__(self, *_: object) -> None:
@@ -89,13 +100,20 @@ class Server:
         if self.process.poll() is None:
             self.process.send_signal(signal.SIGTERM)
             try:
-                self.process.wait(20)
+                self.process.wait(PATIENCE)
             except subprocess.TimeoutExpired:
                 self.process.kill()
         self.process.wait()
 
     def log(self) -> str:
         return self._log.read_text(errors="replace")
+
+    def wait_for_log(self, text: str) -> None:
+        """Until the server has said so."""
+        deadline = time.monotonic() + PATIENCE
+        while text not in self.log():
+            assert time.monotonic() < deadline, f"{text!r} is not in the log:\n{self.log()}"
+            time.sleep(0.02)
 
     @property
     def client(self) -> openai.OpenAI:
@@ -119,8 +137,8 @@ class Server:
         assert found, f"no metric {name}"
         return sum(map(float, found))
 
-    def wait_until_idle(self, seconds: float = 10) -> None:
-        deadline = time.monotonic() + seconds
+    def wait_until_idle(self) -> None:
+        deadline = time.monotonic() + PATIENCE
         while time.monotonic() < deadline:
             if (
                 self.metric("vllm:num_requests_running")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import re
 import signal
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,7 +13,7 @@ import openai
 import psutil
 import pytest
 
-from tests.entrypoints.server import MODEL, SMALL, TINY, Server
+from tests.entrypoints.server import MODEL, PATIENCE, SMALL, TINY, Server
 from tests.entrypoints.test_lifecycle import all_gone
 
 OPTIONS = (*TINY, *SMALL, "--api-server-count", "2", "--enable-sleep-mode")
@@ -55,9 +54,11 @@ def test_a_group_serves_counts_sleeps_and_ends_as_one(group: Server, tmp_path: P
     answers = asyncio.run(complete_all(group))
     assert all(answer.usage.completion_tokens == 4 for answer in answers)
 
+    # The one that counts what runs may hear of the end after another has answered.
+    group.wait_until_idle()
     # Whoever is asked for metrics, answers for all.
     for _ in range(4):
-        with httpx.Client(base_url=group.url) as http:
+        with httpx.Client(base_url=group.url, timeout=PATIENCE) as http:
             text = http.get("/metrics").text
         (count,) = re.findall(r"^vllm:generation_tokens_total{.*} (\S+)$", text, re.M)
         assert float(count) == 4 * NUM_REQUESTS
@@ -81,7 +82,7 @@ def test_a_group_serves_counts_sleeps_and_ends_as_one(group: Server, tmp_path: P
 
     children = group.children()
     group.process.send_signal(signal.SIGTERM)
-    assert group.process.wait(20) == 0
+    assert group.process.wait(PATIENCE) == 0
     assert all_gone(children)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["log"]
 
@@ -89,7 +90,7 @@ def test_a_group_serves_counts_sleeps_and_ends_as_one(group: Server, tmp_path: P
 def test_one_servers_end_is_the_end_of_all(group: Server):
     children = group.children()
     api_servers(group)[1].kill()
-    assert group.process.wait(20) == 1
+    assert group.process.wait(PATIENCE) == 1
     assert all_gone(children)
     assert "API server 1 has ended (killed by SIGKILL)" in group.log()
 
@@ -97,16 +98,16 @@ def test_one_servers_end_is_the_end_of_all(group: Server):
 def test_the_engines_death_is_answered_by_every_server(group: Server):
     children = group.children()
     group.engine().kill()
-    deadline = time.monotonic() + 10
     statuses = []
-    while time.monotonic() < deadline and len(statuses) < 6:
+    while len(statuses) < 6:
         try:
-            answer = httpx.post(f"{group.url}/v1/completions", json={"prompt": "x"}, timeout=10)
+            body = {"prompt": "x"}
+            answer = httpx.post(f"{group.url}/v1/completions", json=body, timeout=PATIENCE)
         except httpx.TransportError:
             break
         statuses.append(answer.status_code)
         assert "killed by SIGKILL" in answer.text
     assert statuses
     assert set(statuses) == {500}
-    assert group.process.wait(20) == 1
+    assert group.process.wait(PATIENCE) == 1
     assert all_gone(children)

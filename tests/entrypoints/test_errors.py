@@ -6,7 +6,7 @@ import httpx
 import openai
 import pytest
 
-from tests.entrypoints.server import MODEL, Server
+from tests.entrypoints.server import MODEL, PATIENCE, Server
 from tests.entrypoints.test_request_fields import CHAT as CHAT_FIELDS
 from tests.entrypoints.test_request_fields import COMPLETION, DETOKENIZE, TOKENIZE_COMPLETION
 
@@ -315,7 +315,7 @@ def test_a_body_without_end_is_413(server: Server):
         for _ in range(70):
             yield b" " * 1024 * 1024
 
-    with httpx.Client(timeout=60) as client:
+    with httpx.Client(timeout=PATIENCE) as client:
         response = client.post(
             f"{server.url}/v1/completions",
             content=chunks(),
@@ -334,7 +334,7 @@ def test_an_unknown_model_is_404(server: Server, client: openai.OpenAI):
 
 def test_unknown_paths_say_what_is_known(server: Server):
     refused(server.get("/nowhere"), 404, "/docs")
-    refused(server.post("/v1/responses", {"input": "x"}), 404, "vLLM has it")
+    refused(server.post("/v1/embeddings", {"input": "x"}), 404, "vLLM has it")
     refused(server.get("/v1/completions"), 405)
 
 

@@ -3,6 +3,7 @@
 import pytest
 
 from vllm.entrypoints.openai.http import validate
+from vllm.entrypoints.openai.messages_request import MessagesRequest
 from vllm.entrypoints.openai.protocol import (
     ChatCompletionRequest,
     CompletionRequest,
@@ -10,6 +11,7 @@ from vllm.entrypoints.openai.protocol import (
     TokenizeChatRequest,
     TokenizeCompletionRequest,
 )
+from vllm.entrypoints.openai.responses_request import ResponsesRequest
 from vllm.errors import UnsupportedError, VLLMValidationError
 
 MESSAGES = [{"role": "user", "content": "Hi"}]
@@ -45,12 +47,29 @@ TOKENIZE_CHAT = """
     add_special_tokens chat_template chat_template_kwargs media_io_kwargs mm_processor_kwargs tools
 """
 DETOKENIZE = "model tokens"
+ANTHROPIC = """
+    model messages max_tokens metadata output_config thinking stop_sequences stream system
+    temperature tool_choice tools top_k top_p mm_payload return_mm_kwargs cache_salt watermarking
+    kv_transfer_params ec_transfer_params vllm_xargs chat_template_kwargs
+"""
+RESPONSES = """
+    background include input instructions max_output_tokens max_tool_calls metadata model logit_bias
+    parallel_tool_calls previous_response_id prompt reasoning include_reasoning service_tier store
+    stream temperature text tool_choice tools top_logprobs top_p top_k min_p truncation user
+    skip_special_tokens include_stop_str_in_output presence_penalty frequency_penalty watermarking
+    request_id session_id media_io_kwargs mm_processor_kwargs priority mm_payload return_mm_kwargs
+    cache_salt enable_response_messages previous_input_messages structured_outputs
+    repetition_penalty seed stop stop_token_ids ignore_eos vllm_xargs kv_transfer_params
+    ec_transfer_params chat_template_kwargs
+"""
 KINDS = [
     (CompletionRequest, "completion", COMPLETION, {"prompt": "Hi"}),
     (ChatCompletionRequest, "chat", CHAT, {"messages": MESSAGES}),
     (TokenizeCompletionRequest, "tokenize", TOKENIZE_COMPLETION, {"prompt": "Hi"}),
     (TokenizeChatRequest, "tokenize", TOKENIZE_CHAT, {"messages": MESSAGES}),
     (DetokenizeRequest, "detokenize", DETOKENIZE, {"tokens": [1]}),
+    (MessagesRequest, "messages", ANTHROPIC, {"messages": MESSAGES, "max_tokens": 1}),
+    (ResponsesRequest, "responses", RESPONSES, {"input": "Hi", "tool_choice": None}),
 ]
 FIELDS = [
     (model, kind, field, base)

@@ -64,7 +64,7 @@ def store() -> Iterator[tuple[str, dict[str, bytes]]]:
 
 def run_batch(*options: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "run-batch", *options]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    return subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
 
 
 def test_every_line_has_its_answer(store):

@@ -18,7 +18,7 @@ def build(tmp_path: Path, **environment: str) -> subprocess.CompletedProcess[str
         env=os.environ | environment,
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=600,
     )
 
 

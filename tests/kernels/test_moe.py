@@ -103,8 +103,10 @@ def test_one_call_is_the_sum_over_the_chosen_experts(
     assert kernel is not None
     for num_tokens in (1, 8, 37):
         x = torch.randn(num_tokens, hidden + 8).to(dtype)[:, :hidden]
-        # Float logits: in 16 bits some are equal, and any of them may be chosen.
-        logits = torch.randn(num_tokens, routing.num_experts)
+        # No two of a token are within rounding of each other: any of them could be chosen.
+        count = routing.num_experts
+        order = torch.stack([torch.randperm(count) for _ in range(num_tokens)])
+        logits = (order + torch.rand(num_tokens, count) / 2) * 6 / count - 3
         weights, ids = select_experts(logits, routing, correction)
         got = kernel.run(x, logits)
         tolerance = TOLERANCE[dtype]

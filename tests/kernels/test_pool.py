@@ -16,7 +16,7 @@ pytestmark = pytest.mark.skipif(not ops.has_extension(), reason="vllm._C is not 
 
 def run_python(source: str) -> str:
     result = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(source)], capture_output=True, text=True, timeout=120
+        [sys.executable, "-c", textwrap.dedent(source)], capture_output=True, text=True, timeout=600
     )
     assert result.returncode == 0, result.stderr
     return result.stdout

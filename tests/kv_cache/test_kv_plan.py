@@ -206,24 +206,37 @@ def test_a_backend_limits_the_choice():
     assert result.backends == ("CPU_ATTN",)
 
 
+def run_python(code):
+    """What it printed, and its seconds of processor time."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=600, check=True
+    )
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    return done.stdout, seconds
+
+
+@pytest.fixture(scope="module")
+def unit():
+    """Processor time of a small program of the standard library; 50 to 60 ms where a second is
+    the limit of the command."""
+    return sorted(run_python("import argparse, dataclasses, json, typing")[1] for _ in range(5))[2]
+
+
 @pytest.mark.parametrize("model", MODELS)
-def test_the_command(model):
+def test_the_command(model, unit):
     """Under a second of processor time, without torch; tables, waste and a picture."""
     code = (
         "import sys\nfrom vllm.entrypoints.cli.main import main\n"
         f"status = main(['kv-plan', {str(CONFIGS / model)!r} + '.json'])\n"
         "print(); print(status, 'torch' in sys.modules, 'numpy' in sys.modules)"
     )
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True
-    )
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    assert done.stdout.splitlines()[-1] == "0 False False"
-    seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-    assert seconds < 1
+    printed, seconds = run_python(code)
+    assert printed.splitlines()[-1] == "0 False False"
+    assert seconds < 20 * unit
     for text in ("waste", "vLLM's rule", "Groups", "Layouts not taken", "One block of", "regions"):
-        assert text in done.stdout
+        assert text in printed
 
 
 def test_json(capsys):

@@ -15,19 +15,19 @@ CANARY = 0x55
 class OnTriton:
     """The GPU's mover; where there is no GPU its kernel runs in the interpreter."""
 
-    def __init__(self, pieces, device):
+    def __init__(self, pieces, device, **grid):
         from vllm.v1.kv_cache.triton_movers import PieceTable
 
-        self._table = PieceTable(pieces, torch.device(device))
+        self._table = PieceTable(pieces, torch.device(device), **grid)
 
     def move(self, source, target, source_starts, target_starts, *, streams=False):
         self._table.move(source, target, source_starts, target_starts)
 
 
-def without_extension(pieces, device):
+def without_extension(pieces, device, **grid):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(_extension, "kernels", None)
-        mover = make_mover(pieces, device)
+        mover = make_mover(pieces, device, **grid)
 
         def move(*args, **kwargs):
             with pytest.MonkeyPatch.context() as inner:
@@ -54,7 +54,9 @@ def check(make, lengths, grain, units, seed, streams=False):
     source = torch.from_numpy(rng.integers(-128, 128, rows * size, dtype=np.int8)).to(device)
     target = torch.full((rows * size,), CANARY, dtype=torch.int8, device=device)
     from_rows, to_rows = (rng.permutation(rows)[:units] for _ in range(2))
-    make(pieces, device).move(
+    # In either order of the work: it is a matter of speed only.
+    apart = size if seed % 2 else 1
+    make(pieces, device, grain=size, apart=apart).move(
         source.data_ptr(),
         target.data_ptr(),
         from_rows * size,
@@ -91,3 +93,18 @@ def test_pieces_larger_than_a_program_or_a_cache_line_arrive(kind, streams):
 
 def test_nothing_moves_where_there_are_no_units():
     check(MOVERS["cpu"], [1], 16, 0, 1)
+
+
+@pytest.mark.parametrize("kind", MOVERS)
+def test_a_mover_is_used_again_with_fewer_and_with_more_units(kind):
+    """What an earlier call has left in its memory for starts is never taken for its own."""
+    pieces = np.array([[0, 16, 16], [16, 0, 16]])
+    source = torch.arange(8 * 32, dtype=torch.int16).view(torch.int8)[: 8 * 32]
+    mover = MOVERS[kind](pieces, "cpu", grain=32, apart=32)
+    for units in (4, 3, 8, 1):
+        target = torch.full_like(source, CANARY)
+        rows = np.arange(units)
+        mover.move(source.data_ptr(), target.data_ptr(), rows * 32, rows[::-1] * 32)
+        expected = torch.full_like(source, CANARY).view(8, 2, 16)
+        expected[:units] = source.view(8, 2, 16)[:units].flip(0, 1)
+        assert torch.equal(target, expected.view(-1))

@@ -25,7 +25,7 @@ import psutil
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.entrypoints.server import Server, free_port
+from tests.entrypoints.server import PATIENCE, Server, free_port
 from tests.models.checkpoints import make_hf_model, save
 from tests.models.linear_attention_checkpoints import make_linear_model
 from tests.models.state_checkpoints import make_state_model
@@ -138,9 +138,9 @@ class Engine(Server):
         assert response.status_code == 200, response.text
         return response.json()["kv_transfer_params"]
 
-    def wait_until_empty(self, seconds: float = 20) -> None:
+    def wait_until_empty(self, seconds: float = PATIENCE) -> None:
         """Until no block is held. With VLLM_KV_CACHE_DEBUG the engine checks its pool as well."""
-        wait_for(lambda: self.metric("vllm:kv_cache_usage_perc") == 0, seconds, "blocks are held")
+        wait_for(lambda: self.metric("vllm:kv_cache_usage_perc") == 0, "blocks are held", seconds)
 
     def signal(self, number: int) -> None:
         """To every process of the server."""
@@ -181,14 +181,14 @@ class RouterProcess:
                 stderr=subprocess.STDOUT,
             )
         self.log = log
-        self.http = httpx.Client(base_url=self.url, timeout=120)
+        self.http = httpx.Client(base_url=self.url, timeout=PATIENCE)
         self.answers()
 
-    def answers(self, seconds: float = 60) -> None:
-        wait_for(lambda: self._status() is not None, seconds, "the router does not answer")
+    def answers(self) -> None:
+        wait_for(lambda: self._status() is not None, "the router does not answer")
 
-    def wait(self, status: int = 200, seconds: float = 30) -> None:
-        wait_for(lambda: self._status() == status, seconds, f"the router did not come to {status}")
+    def wait(self, status: int = 200) -> None:
+        wait_for(lambda: self._status() == status, f"the router did not come to {status}")
 
     def _status(self) -> int | None:
         with contextlib.suppress(httpx.TransportError):
@@ -235,7 +235,7 @@ class RouterProcess:
         self.http.close()
         if self.process.poll() is None:
             self.process.terminate()
-        self.process.wait(20)
+        self.process.wait(PATIENCE)
 
 
 class StartError(AssertionError):
@@ -371,7 +371,7 @@ def tokens_of(response: httpx.Response) -> list[int]:
     return response.json()["choices"][0]["token_ids"]
 
 
-def wait_for(condition: Callable[[], bool], seconds: float, complaint: str) -> None:
+def wait_for(condition: Callable[[], bool], complaint: str, seconds: float = PATIENCE) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, f"after {seconds:g} s {complaint}"

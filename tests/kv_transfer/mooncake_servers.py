@@ -9,6 +9,7 @@ from typing import Any
 
 import httpx
 
+from tests.entrypoints.server import PATIENCE
 from tests.kv_transfer.harness import (
     STATEFUL,
     Engine,
@@ -75,7 +76,8 @@ def bootstrap_of(engine: Engine) -> str:
 
 
 def engine_id_of(engine: Engine) -> str:
-    return httpx.get(f"{bootstrap_of(engine)}/query").json()["0"]["engine_id"]
+    response = httpx.get(f"{bootstrap_of(engine)}/query", timeout=PATIENCE)
+    return response.json()["0"]["engine_id"]
 
 
 def ask_of(transfer_id: str) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from tests.effort import by_effort
 from tests.kv_transfer.campaigns import NUM_BLOCKS
 from tests.kv_transfer.test_faults import PullCampaign
 from tests.kv_transfer.test_mooncake_faults import PushCampaign
+from tests.kv_transfer.test_mooncake_messages import worker
 from vllm.distributed.kv_transfer.kv_connector.v1.mooncake import messages as mooncake
 from vllm.distributed.kv_transfer.kv_connector.v1.mooncake.bootstrap import make_bootstrap_app
 from vllm.distributed.kv_transfer.kv_connector.v1.mooncake.directory import (
@@ -400,14 +401,7 @@ def test_answers_to_a_decoder_end_no_load_that_they_are_not_for():
 
 # Bootstrap servers
 
-WORKER = {
-    "engine_id": "e",
-    "dp_rank": 0,
-    "tp_rank": 0,
-    "pp_rank": 0,
-    "addr": "tcp://127.0.0.1:5",
-    "session": "secret",
-}
+WORKER = worker()
 
 
 def test_requests_to_a_bootstrap_server_register_nobody():

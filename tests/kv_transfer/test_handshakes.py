@@ -11,7 +11,7 @@ import pytest
 import zmq
 
 from tests.core.helpers import make_request
-from tests.entrypoints.server import free_port
+from tests.entrypoints.server import PATIENCE, free_port
 from tests.kv_transfer.campaigns import Clock
 from tests.kv_transfer.test_faults import PullEngine
 from vllm.distributed.kv_transfer.kv_connector.v1.nixl.messages import (
@@ -151,9 +151,9 @@ def test_noise_does_not_end_the_handshake_server(noise):
         socket = context.socket(zmq.REQ)
         socket.connect(f"tcp://127.0.0.1:{port}")
         socket.send(noise)
-        assert socket.poll(5000)
+        assert socket.poll(1000 * PATIENCE)
         assert msgspec.msgpack.decode(socket.recv())["error"] == "not a handshake request"
-        assert ask_handshake("127.0.0.1", port, 0, 5.0) == b"payload"
+        assert ask_handshake("127.0.0.1", port, 0, PATIENCE) == b"payload"
     finally:
         context.destroy(linger=0)
         server.close()

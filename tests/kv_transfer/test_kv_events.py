@@ -5,7 +5,7 @@ import pytest
 import zmq
 
 from tests.core.helpers import make_scheduler
-from tests.entrypoints.server import free_port
+from tests.entrypoints.server import PATIENCE, free_port
 from tests.kv_transfer.conftest import greedy, prompt_of
 from vllm.errors import ConfigError
 from vllm.v1.engine.kv_events import NullKVEventSource
@@ -21,7 +21,7 @@ class Subscriber:
         self.socket.setsockopt_string(zmq.SUBSCRIBE, topic)
         self.numbers = []
 
-    def receive(self, milliseconds=3000):
+    def receive(self, milliseconds=1000 * PATIENCE):
         if not self.socket.poll(milliseconds):
             return None
         topic, number, payload = self.socket.recv_multipart()
@@ -53,14 +53,18 @@ def subscriber():
 
 
 def first_batch(llm, subscriber):
-    """PUB drops what comes before the subscription: compute until something arrives."""
-    for seed in range(50):
-        prompt = prompt_of(40, 100 + seed)
-        greedy(llm, [prompt], count=1)
-        found = subscriber.receive(100)
-        if found:
-            return prompt["prompt_token_ids"], found
-    raise AssertionError("nothing was published")
+    """Of a prompt, and its tokens. PUB drops what comes before the subscription."""
+    num_sent = 0
+    while not subscriber.numbers:
+        assert num_sent < 10 * PATIENCE, "nothing was published"
+        assert llm.reset_prefix_cache()
+        num_sent += 1
+        subscriber.receive(100)
+    while subscriber.numbers[-1] < num_sent - 1:
+        subscriber.receive()
+    prompt = prompt_of(40, 100)
+    greedy(llm, [prompt], count=1)
+    return prompt["prompt_token_ids"], subscriber.receive()
 
 
 def test_stored_removed_and_cleared_blocks_are_published(make_llm, subscriber):
@@ -106,7 +110,7 @@ def test_missed_batches_are_replayed(make_llm, subscriber):
     asking.send_multipart((b"", (3).to_bytes(8, "big")))
     answers = []
     while not answers or answers[-1][2] != (-1).to_bytes(8, "big", signed=True):
-        assert asking.poll(3000)
+        assert asking.poll(1000 * PATIENCE)
         answers.append(asking.recv_multipart())
     numbers = [int.from_bytes(answer[2], "big") for answer in answers[:-1]]
     assert numbers == [3, 4]

@@ -8,7 +8,8 @@ import uuid
 import pytest
 
 from tests.engine.conftest import ENGINE_ARGS
-from tests.entrypoints.server import free_port
+from tests.entrypoints.server import PATIENCE, free_port
+from tests.kv_transfer.clocks import ThreadsClock
 from tests.kv_transfer.conftest import greedy, prompt_of
 from tests.kv_transfer.mooncake import own_network, require_mooncake
 from vllm import LLM, SamplingParams
@@ -110,13 +111,14 @@ def ask_decode(p, d, prompts, ids, count=8):
     d.submit(prompts, [sampling(decode_params(p, name), count) for name in ids])
 
 
-def run(*sides, seconds=30):
+def run(*sides, between=lambda: None):
     """Steps of all until their requests have ended."""
-    deadline = time.monotonic() + seconds
+    deadline = time.monotonic() + PATIENCE
     while any(None in side.outputs for side in sides):
         assert time.monotonic() < deadline, "requests hang"
         for side in sides:
             side.step()
+        between()
 
 
 def transfer(p, d, prompts, count=8):
@@ -129,9 +131,9 @@ def transfer(p, d, prompts, count=8):
     return [list(out.outputs[0].token_ids) for out in d.outputs], d.outputs
 
 
-def wait_until_free(*sides, seconds=5):
+def wait_until_free(*sides):
     """Steps of idle engines until no blocks are held."""
-    deadline = time.monotonic() + seconds
+    deadline = time.monotonic() + PATIENCE
     while any(side.core.scheduler.kv_cache_manager.usage for side in sides):
         assert time.monotonic() < deadline, "blocks are held"
         for side in sides:
@@ -217,9 +219,9 @@ def test_the_bytes_that_were_written_are_the_ones_that_count(make_side, monkeypa
     assert [list(out.outputs[0].token_ids) for out in d.outputs] != greedy(plain.llm, PROMPTS[:1])
 
 
-def fails(d, *others, match="kv_load_failure_policy", seconds=10):
+def fails(d, *others, match="kv_load_failure_policy"):
     """The request of D fails while the others go on."""
-    deadline = time.monotonic() + seconds
+    deadline = time.monotonic() + PATIENCE
     with pytest.raises((KVTransferError, VLLMValidationError), match=match):
         while True:
             assert time.monotonic() < deadline, "the request hangs"
@@ -247,7 +249,7 @@ def test_what_a_prefill_came_to_is_told_at_once(make_side, caplog):
     ask_decode(p, d, PROMPTS[:1], ids)
     p.llm.llm_engine.abort_request(list(p.names))
     p.core.step()
-    fails(d, p, seconds=5)
+    fails(d, p)
     assert "its prefill ended as finished_aborted" in caplog.text
     wait_until_free(p, d)
 
@@ -278,20 +280,60 @@ def test_blocks_that_nobody_fetches_are_freed(make_side, monkeypatch, caplog):
 
 
 def test_a_lease_is_prolonged_while_somebody_waits(make_llm, make_side):
-    extra = {"kv_lease_duration": 0.3}
+    extra = {"kv_lease_duration": 6.0}
     p = make_side("kv_producer", extra)
-    d = make_side("kv_consumer", extra, max_num_seqs=1, num_gpu_blocks_override=20)
+    # Of its 10 blocks the first request takes 3 or 4, and the second wants 8.
+    d = make_side("kv_consumer", extra, max_model_len=160, num_gpu_blocks_override=11)
     transfer(p, d, PROMPTS[:1])
-    # One after the other: the second waits far longer than its lease.
-    assert transfer(p, d, PROMPTS[1:3], 100)[0] == greedy(make_llm(), PROMPTS[1:3], count=100)
+    clock = clock_of(p, d)
+    d.names.clear()
+    ids = new_ids(PROMPTS[1:3])
+    ask_prefill(p, PROMPTS[1:3], ids)
+    run(p)
+    ask_decode(p, d, PROMPTS[1:3], ids, 30)
+    first = next(iter(d.names))
+    begin = clock.now
+
+    def go_on():
+        # One after the other: the second waits far longer than its lease.
+        if d.names[first] is None and clock.now < begin + 20:
+            clock.go_on(1.0)
+            assert len(transfer_worker(d).receiver._expected) == 1
+
+    run(p, d, between=go_on)
+    assert clock.now >= begin + 20
+    tokens = [list(out.outputs[0].token_ids) for out in d.outputs]
+    assert tokens == greedy(make_llm(), PROMPTS[1:3], count=30)
     wait_until_free(p, d)
+
+
+def transfer_worker(side):
+    return side.core.executor.worker.model_runner._connector._connector._worker
+
+
+def clock_of(*sides):
+    """Of their transfer threads."""
+    clock = ThreadsClock(looks=4)
+    for side in sides:
+        worker = transfer_worker(side)
+        parts = [part for part in (worker.sender, worker.receiver) if part is not None]
+        for part in (*parts, *(part._directory for part in parts if part is worker.receiver)):
+            part._clock = clock
+        clock.threads.append(worker._thread)
+    return clock
 
 
 def test_a_prefill_that_never_comes_is_waited_for_so_long(make_llm, make_side, monkeypatch, caplog):
     monkeypatch.setenv("VLLM_MOONCAKE_CONNECTOR_TIMEOUT", "2")
     p, d = make_side("kv_producer"), make_side("kv_consumer", policy="recompute")
+    clock = clock_of(p, d)
     ask_decode(p, d, PROMPTS[:1], new_ids(PROMPTS[:1]))
-    run(d)
+
+    def go_on():
+        if "came within" not in caplog.text:
+            clock.go_on(0.25)
+
+    run(d, between=go_on)
     assert [list(out.outputs[0].token_ids) for out in d.outputs] == greedy(make_llm(), PROMPTS[:1])
     assert "came within 2 s (VLLM_MOONCAKE_CONNECTOR_TIMEOUT)" in caplog.text
     wait_until_free(d)

@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 import httpx
 import pytest
 
+from tests.entrypoints.server import PATIENCE
 from tests.kv_transfer.harness import MODELS, body_of, wait_for
 from tests.kv_transfer.mooncake_servers import (
     Cluster,
@@ -42,7 +43,8 @@ def test_a_stream_a_refusal_and_several_answers_pass_through(mooncake_fleet, tmp
     with Cluster(mooncake_fleet, tmp_path, setup("llama"), setup("llama")) as cluster:
         (prompt,) = prompts(1)
         body = {**body_of(prompt, 5), "stream": True}
-        with httpx.stream("POST", f"{cluster.router.url}/v1/completions", json=body) as response:
+        url = f"{cluster.router.url}/v1/completions"
+        with httpx.stream("POST", url, json=body, timeout=PATIENCE) as response:
             lines = [line for line in response.iter_lines() if line.startswith("data: ")]
         assert lines[-1] == "data: [DONE]"
         # A reader that comes late gets several tokens in one piece.
@@ -73,11 +75,9 @@ def test_a_killed_prefill_server_fails_its_requests_and_the_router_goes_on(
         (prompt,) = prompts(1, 100)
         with ThreadPoolExecutor(1) as pool:
             waiting = pool.submit(fetch, first, cluster.d, prompt, "never")
-            wait_for(
-                lambda: cluster.d.metric("vllm:kv_cache_usage_perc") > 0, 20, "it does not load"
-            )
+            wait_for(lambda: cluster.d.metric("vllm:kv_cache_usage_perc") > 0, "it does not load")
             first.signal(signal.SIGKILL)
-            response = waiting.result(timeout=30)
+            response = waiting.result(timeout=PATIENCE)
         assert response.status_code == 500 and "could not be loaded" in response.text
         compare(cluster, prompts(2))
     mooncake_fleet.end(doomed)
@@ -96,13 +96,13 @@ def test_a_decode_server_that_is_killed_leaves_no_blocks_behind(mooncake_fleet, 
         ids = [f"x-{i}" for i in range(3)]
         with ThreadPoolExecutor(3) as pool:
             waiting = [pool.submit(fetch, cluster.p, second, prompt, name) for name in ids]
-            wait_for(lambda: second.metric("vllm:kv_cache_usage_perc") > 0, 20, "nothing loads")
+            wait_for(lambda: second.metric("vllm:kv_cache_usage_perc") > 0, "nothing loads")
             second.signal(signal.SIGKILL)
             for future in waiting:
-                assert future.exception(timeout=30) is not None
+                assert future.exception(timeout=PATIENCE) is not None
         for name in ids:
             assert cluster.p.complete(prompt, 1, ask_of(name)).status_code == 200
-        cluster.p.wait_until_empty(30)
+        cluster.p.wait_until_empty()
         compare(cluster, prompts(2))
     mooncake_fleet.end(doomed)
 

@@ -1,6 +1,7 @@
 """Prefill in one engine, decode in another, over real NIXL in one process."""
 
 import importlib.util
+import threading
 import time
 from types import SimpleNamespace
 
@@ -8,7 +9,8 @@ import pytest
 import torch
 
 from tests.engine.conftest import ENGINE_ARGS
-from tests.entrypoints.server import free_port
+from tests.entrypoints.server import PATIENCE, free_port
+from tests.kv_transfer.clocks import ThreadsClock
 from tests.kv_transfer.conftest import greedy, prompt_of
 from vllm import LLM, SamplingParams
 from vllm.distributed.kv_transfer.kv_connector.v1.nixl.side_channel import ask_handshake
@@ -74,10 +76,10 @@ def core_of(llm):
     return llm.llm_engine.client._core
 
 
-def wait_until_free(llm, seconds=5):
+def wait_until_free(llm):
     """Steps of an idle engine until no blocks are held."""
     core = core_of(llm)
-    deadline = time.monotonic() + seconds
+    deadline = time.monotonic() + PATIENCE
     while core.scheduler.kv_cache_manager.usage and time.monotonic() < deadline:
         if core.has_work():
             core.step()
@@ -158,10 +160,14 @@ def test_every_way_brings_the_same_tokens(make_llm, make_nixl, monkeypatch, way)
 
 def worker_of(llm):
     """What D's transfer thread has done."""
-    worker = core_of(llm).executor.worker.model_runner._connector._connector._worker
+    worker = transfer_worker(llm)
     return SimpleNamespace(
         ways=set(worker.loads.ways_taken), registers_blocks=worker._local.registers_blocks
     )
+
+
+def transfer_worker(llm):
+    return core_of(llm).executor.worker.model_runner._connector._connector._worker
 
 
 @pytest.mark.parametrize(
@@ -272,14 +278,32 @@ def test_an_expired_lease_frees_the_blocks_and_a_late_reader_sees_it(make_nixl):
 
 
 def test_a_lease_is_prolonged_while_somebody_waits(make_nixl):
-    p = make_nixl("kv_producer", {"kv_lease_duration": 0.6})
-    d = make_nixl("kv_consumer", max_num_seqs=1, num_gpu_blocks_override=20)
+    p = make_nixl("kv_producer", {"kv_lease_duration": 6.0})
+    # Of its 10 blocks the first request takes 3 or 4, and the second wants 8.
+    d = make_nixl("kv_consumer", max_model_len=160, num_gpu_blocks_override=11)
+    clock = ThreadsClock(looks=30)
+    for worker in (transfer_worker(p), transfer_worker(d)):
+        worker._clock = clock
+        clock.threads.append(worker._thread)
     first = prefill(p, PROMPTS[:1])
     decode(d, PROMPTS[:1], first)
     answers = prefill(p, PROMPTS[1:3])
-    # One after the other: the second waits far longer than its lease.
-    tokens, _ = decode(d, PROMPTS[1:3], answers, count=150)
-    assert tokens == greedy(make_nixl(), PROMPTS[1:3], count=150)
+    engine, ended = d.llm_engine, {}
+    for name, prompt, answer in zip("ab", PROMPTS[1:3], answers, strict=True):
+        extra = {"kv_transfer_params": answer}
+        params = SamplingParams(temperature=0, max_tokens=30, ignore_eos=True, extra_args=extra)
+        engine.add_request(name, prompt, params)
+    begin = clock.now
+    while engine.has_unfinished_requests():
+        for output in engine.step():
+            if output.finished:
+                ended[output.request_id] = list(output.outputs[0].token_ids)
+            elif not ended:
+                # One after the other: the second waits far longer than its lease.
+                clock.go_on(1.0)
+                assert len(transfer_worker(d).notices.expected) == 1
+    assert clock.now - begin > 3 * 6.0
+    assert [ended["a"], ended["b"]] == greedy(make_nixl(), PROMPTS[1:3], count=30)
     wait_until_free(p)
 
 
@@ -396,14 +420,14 @@ def test_the_side_channel_answers_handshakes_only(make_nixl, monkeypatch):
 
     p = make_nixl("kv_producer")
     port = core_of(p).scheduler.kv_transfer.connector._scheduler.port
-    assert ask_handshake("127.0.0.1", port, 0, 2.0)
+    assert ask_handshake("127.0.0.1", port, 0, PATIENCE)
     with pytest.raises(KVTransferError, match=r"no 'get_meta_msg' of rank \(0, 3\)"):
-        ask_handshake("127.0.0.1", port, 3, 2.0)
+        ask_handshake("127.0.0.1", port, 3, PATIENCE)
     context = zmq.Context()
     socket = context.socket(zmq.REQ)
     socket.connect(f"tcp://127.0.0.1:{port}")
     socket.send(b"\x80\x04pickle")
-    assert socket.poll(2000)
+    assert socket.poll(1000 * PATIENCE)
     assert msgspec.msgpack.decode(socket.recv())["error"] == "not a handshake request"
     context.destroy(linger=0)
     monkeypatch.setenv("VLLM_NIXL_SIDE_CHANNEL_PORT", str(port))
@@ -437,3 +461,25 @@ def test_settings_are_checked(make_nixl):
         make_nixl(extra={"staging_slot_bytes": 10000})
     with pytest.raises(ConfigError, match="the buffer is the staging ring"):
         make_nixl(extra={"staging_slots": 0, "buffer": "cpu"})
+
+
+def test_an_engine_that_waits_for_kv_is_told_when_it_has_come(make_llm, make_nixl):
+    """No clock wakes it: only what the transfer thread says, and each step says what it changed."""
+    prompt = [prompt_of(70, 1)]
+    plain = greedy(make_llm(), prompt, 1)
+    p, d = make_nixl("kv_producer"), make_nixl("kv_consumer")
+    core, told = core_of(d), threading.Semaphore(0)
+    core.executor.register_transfer_callback(told.release)
+    (answer,) = prefill(p, prompt)
+    params = SamplingParams(temperature=0, max_tokens=1, extra_args={"kv_transfer_params": answer})
+    d.llm_engine.add_request("waits", prompt[0], params)
+    _, made_progress = core.step()
+    assert not made_progress
+    assert told.acquire(timeout=20)
+    # The load has ended: the step that hears of it runs no model, yet the next one may.
+    outputs, made_progress = core.step()
+    assert made_progress and not any(part.outputs for part in outputs.values())
+    outputs, made_progress = core.step()
+    (found,) = outputs.values()
+    assert made_progress and [list(row.new_token_ids) for row in found.outputs] == plain
+    wait_until_free(d)

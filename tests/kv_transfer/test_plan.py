@@ -116,9 +116,8 @@ class Rank:
         chunks = chunks_of(plan, [len(own) for own in units], pair.slot_bytes)
         for chunk in chunks:
             slots = rings[0].take(), rings[1].take()
-            own, part = units[chunk.table], slice(chunk.first, chunk.first + chunk.count)
-            blocks, parts = own.source_blocks[part], own.source_parts[part]
-            assert rings[0].gather(movers[chunk.table], chunk, blocks, parts, slots[0]).poll()
+            own = units[chunk.table]
+            assert rings[0].gather(movers[chunk.table], chunk, own, slots[0]).poll()
             copy = self.port.read(
                 lists[0],
                 pair.granules("target", slots[1], chunk.num_bytes),
@@ -331,7 +330,7 @@ def test_a_descriptor_that_lies_is_refused(change):
 def test_block_ids_that_are_not_the_peers_are_refused():
     own = descriptor(full(4, 4, 16), "LBHNC")
     plan = plan_of(own, own)
-    for row in ([9], [-1], [1 << 62]):
+    for row in ([9], [-1], [1 << 62], [1 << 63], [-1 << 70]):
         with pytest.raises(KVTransferError, match="block ids must be 0 to 8"):
             plan.units([row], [[1]], 16)
     with pytest.raises(KVTransferError, match="need 2 blocks of the source, which has 1"):

@@ -14,7 +14,7 @@ from dataclasses import replace
 import httpx
 import pytest
 
-from tests.entrypoints.server import TINY
+from tests.entrypoints.server import PATIENCE, TINY
 from tests.kv_transfer.harness import (
     KEY,
     SMOLLM2,
@@ -29,11 +29,13 @@ pytestmark = pytest.mark.skipif(
     not any(importlib.util.find_spec(name) for name in ("nixl", "nixl_cu12", "nixl_cu13")),
     reason="needs nixl: pip install 'vllm[nixl]'",
 )
-PLAIN = Setup(model=SMOLLM2, options=TINY)
+PLAIN = Setup(model=SMOLLM2, options=(*TINY, "--max-model-len", "4000"))
 PREFILL = replace(PLAIN, role="kv_producer", name="p")
 DECODE = replace(PLAIN, role="kv_consumer", name="d")
 DOOMED = "doomed"
 LONG = 200
+# More tokens than are drawn before the test goes on, however late it does.
+ENDLESS = 3900
 
 
 def prompt(index: int) -> list[int]:
@@ -43,8 +45,8 @@ def prompt(index: int) -> list[int]:
 @pytest.fixture(scope="module")
 def router(tmp_path_factory):
     log = tmp_path_factory.mktemp("router") / "log"
-    limits = ("--health-timeout", "0.5", "--prefill-timeout", "4", "--retries", "2")
-    made = RouterProcess(log, *limits)
+    # A server that has much to do on a busy machine is not taken for one that is frozen.
+    made = RouterProcess(log, "--health-timeout", "10")
     yield made
     made.close()
 
@@ -75,7 +77,7 @@ def doomed(fleet):
 def stream(url: str, index: int, count: int):
     """Events of an answer, as they come."""
     body = {**body_of(prompt(index), count), "stream": True}
-    with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=60) as response:
+    with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=PATIENCE) as response:
         assert response.status_code == 200, response.read()
         for line in response.iter_lines():
             if line.startswith("data: "):
@@ -138,7 +140,7 @@ def test_streams_and_chats_pass_through(cluster):
     messages = [{"role": "user", "content": "the quick brown fox jumps over a lazy dog"}]
     body = {"messages": messages, "max_tokens": 8, "temperature": 0}
     answers = [
-        httpx.post(f"{url}/v1/chat/completions", json=body, timeout=60).json()["choices"][0]
+        httpx.post(f"{url}/v1/chat/completions", json=body, timeout=PATIENCE).json()["choices"][0]
         for url in (router.url, plain.url)
     ]
     assert answers[0]["message"]["content"] == answers[1]["message"]["content"]
@@ -155,7 +157,7 @@ def test_several_answers_share_one_prefill(cluster):
     assert [choice["token_ids"] for choice in choices] == [plain.tokens(text, 4)] * 3
     assert d.metric("vllm:kv_transfers_total") == before[0] + 3
     # Nobody waits for the end of the lease.
-    p.wait_until_empty(10)
+    p.wait_until_empty()
     assert p.metric("vllm:kv_expired_leases_total") == before[1]
 
 
@@ -241,18 +243,22 @@ def test_a_server_that_leaves_ends_what_it_has_begun(cluster):
     router.join("decode", d.url)
 
 
-def test_a_frozen_server_is_left_alone_until_it_is_back(cluster):
+def test_a_frozen_server_is_left_alone_until_it_is_back(cluster, tmp_path):
     """Somebody who waits for it is told in time."""
-    router, p, _, plain = cluster
-    before = router.metric('vllm_router_server_failures_total{kind="prefill"}')
-    with frozen(p):
-        response = router.complete(prompt(1))
-        assert response.status_code in (502, 503, 504), response.text
-        assert response.json()["error"]["type"] == "router_error"
-        router.wait(503)
-    assert router.metric('vllm_router_server_failures_total{kind="prefill"}') > before
-    router.wait(200)
-    assert router.tokens(prompt(1)) == plain.tokens(prompt(1))
+    _, p, d, plain = cluster
+    router = RouterProcess(tmp_path / "log", "--health-timeout", "3")
+    try:
+        with router.with_servers([p], [d]):
+            with frozen(p):
+                response = router.complete(prompt(1))
+                assert response.status_code in (502, 503, 504), response.text
+                assert response.json()["error"]["type"] == "router_error"
+                router.wait(503)
+            assert router.metric('vllm_router_server_failures_total{kind="prefill"}') > 0
+            router.wait(200)
+            assert router.tokens(prompt(1)) == plain.tokens(prompt(1))
+    finally:
+        router.close()
 
 
 @pytest.mark.parametrize("kind", ["prefill", pytest.param("decode", marks=pytest.mark.slow)])
@@ -287,7 +293,7 @@ def test_a_decoder_that_dies_before_the_first_token_is_replaced(cluster, doomed,
             answer = pool.submit(lambda: list(stream(router.url, 4, 12)))
         else:
             answer = pool.submit(router.tokens, prompt(4))
-        wait_for(lambda: in_flight(router, "decode") == 1, 10, "nothing was sent on")
+        wait_for(lambda: in_flight(router, "decode") == 1, "nothing was sent on")
         assert router.join("decode", d.url)["healthy"]
         kill(second)
         got = answer.result()
@@ -306,7 +312,7 @@ def test_a_decoder_that_fails_within_a_stream_ends_it_with_an_error(cluster, doo
     router.leave("decode", d.url)
     assert router.join("decode", second.url)["healthy"]
     before = router.metric('vllm_router_requests_total{outcome="broken_off"}')
-    events = stream(router.url, 2, LONG)
+    events = stream(router.url, 2, ENDLESS)
     got = [next(events)]
     second.signal(signal.SIGSTOP)
     if how == "dies":
@@ -316,11 +322,10 @@ def test_a_decoder_that_fails_within_a_stream_ends_it_with_an_error(cluster, doo
     error = json.loads(got[-2])["error"]
     assert error["code"] == 502
     assert error["message"] == "the decode server failed within its answer"
-    right = plain.tokens(prompt(2), LONG)
     ids = ids_of(got[:-2])
-    assert ids == right[: len(ids)] and len(ids) < LONG
+    assert 0 < len(ids) < ENDLESS and ids == plain.tokens(prompt(2), len(ids))
     assert router.metric('vllm_router_requests_total{outcome="broken_off"}') == before + 1
-    wait_for(lambda: in_flight(router, "decode") == 0, 5, "a request is still counted")
+    wait_for(lambda: in_flight(router, "decode") == 0, "a request is still counted")
     router.leave("decode", second.url)
     router.join("decode", d.url)
 
@@ -329,12 +334,12 @@ def test_a_client_that_leaves_ends_its_request_everywhere(cluster):
     router, _, d, _ = cluster
     with frozen(d), pytest.raises(httpx.ReadTimeout):
         httpx.post(f"{router.url}/v1/completions", json=body_of(prompt(1), LONG), timeout=0.4)
-    wait_for(lambda: in_flight(router, "decode") == 0, 5, "a request is still counted")
+    wait_for(lambda: in_flight(router, "decode") == 0, "a request is still counted")
     router.wait(200)
     events = stream(router.url, 1, LONG)
     next(events)
     events.close()
-    wait_for(lambda: in_flight(router, "decode") == 0, 5, "a request is still counted")
+    wait_for(lambda: in_flight(router, "decode") == 0, "a request is still counted")
     d.wait_until_idle()
     d.wait_until_empty()
 

@@ -78,7 +78,7 @@ def test_two_ranks_have_the_weights_of_one(tmp_path):
     ranks = [subprocess.Popen([*command, str(r), "2", *rest], cwd=ROOT) for r in range(2)]
     try:
         expected = [logits_of(folder) for folder in folders]
-        assert [rank.wait(timeout=120) for rank in ranks] == [0, 0]
+        assert [rank.wait(timeout=600) for rank in ranks] == [0, 0]
     finally:
         for rank in ranks:
             rank.kill()

@@ -35,11 +35,17 @@ def test_the_draw_is_the_plain_one(dtype: torch.dtype, vocab: int) -> None:
     scale = torch.rand(24, generator=generator) * 2 + 0.1
     scale[::5] = 0
     uniform = torch.rand(24, generator=generator).clamp(max=0.999999)
-    drawn = draw((logits.float() * scale[:, None]).softmax(-1), uniform.double())
-    expected = torch.where(scale == 0, logits.float().argmax(-1), drawn)
+    shares = (logits.float() * scale[:, None]).softmax(-1)
+    drawn = draw(shares, uniform.double())
     got = sample(logits, scale, uniform)
-    # Where a number lies within rounding of a boundary, the neighbour is as good.
-    assert int((got != expected).sum()) <= 1
+    ends = shares.double().cumsum(-1)
+    for row, token in enumerate(got.tolist()):
+        if scale[row] == 0:
+            assert logits[row, token] == logits[row].max()
+        elif token != drawn[row]:
+            # Where a number lies within rounding of a boundary, the neighbour is as good.
+            begin = ends[row, token] - shares[row, token]
+            assert begin - 1e-5 <= uniform[row] <= ends[row, token] + 1e-5
 
 
 def test_rows_without_a_choice_are_told() -> None:
@@ -74,18 +80,21 @@ LIMITS = [
 
 
 @pytest.mark.parametrize(
-    ("spread", "candidates"),
-    [(4.0, 2048), (1.0, 64), (0.01, 2048)],
+    ("spread", "bits", "candidates"),
+    [(4.0, 16, 2048), (1.0, 18, 64), (0.01, 24, 2048)],
     ids=["peaked", "in place", "flat"],
 )
 def test_limits_keep_what_the_plain_operators_keep(
-    monkeypatch: pytest.MonkeyPatch, spread: float, candidates: int
+    monkeypatch: pytest.MonkeyPatch, spread: float, bits: int, candidates: int
 ) -> None:
+    """Of logits that have so few ``bits`` that no difference and no product of them is rounded:
+    two that are next to each other would change places."""
     monkeypatch.setattr(triton_truncate, "_CANDIDATES", candidates)
     generator = torch.Generator().manual_seed(torch.seed())
     vocab, draws = 9000, by_effort(1, 2)
     for k, p, m in LIMITS:
         logits = torch.randn(vocab, generator=generator) * spread
+        logits = (logits * 2.0**bits).round() / 2.0**bits
         kept = kept_tokens(logits, 1.25, k, p, m)
         weights = torch.where(kept, (logits * 1.25).softmax(0), 0)
         uniform = torch.rand(draws, generator=generator).clamp(max=0.999999)
@@ -103,7 +112,7 @@ def test_limits_keep_what_the_plain_operators_keep(
         for token, number in zip(got.tolist(), uniform.tolist(), strict=True):
             assert kept[token], (k, p, m)
             own = float(weights[token].double() / weights.double().sum())
-            assert sums[token] - own - 1e-4 <= number <= sums[token] + 1e-4, (k, p, m)
+            assert sums[token] - own - 2e-4 <= number <= sums[token] + 2e-4, (k, p, m)
 
 
 @pytest.mark.parametrize("k", [1, 3, 10])

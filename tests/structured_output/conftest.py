@@ -27,5 +27,5 @@ def given_up_threads_end():
     yield
     for thread in threading.enumerate():
         if thread.name.endswith("(given up)"):
-            thread.join(timeout=60)
+            thread.join(timeout=600)
             assert not thread.is_alive()

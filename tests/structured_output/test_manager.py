@@ -14,6 +14,7 @@ from vllm.errors import QueueFullError
 from vllm.sampling_params import SamplingParams
 from vllm.v1.request import Request
 from vllm.v1.structured_output import StructuredOutputManager
+from vllm.v1.structured_output import manager as manager_module
 from vllm.v1.structured_output.backend_types import StructuredOutputGrammar
 from vllm.v1.structured_output.backend_xgrammar import XgrammarBackend
 
@@ -54,7 +55,7 @@ def make_request(req_id: str, tokenizer, **constraint) -> Request:
 
 
 def wait(request: Request) -> None:
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 120
     while not request.structured_output_request.is_grammar_ready:
         assert time.monotonic() < deadline
         time.sleep(0.005)
@@ -163,11 +164,20 @@ def test_a_tokenizer_that_cannot_be_made_fails_the_request(config, tokenizer):
 
 # The matcher keeps every way to read the text so far, and there are ever more of them.
 AMBIGUOUS = "(.*)*" * 30 + "b"
+# Seconds: for ever compared with what is quick, and that in turn on a busy machine with this.
+SOON = 2.0
 SLOW_TO_COMPILE = {"type": "string", "maxLength": 10**8}
 
 
+@pytest.fixture
+def patient(monkeypatch):
+    """Those beside a hanging grammar may take as long as it did."""
+    monkeypatch.setattr(manager_module, "_FOLLOW_SECONDS_WHILE_OTHERS_HANG", SOON)
+
+
+@pytest.mark.usefixtures("patient")
 def test_a_grammar_that_takes_too_long_to_follow_fails_its_request_only(config, tokenizer):
-    manager = StructuredOutputManager(config, lambda: tokenizer, follow_seconds=0.2)
+    manager = StructuredOutputManager(config, lambda: tokenizer, follow_seconds=SOON)
     requests = {
         "before": make_request("before", tokenizer, choice=["ab"]),
         "bad": make_request("bad", tokenizer, regex=AMBIGUOUS),
@@ -178,11 +188,9 @@ def test_a_grammar_that_takes_too_long_to_follow_fails_its_request_only(config, 
     for request in requests.values():
         wait(request)
     (blanks,) = tokenizer.encode(" " * 16)
-    begin = time.monotonic()
     assert not manager.accept_tokens(requests["bad"], [blanks] * 4)
-    assert time.monotonic() - begin < 2
     state = requests["bad"].structured_output_request
-    assert "took longer than 0.2 s" in state.error
+    assert f"took longer than {SOON:g} s" in state.error
     assert state.error_type == "VLLMValidationError"
     assert not manager.accept_tokens(requests["bad"], [blanks])
     (b,), (ab,) = tokenizer.encode("b"), tokenizer.encode("ab")
@@ -221,11 +229,12 @@ class BackendWithHangingGrammars(XgrammarBackend):
             super().fill_bitmask(grammars, bitmask)
 
 
+@pytest.mark.usefixtures("patient")
 def test_a_mask_that_takes_too_long_leaves_the_others_right(config, tokenizer, monkeypatch):
     monkeypatch.setattr(
         "vllm.v1.structured_output.backend_xgrammar.XgrammarBackend", BackendWithHangingGrammars
     )
-    manager = StructuredOutputManager(config, lambda: tokenizer, follow_seconds=0.2)
+    manager = StructuredOutputManager(config, lambda: tokenizer, follow_seconds=SOON)
     requests = {
         name: make_request(name, tokenizer, choice=[text])
         for name, text in {"a": "ab", "hang": "hang", "b": "b"}.items()
@@ -237,8 +246,10 @@ def test_a_mask_that_takes_too_long_leaves_the_others_right(config, tokenizer, m
     (b,) = tokenizer.encode("b")
     mask = manager.grammar_bitmask(requests, ["a", "hang", "b"])
     assert (mask[1] == -1).all()
+    (hanging,) = [t for t in threading.enumerate() if t.name.endswith("(given up)")]
     HangingGrammar.gate.set()
-    time.sleep(0.1)
+    hanging.join(120)
+    assert not hanging.is_alive()
     # What the thread that was given up has written since went elsewhere.
     assert (mask[1] == -1).all() and allowed(mask[2]) == {b}
     assert not manager.accept_tokens(requests["hang"], [b])
@@ -248,7 +259,7 @@ def test_a_mask_that_takes_too_long_leaves_the_others_right(config, tokenizer, m
 
 
 def test_a_grammar_that_takes_too_long_to_compile_fails_its_request_only(config, tokenizer):
-    manager = StructuredOutputManager(config, lambda: tokenizer, compile_seconds=0.4)
+    manager = StructuredOutputManager(config, lambda: tokenizer, compile_seconds=SOON)
     first = make_request("first", tokenizer, choice=["b"])
     manager.grammar_init(first)
     wait(first)

@@ -22,7 +22,13 @@ from vllm.errors import ConfigError, UnsupportedError
 from vllm.utils.flags import Flag, Kind, arg, dash, flags_of, nearest
 
 if TYPE_CHECKING:
-    from vllm.config import KVTransferConfig, VllmConfig
+    from vllm.config import (
+        CacheConfig,
+        KVTransferConfig,
+        SchedulerConfig,
+        StructuredOutputsConfig,
+        VllmConfig,
+    )
     from vllm.config.model import ModelConfig
     from vllm.transformers_utils.config import ResolvedModel
     from vllm.utils.argparse_utils import FlexibleArgumentParser
@@ -137,7 +143,6 @@ class EngineArgs(EngineOptions):
             LoadConfig,
             ObservabilityConfig,
             ParallelConfig,
-            SchedulerConfig,
             VllmConfig,
         )
         from vllm.platforms import current_platform
@@ -151,37 +156,10 @@ class EngineArgs(EngineOptions):
         resolve.check_tensor_parallel(self.tensor_parallel_size, model_config.hf_text_config)
         cache_config = self._create_cache_config(model_config)
         model_config = self._fit_max_model_len(model_config, cache_config.kv_cache_memory_bytes)
-        max_num_seqs = self.max_num_seqs or resolve.DEFAULT_MAX_NUM_SEQS
-        if self.max_num_seqs is None and self.max_num_batched_tokens is not None:
-            max_num_seqs = min(max_num_seqs, self.max_num_batched_tokens)
-        chunked_prefill = self.enable_chunked_prefill is not False
         config = VllmConfig(
             model_config=model_config,
             cache_config=cache_config,
-            scheduler_config=SchedulerConfig(
-                max_num_batched_tokens=resolve.resolve_max_num_batched_tokens(
-                    self.max_num_batched_tokens,
-                    max_model_len=model_config.max_model_len,
-                    max_num_seqs=max_num_seqs,
-                    chunked_prefill=chunked_prefill,
-                    default=current_platform.default_max_num_batched_tokens,
-                ),
-                max_num_seqs=max_num_seqs,
-                max_model_len=model_config.max_model_len,
-                max_num_queued_reqs=self.max_num_queued_reqs,
-                enable_chunked_prefill=chunked_prefill,
-                policy=self.scheduling_policy,
-                long_prefill_token_threshold=self.long_prefill_token_threshold,
-                stream_interval=self.stream_interval,
-                async_scheduling=resolve.resolve_async_scheduling(
-                    self.async_scheduling,
-                    runs_beside_host=current_platform.runs_beside_host,
-                    obstacles=self._need_tokens_at_once(),
-                ),
-                scheduler_cls=self.scheduler_cls,
-                disable_hybrid_kv_cache_manager=self.disable_hybrid_kv_cache_manager,
-                watermark=self.watermark,
-            ),
+            scheduler_config=self._create_scheduler_config(model_config.max_model_len),
             parallel_config=ParallelConfig(
                 tensor_parallel_size=self.tensor_parallel_size,
                 distributed_executor_backend=resolve.resolve_executor_backend(
@@ -210,6 +188,39 @@ class EngineArgs(EngineOptions):
             )
         current_platform.check_config(config)
         return config
+
+    def _create_scheduler_config(self, max_model_len: int) -> SchedulerConfig:
+        from vllm.config import SchedulerConfig
+        from vllm.platforms import current_platform
+
+        max_num_seqs = self.max_num_seqs or resolve.DEFAULT_MAX_NUM_SEQS
+        if self.max_num_seqs is None and self.max_num_batched_tokens is not None:
+            max_num_seqs = min(max_num_seqs, self.max_num_batched_tokens)
+        chunked_prefill = self.enable_chunked_prefill is not False
+        return SchedulerConfig(
+            max_num_batched_tokens=resolve.resolve_max_num_batched_tokens(
+                self.max_num_batched_tokens,
+                max_model_len=max_model_len,
+                max_num_seqs=max_num_seqs,
+                chunked_prefill=chunked_prefill,
+                default=current_platform.default_max_num_batched_tokens,
+            ),
+            max_num_seqs=max_num_seqs,
+            max_model_len=max_model_len,
+            max_num_queued_reqs=self.max_num_queued_reqs,
+            enable_chunked_prefill=chunked_prefill,
+            policy=self.scheduling_policy,
+            long_prefill_token_threshold=self.long_prefill_token_threshold,
+            stream_interval=self.stream_interval,
+            async_scheduling=resolve.resolve_async_scheduling(
+                self.async_scheduling,
+                runs_beside_host=current_platform.runs_beside_host,
+                obstacles=self._need_tokens_at_once(),
+            ),
+            scheduler_cls=self.scheduler_cls,
+            disable_hybrid_kv_cache_manager=self.disable_hybrid_kv_cache_manager,
+            watermark=self.watermark,
+        )
 
     def _need_tokens_at_once(self) -> list[str]:
         """Options in use that need a step's tokens before the next step is scheduled."""
@@ -326,7 +337,7 @@ class EngineArgs(EngineOptions):
             )
         )
 
-    def _create_cache_config(self, model_config: ModelConfig) -> Any:
+    def _create_cache_config(self, model_config: ModelConfig) -> CacheConfig:
         from vllm.config import CacheConfig
         from vllm.platforms import current_platform
         from vllm.transformers_utils.hf_config import uniform_sliding_window
@@ -402,7 +413,7 @@ class EngineArgs(EngineOptions):
             )
         return self.attention_backend or other
 
-    def _structured_outputs(self) -> Any:
+    def _structured_outputs(self) -> StructuredOutputsConfig:
         from vllm.config import StructuredOutputsConfig
 
         given = self.structured_outputs_config

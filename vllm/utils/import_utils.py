@@ -1,14 +1,31 @@
-"""Classes that an option names by dotted path, and Python files that one names."""
+"""Classes that an option names by dotted path, Python files that one names, and much at once."""
 
+import contextlib
+import gc
 import importlib.util
 import os
 import sys
+from collections.abc import Iterator
 from importlib import import_module
 from typing import Any
 
 from vllm.errors import ConfigError
 
-__all__ = ["import_class", "import_plugin_file"]
+__all__ = ["import_class", "import_plugin_file", "without_collector"]
+
+
+@contextlib.contextmanager
+def without_collector() -> Iterator[None]:
+    """For the imports of a process of our own: what they make stays, and is never looked through.
+
+    Torch's are 180,000 objects; collections meanwhile take 0.2 s.
+    """
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 def import_class(path: str, option: str) -> type[Any]:

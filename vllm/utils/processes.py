@@ -47,7 +47,7 @@ def private_directory() -> str:
 def child_command(entry: str) -> list[str]:
     """This interpreter, with its flags and its import path, running ``entry`` ("module:function").
 
-    The path is handed over rather than made anew, lest the child find other modules than we did
+    The path is handed over, not made anew: the child might find other modules than we did
     (in the current directory, say).
     """
     module, _, function = entry.partition(":")

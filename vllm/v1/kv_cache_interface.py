@@ -1,6 +1,6 @@
 """What layers declare about the KV they keep, and the plan that comes of it: the public names.
 
-The specs are in ``v1/kv_cache/attention_specs.py`` and ``state_specs.py``, the plan's types in
+The specs are in ``v1/kv_cache/spec.py`` and ``*_specs.py``, the plan's types in
 ``v1/kv_cache/config.py``. Importing this imports no torch.
 """
 
@@ -10,7 +10,6 @@ from vllm.v1.kv_cache.attention_specs import (
     CrossAttentionSpec,
     EncoderOnlyAttentionSpec,
     FullAttentionSpec,
-    KVCacheSpec,
     SinkFullAttentionSpec,
     SlidingWindowSpec,
     TQFullAttentionSpec,
@@ -27,6 +26,7 @@ from vllm.v1.kv_cache.content import (
     to_torch_dtype,
 )
 from vllm.v1.kv_cache.latent_specs import MLAAttentionSpec, SlidingWindowMLASpec
+from vllm.v1.kv_cache.spec import KVCacheSpec
 from vllm.v1.kv_cache.state_specs import MambaSpec, UniformTypeKVCacheSpecs
 from vllm.v1.kv_cache.strides import compute_layer_kv_cache_shape_bytes, compute_layout_strides
 

@@ -42,15 +42,22 @@ class KVConnectorOutput:
     """Loads that cannot be waited for; their blocks stay until they have ended."""
     kv_connector_worker_meta: Any = None
 
-    def is_empty(self) -> bool:
-        return not (
+    @property
+    def ends_transfers(self) -> bool:
+        """Somebody need not wait any more."""
+        return bool(
             self.finished_sending
             or self.finished_recving
+            or self.failed_recving
+            or self.stuck_recving
+        )
+
+    def is_empty(self) -> bool:
+        return not (
+            self.ends_transfers
             or self.kv_connector_stats
             or self.kv_cache_events
             or self.invalid_block_ids
-            or self.failed_recving
-            or self.stuck_recving
             or self.kv_connector_worker_meta
         )
 
@@ -73,6 +80,11 @@ class ModelRunnerOutput:
     kv_connector_output: KVConnectorOutput | None = None
     num_nans_in_logits: dict[str, int] | None = None
     request_errors: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def ended_transfers(self) -> bool:
+        """Somebody need not wait for KV any more."""
+        return self.kv_connector_output is not None and self.kv_connector_output.ends_transfers
 
 
 class PendingModelRunnerOutput(ABC):

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import torch
 
-from vllm.distributed.kv_transfer.plan import TransferPlan, UnitBlocks
+from vllm.distributed.kv_transfer.plan import UnitBlocks
 from vllm.distributed.kv_transfer.staging import Done, TableMovers
 
 __all__ = ["MappedMemory"]
@@ -20,19 +20,18 @@ class MappedMemory:
     """What a rank of a peer has, where it can be read here.
 
     Args:
+        movers: of each table of the plan.
         source: address here of its cache.
         target: address of the own cache, on ``device``.
     """
 
     def __init__(
         self,
-        plan: TransferPlan,
         movers: Sequence[TableMovers],
         source: int,
         target: int,
         device: torch.device,
     ) -> None:
-        self._plan = plan
         self._movers = movers
         self._source = source
         self._target = target
@@ -40,13 +39,7 @@ class MappedMemory:
 
     def copy(self, units: Sequence[UnitBlocks]) -> Done:
         """Queue the copies of a request's units on the current stream."""
-        for movers, table, own in zip(self._movers, self._plan.tables, units, strict=True):
-            if not len(own):
-                continue
-            movers.copy.move(
-                self._source,
-                self._target,
-                table.starts("source", own.source_blocks, own.source_parts),
-                table.starts("target", own.target_blocks, own.target_parts),
-            )
+        for movers, own in zip(self._movers, units, strict=True):
+            if len(own):
+                movers.copy.move(self._source, self._target, *own.starts)
         return Done(self._device)

@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -56,6 +56,8 @@ class UnitBlocks:
     source_parts: np.ndarray
     target_blocks: np.ndarray
     target_parts: np.ndarray
+    starts: np.ndarray
+    """int64 ``(2, units)``: where they start there and here, in bytes of each side's cache."""
 
     def __len__(self) -> int:
         return len(self.source_blocks)
@@ -78,15 +80,18 @@ class TransferTable:
     """What the receiver computes of the numbers; such a table does not go by descriptors."""
     converted: tuple[tuple[str, int, int], ...] = ()
     """Of a conversion: (layer, elements of K, elements of K and V) of its runs, in their order."""
+    bytes_per_unit: int = field(init=False, repr=False, compare=False)
+    """Of the source, and ``target_bytes_per_unit``: every request needs them."""
+    target_bytes_per_unit: int = field(init=False, repr=False, compare=False)
+    _lane_lengths: tuple[tuple[int, int], ...] = field(init=False, repr=False, compare=False)
+    """(bytes, how many lanes have so many)."""
 
-    @property
-    def bytes_per_unit(self) -> int:
-        """Of the source."""
-        return sum(lane.length for lane in self.lanes)
-
-    @property
-    def target_bytes_per_unit(self) -> int:
-        return sum(lane.target_length for lane in self.lanes)
+    def __post_init__(self) -> None:
+        lengths = Counter(lane.length for lane in self.lanes)
+        object.__setattr__(self, "_lane_lengths", tuple(lengths.items()))
+        object.__setattr__(self, "bytes_per_unit", sum(lane.length for lane in self.lanes))
+        size = sum(lane.target_length for lane in self.lanes)
+        object.__setattr__(self, "target_bytes_per_unit", size)
 
     def gather_pieces(self) -> np.ndarray:
         """``pieces.PieceMover``'s table from blocks there to packed units."""
@@ -104,9 +109,10 @@ class TransferTable:
         """The same from blocks there to blocks here."""
         return np.array([[lane.source, lane.target, lane.length] for lane in self.lanes])
 
-    def starts(self, side: str, blocks: np.ndarray, parts: np.ndarray) -> np.ndarray:
-        """Where units start, in bytes of that side's cache."""
-        return _starts(self.source if side == "source" else self.target, blocks, parts)
+    def num_rows(self, side: str) -> int:
+        """Of strided rows, as many as ``rows`` names."""
+        grid = self.source if side == "source" else self.target
+        return len(self.lanes) * grid.parts_per_block
 
     def rows(self, side: str) -> list[tuple[int, int, int]]:
         """(offset of block 0, length, block stride) of each strided row, in order."""
@@ -121,12 +127,27 @@ class TransferTable:
             for part in range(grid.parts_per_block)
         ]
 
-    def units(
+    def place(
         self,
-        source_blocks: Sequence[int],
-        target_blocks: Sequence[int],
-        num_tokens: int,
-        first_token: int = 0,
+        source_blocks: np.ndarray,
+        source_parts: np.ndarray,
+        target_blocks: np.ndarray,
+        target_parts: np.ndarray,
+    ) -> UnitBlocks:
+        """Units of these blocks and parts, all of one length."""
+        starts = np.empty((2, len(source_blocks)), dtype=np.int64)
+        _find_starts(self.source, source_blocks, source_parts, starts[0])
+        _find_starts(self.target, target_blocks, target_parts, starts[1])
+        return UnitBlocks(
+            source_blocks=source_blocks,
+            source_parts=source_parts,
+            target_blocks=target_blocks,
+            target_parts=target_parts,
+            starts=starts,
+        )
+
+    def units(
+        self, source: np.ndarray, target: np.ndarray, num_tokens: int, first_token: int = 0
     ) -> UnitBlocks:
         """The units of tokens ``[first_token, num_tokens)`` of a request with these rows.
 
@@ -135,79 +156,93 @@ class TransferTable:
         Raises:
             KVTransferError: a row is too short, or the source has no block where one is needed.
         """
-        source = np.asarray(source_blocks, dtype=np.int64)
-        target = np.asarray(target_blocks, dtype=np.int64)
         if self.tokens_per_unit == 0:
             return self._last_state(source, target)
-        units = np.arange(
-            first_token // self.tokens_per_unit, -(-num_tokens // self.tokens_per_unit)
-        )
-        from_index, from_part = np.divmod(units, self.source.parts_per_block)
-        to_index, to_part = np.divmod(units, self.target.parts_per_block)
-        for what, row, index in (("source", source, from_index), ("target", target, to_index)):
-            if len(index) and index[-1] >= len(row):
-                raise KVTransferError(
-                    f"group {self.group}: {num_tokens} tokens need {index[-1] + 1} blocks of the "
-                    f"{what}, which has {len(row)}"
-                )
-        wanted = target[to_index] != 0
-        found = UnitBlocks(
-            source_blocks=source[from_index][wanted],
-            source_parts=from_part[wanted],
-            target_blocks=target[to_index][wanted],
-            target_parts=to_part[wanted],
-        )
-        if not found.source_blocks.all():
+        first = first_token // self.tokens_per_unit
+        end = -(-num_tokens // self.tokens_per_unit)
+        from_blocks, from_parts = self._row(self.source, "source", source, first, end, num_tokens)
+        to_blocks, to_parts = self._row(self.target, "target", target, first, end, num_tokens)
+        if np.count_nonzero(to_blocks) < len(to_blocks):
+            wanted = to_blocks != 0
+            from_blocks, from_parts = from_blocks[wanted], from_parts[wanted]
+            to_blocks, to_parts = to_blocks[wanted], to_parts[wanted]
+        if np.count_nonzero(from_blocks) < len(from_blocks):
             raise KVTransferError(
                 f"group {self.group}: the source has given back blocks that are needed"
             )
-        return found
+        return self.place(from_blocks, from_parts, to_blocks, to_parts)
+
+    def _row(
+        self, grid: UnitGrid, what: str, row: np.ndarray, first: int, end: int, num_tokens: int
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Blocks and parts of units ``[first, end)`` in a row of one side."""
+        each = grid.parts_per_block
+        needed = -(-end // each)
+        if first < end and needed > len(row):
+            raise KVTransferError(
+                f"group {self.group}: {num_tokens} tokens need {needed} blocks of the "
+                f"{what}, which has {len(row)}"
+            )
+        if each == 1:
+            return row[first:end], np.zeros(max(end - first, 0), dtype=np.int64)
+        index, part = np.divmod(np.arange(first, end), each)
+        return row[index], part
 
     def _last_state(self, source: np.ndarray, target: np.ndarray) -> UnitBlocks:
         zero = np.zeros(1, dtype=np.int64)
         from_live, to_live = source[source != 0], target[target != 0]
         if not len(from_live) or not len(to_live):
             raise KVTransferError(f"group {self.group}: a state is needed, and one side has none")
-        return UnitBlocks(
-            source_blocks=from_live[-1:],
-            source_parts=zero,
-            target_blocks=to_live[-1:],
-            target_parts=zero,
-        )
+        return self.place(from_live[-1:], zero, to_live[-1:], zero)
 
     def indices(self, units: UnitBlocks, side: str, num_blocks: int, first_row: int) -> np.ndarray:
         """Descriptor numbers of every lane of every unit, lanes outermost so that runs merge."""
         grid = self.source if side == "source" else self.target
-        blocks = getattr(units, f"{side}_blocks")
-        parts = getattr(units, f"{side}_parts")
-        rows = first_row + np.arange(len(self.lanes))[:, None] * grid.parts_per_block + parts
-        return (rows * num_blocks + blocks).ravel()
+        own = getattr(units, f"{side}_blocks")
+        if grid.parts_per_block > 1:
+            own = own + getattr(units, f"{side}_parts") * num_blocks
+        rows = first_row + np.arange(len(self.lanes)) * grid.parts_per_block
+        return (rows[:, None] * num_blocks + own).ravel()
 
     def num_descriptors(self, units: UnitBlocks) -> int:
         """Runs on the wire: neighbours on both sides are one."""
         if not len(units):
             return 0
-        steps = [np.diff(starts) for starts in self._both_starts(units)]
-        return sum(
-            count * (1 + int(np.count_nonzero((steps[0] != length) | (steps[1] != length))))
-            for length, count in Counter(lane.length for lane in self.lanes).items()
-        )
-
-    def _both_starts(self, units: UnitBlocks) -> tuple[np.ndarray, np.ndarray]:
-        return (
-            _starts(self.source, units.source_blocks, units.source_parts),
-            _starts(self.target, units.target_blocks, units.target_parts),
-        )
+        steps = units.starts[:, 1:] - units.starts[:, :-1]
+        num_runs = 0
+        for length, count in self._lane_lengths:
+            apart = steps != length
+            num_runs += count * (1 + int(np.count_nonzero(apart[0] | apart[1])))
+        return num_runs
 
 
-def _starts(grid: UnitGrid, blocks: np.ndarray, parts: np.ndarray) -> np.ndarray:
-    kernel, inside = np.divmod(parts, grid.parts_per_kernel)
-    return (
-        grid.offset
-        + blocks * grid.block_stride
-        + kernel * grid.kernel_stride
-        + inside * grid.part_stride
-    )
+def _block_rows(rows: Sequence[Sequence[int]], what: str, limit: int) -> list[np.ndarray]:
+    """
+    Raises:
+        KVTransferError: ids that are not of this cache.
+    """
+    found = []
+    for row in rows:
+        try:
+            numbers = np.fromiter(row, np.int64, len(row))
+            # Without their signs, negative ones are larger than any cache.
+            inside = np.maximum.reduce(numbers.view(np.uint64), initial=0) < limit
+        except OverflowError:
+            inside = False
+        if not inside:
+            raise KVTransferError(f"{what} block ids must be 0 to {limit - 1}")
+        found.append(numbers)
+    return found
+
+
+def _find_starts(grid: UnitGrid, blocks: np.ndarray, parts: np.ndarray, starts: np.ndarray) -> None:
+    """Writes into ``starts`` where units start."""
+    np.multiply(blocks, grid.block_stride, out=starts)
+    if grid.parts_per_block > 1:
+        kernel, inside = np.divmod(parts, grid.parts_per_kernel)
+        starts += kernel * grid.kernel_stride + inside * grid.part_stride
+    if grid.offset:
+        starts += grid.offset
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -227,7 +262,7 @@ class TransferPlan:
 
     def first_rows(self, side: str) -> list[int]:
         """Number of the first strided row of each table."""
-        counts = [len(table.rows(side)) for table in self.tables]
+        counts = [table.num_rows(side) for table in self.tables]
         return [sum(counts[:i]) for i in range(len(counts))]
 
     def rows(self, side: str) -> np.ndarray:
@@ -248,25 +283,15 @@ class TransferPlan:
         Raises:
             KVTransferError: block ids that are not of this cache, or too few of them.
         """
-        for what, rows, limit in (
-            ("source", source_blocks, self.source_blocks),
-            ("target", target_blocks, self.target_blocks),
-        ):
-            for row in rows:
-                if len(row) and not (min(row) >= 0 and max(row) < limit):
-                    raise KVTransferError(f"{what} block ids must be 0 to {limit - 1}")
+        there = _block_rows(source_blocks, "source", self.source_blocks)
+        here = _block_rows(target_blocks, "target", self.target_blocks)
         needed = max((table.source_group for table in self.tables), default=-1)
         if needed >= len(source_blocks):
             raise KVTransferError(
                 f"the source names blocks of {len(source_blocks)} groups, not of {needed + 1}"
             )
         return [
-            table.units(
-                source_blocks[table.source_group],
-                target_blocks[table.group],
-                num_tokens,
-                first_token,
-            )
+            table.units(there[table.source_group], here[table.group], num_tokens, first_token)
             for table in self.tables
         ]
 

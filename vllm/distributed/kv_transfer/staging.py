@@ -7,10 +7,11 @@ peer, no message and no transport beyond prepared lists.
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -180,13 +181,10 @@ class StagingRing:
         begin = slot * self.shape.slot_bytes
         return memory[begin : begin + num_bytes]
 
-    def gather(
-        self, movers: TableMovers, chunk: Chunk, blocks: np.ndarray, parts: np.ndarray, slot: int
-    ) -> Done:
+    def gather(self, movers: TableMovers, chunk: Chunk, units: UnitBlocks, slot: int) -> Done:
         """Pack units of blocks here (as source) into a slot."""
-        table = movers.table
-        starts = table.starts("source", blocks, parts)
-        packed = np.arange(chunk.count) * table.bytes_per_unit
+        starts = units.starts[0, chunk.first : chunk.first + chunk.count]
+        packed = np.arange(chunk.count) * movers.table.bytes_per_unit
         into = self._part(self._bounce, slot, chunk.num_bytes)
         movers.gather.move(self._backing.data_ptr(), into.data_ptr(), starts, packed)
         if self._apart:
@@ -196,8 +194,7 @@ class StagingRing:
     def scatter(self, movers: TableMovers, chunk: Chunk, units: UnitBlocks, slot: int) -> Done:
         """Put the units of a slot into blocks here (as target), converted where that is planned."""
         table = movers.table
-        part = slice(chunk.first, chunk.first + chunk.count)
-        starts = table.starts("target", units.target_blocks[part], units.target_parts[part])
+        starts = units.starts[1, chunk.first : chunk.first + chunk.count]
         out_of = self._part(self._bounce, slot, chunk.num_bytes)
         if self._apart:
             out_of.copy_(self._part(self._memory, slot, chunk.num_bytes), non_blocking=True)
@@ -227,35 +224,39 @@ class TableMovers:
         self.table = table
         self._device = device
         self._given = scales or {}
-        self._made: dict[str, Any] = {}
 
-    def _mover(self, name: str, pieces: np.ndarray, *, of_peer: bool = False) -> PieceMover:
-        if name not in self._made:
-            self._made[name] = make_mover(pieces, self._device, of_peer=of_peer)
-        mover: PieceMover = self._made[name]
-        return mover
-
-    @property
+    @cached_property
     def gather(self) -> PieceMover:
-        return self._mover("gather", self.table.gather_pieces())
+        """From blocks there to packed units."""
+        table = self.table
+        grain = math.gcd(table.source.grain, table.bytes_per_unit)
+        return make_mover(
+            table.gather_pieces(), self._device, grain=grain, apart=table.source.block_stride
+        )
 
-    @property
+    @cached_property
     def scatter(self) -> PieceMover:
-        return self._mover("scatter", self.table.scatter_pieces())
+        """From packed (and converted) units to blocks here."""
+        table = self.table
+        grain = math.gcd(table.target_bytes_per_unit, table.target.grain)
+        return make_mover(
+            table.scatter_pieces(), self._device, grain=grain, apart=table.target_bytes_per_unit
+        )
 
-    @property
+    @cached_property
     def copy(self) -> PieceMover:
-        return self._mover("copy", self.table.copy_pieces(), of_peer=True)
+        """From blocks there to blocks here."""
+        table = self.table
+        grain = math.gcd(table.source.grain, table.target.grain)
+        apart = table.source.block_stride
+        return make_mover(table.copy_pieces(), self._device, grain=grain, apart=apart, of_peer=True)
 
-    @property
+    @cached_property
     def scales(self) -> torch.Tensor:
         """float32 of every element of a packed unit."""
-        if "scales" not in self._made:
-            sides = [
-                np.repeat(self._given.get(name, (1.0, 1.0)), (keys, both - keys))
-                for name, keys, both in self.table.converted
-            ]
-            numbers = np.concatenate(sides).astype(np.float32)
-            self._made["scales"] = torch.from_numpy(numbers).to(self._device)
-        found: torch.Tensor = self._made["scales"]
-        return found
+        sides = [
+            np.repeat(self._given.get(name, (1.0, 1.0)), (keys, both - keys))
+            for name, keys, both in self.table.converted
+        ]
+        numbers = np.concatenate(sides).astype(np.float32)
+        return torch.from_numpy(numbers).to(self._device)

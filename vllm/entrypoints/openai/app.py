@@ -25,6 +25,7 @@ from vllm.entrypoints.openai.http import (
     read_object,
     validate,
 )
+from vllm.entrypoints.openai.messages_request import CountTokensRequest, MessagesRequest
 from vllm.entrypoints.openai.metrics import HTTPMetricsMiddleware, metrics_response
 from vllm.entrypoints.openai.middleware import (
     AuthenticationMiddleware,
@@ -46,9 +47,12 @@ from vllm.entrypoints.openai.protocol import (
     TokenizeCompletionRequest,
     TokenizeResponse,
 )
+from vllm.entrypoints.openai.responses_request import ResponsesRequest
 from vllm.entrypoints.openai.serving_chat import OpenAIServingChat
 from vllm.entrypoints.openai.serving_completion import OpenAIServingCompletion
 from vllm.entrypoints.openai.serving_engine import ServerContext
+from vllm.entrypoints.openai.serving_messages import AnthropicServingMessages
+from vllm.entrypoints.openai.serving_responses import OpenAIServingResponses
 from vllm.entrypoints.openai.serving_tokenization import OpenAIServingTokenization
 from vllm.errors import EngineDeadError, VLLMError, VLLMValidationError
 from vllm.logger import init_logger
@@ -71,8 +75,8 @@ _NOT_YET = (
     "/v1/chat/completions/",
     "/v1/completions/",
     "/v1/embeddings",
-    "/v1/messages",
-    "/v1/responses",
+    "/v1/messages/",
+    "/v1/responses/",
     "/v1/systemone",
 )
 
@@ -128,6 +132,8 @@ def _add_model_routes(app: FastAPI, context: ServerContext) -> None:
 def _add_generation_routes(app: FastAPI, context: ServerContext, prompts: ChatPrompts) -> None:
     completion = OpenAIServingCompletion(context)
     chat = OpenAIServingChat(context, prompts)
+    responses = OpenAIServingResponses(chat)
+    messages = AnthropicServingMessages(chat)
 
     async def create_completion(raw: Request) -> Response:
         _refuse_if_closing(context)
@@ -138,6 +144,20 @@ def _add_generation_routes(app: FastAPI, context: ServerContext, prompts: ChatPr
         _refuse_if_closing(context)
         request = await parse_request(raw, ChatCompletionRequest, "chat")
         return await chat.create_chat_completion(request, raw)
+
+    async def create_response(raw: Request) -> Response:
+        _refuse_if_closing(context)
+        request = await parse_request(raw, ResponsesRequest, "responses")
+        return await responses.create_response(request, raw)
+
+    async def create_message(raw: Request) -> Response:
+        _refuse_if_closing(context)
+        request = await parse_request(raw, MessagesRequest, "messages")
+        return await messages.create_message(request, raw)
+
+    async def count_tokens(raw: Request) -> Response:
+        request = await parse_request(raw, CountTokensRequest, "messages")
+        return await messages.count_tokens(request)
 
     async def invocations(raw: Request) -> Response:
         """SageMaker's one path: the fields tell what is meant."""
@@ -172,6 +192,26 @@ def _add_generation_routes(app: FastAPI, context: ServerContext, prompts: ChatPr
         responses={200: {"model": ChatCompletionResponse}, **errors},
         openapi_extra=_body(ChatCompletionRequest),
     )
+    app.add_api_route(
+        "/v1/responses",
+        create_response,
+        methods=["POST"],
+        response_model=None,
+        responses=errors,
+        openapi_extra=_body(ResponsesRequest),
+    )
+    for path, endpoint, model in (
+        ("/v1/messages", create_message, MessagesRequest),
+        ("/v1/messages/count_tokens", count_tokens, CountTokensRequest),
+    ):
+        app.add_api_route(
+            path,
+            endpoint,
+            methods=["POST"],
+            response_model=None,
+            responses=errors,
+            openapi_extra=_body(model),
+        )
     app.add_api_route(
         "/invocations",
         invocations,
@@ -290,6 +330,9 @@ class _App(FastAPI):
             models = (
                 CompletionRequest,
                 ChatCompletionRequest,
+                ResponsesRequest,
+                MessagesRequest,
+                CountTokensRequest,
                 TokenizeCompletionRequest,
                 TokenizeChatRequest,
                 DetokenizeRequest,

@@ -1,12 +1,10 @@
-"""Requests and answers of the HTTP API, in OpenAI's form with vLLM's further fields.
+"""Requests of the HTTP API, in OpenAI's form with vLLM's further fields; the door to its answers.
 
 Owns names, types and defaults, and how a request becomes ``SamplingParams``. Knows nothing of
 tokenizers, chat templates or the engine. Types are strict: the string "1" is no number.
 """
 
 import re
-import time
-import uuid
 from abc import ABC, abstractmethod
 from typing import Annotated, Any, Literal
 
@@ -15,14 +13,38 @@ from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
-    SerializerFunctionWrapHandler,
     ValidationError,
     ValidatorFunctionWrapHandler,
     WrapValidator,
-    model_serializer,
 )
 from pydantic_core import PydanticCustomError
 
+from vllm.entrypoints.openai.answers import (
+    ChatCompletionLogProb,
+    ChatCompletionLogProbs,
+    ChatCompletionLogProbsContent,
+    ChatCompletionResponse,
+    ChatCompletionResponseChoice,
+    ChatMessage,
+    CompletionLogProbs,
+    CompletionResponse,
+    CompletionResponseChoice,
+    DeltaFunctionCall,
+    DeltaMessage,
+    DeltaToolCall,
+    DetokenizeResponse,
+    ExtractedToolCallInformation,
+    FunctionCall,
+    ModelCard,
+    ModelList,
+    ModelPermission,
+    PromptLogprobsJson,
+    PromptTokenUsageInfo,
+    TokenizeResponse,
+    ToolCall,
+    UsageInfo,
+    random_uuid,
+)
 from vllm.entrypoints.openai.errors import ErrorInfo, ErrorResponse
 from vllm.errors import VLLMValidationError
 from vllm.sampling_params import RequestOutputKind, SamplingParams, StructuredOutputsParams
@@ -54,6 +76,7 @@ __all__ = [
     "ModelCard",
     "ModelList",
     "ModelPermission",
+    "PromptLogprobsJson",
     "PromptTokenUsageInfo",
     "ResponseFormat",
     "StreamOptions",
@@ -69,11 +92,6 @@ __all__ = [
 
 # It goes into headers and logs.
 _REQUEST_ID = re.compile(r"[\x21-\x7e]{1,256}")
-
-
-def random_uuid() -> str:
-    """32 hexadecimal digits."""
-    return uuid.uuid4().hex
 
 
 def _described(expected: str) -> WrapValidator:
@@ -227,8 +245,13 @@ ToolChoice = Annotated[
     Literal["none", "auto", "required"] | ChatCompletionNamedToolChoiceParam | None,
     _described('"none", "auto", "required" or {"type": "function", "function": {"name": NAME}}'),
 ]
+# A prompt of 16,384 token ids is no list of strings 16,384 times over: the first says it.
+_FAIL_FAST = Field(fail_fast=True)
 Prompt = Annotated[
-    str | list[str] | list[int] | list[list[int]],
+    str
+    | Annotated[list[str], _FAIL_FAST]
+    | Annotated[list[int], _FAIL_FAST]
+    | Annotated[list[list[int]], _FAIL_FAST],
     _described("a string, a list of strings, a list of token ids or a list of such lists"),
 ]
 Stop = Annotated[str | list[str] | None, _described("a string or a list of strings")]
@@ -501,186 +524,3 @@ class TokenizeChatRequest(_Strict):
 class DetokenizeRequest(_Strict):
     model: str | None = None
     tokens: list[int]
-
-
-# --- Answers ---------------------------------------------------------------------------------
-
-
-class _Lean(BaseModel):
-    """Leaves fields that are None, and were not set to it, out of its JSON."""
-
-    @model_serializer(mode="wrap")
-    def _without_unset(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        return {
-            name: value
-            for name, value in handler(self).items()
-            if value is not None or name in self.model_fields_set
-        }
-
-
-class PromptTokenUsageInfo(BaseModel):
-    cached_tokens: int | None = None
-
-
-class UsageInfo(BaseModel):
-    prompt_tokens: int = 0
-    total_tokens: int = 0
-    completion_tokens: int = 0
-    prompt_tokens_details: PromptTokenUsageInfo | None = None
-
-
-class FunctionCall(BaseModel):
-    name: str
-    arguments: str
-
-
-class ToolCall(BaseModel):
-    id: str = Field(default_factory=lambda: f"chatcmpl-tool-{random_uuid()}")
-    type: Literal["function"] = "function"
-    function: FunctionCall
-
-
-class DeltaFunctionCall(BaseModel):
-    name: str | None = None
-    arguments: str | None = None
-
-
-class DeltaToolCall(BaseModel):
-    id: str | None = None
-    type: Literal["function"] | None = None
-    index: int
-    function: DeltaFunctionCall | None = None
-
-
-class DeltaMessage(BaseModel):
-    role: str | None = None
-    content: str | None = None
-    reasoning: str | None = None
-    tool_calls: list[DeltaToolCall] = Field(default_factory=list)
-
-
-class ExtractedToolCallInformation(BaseModel):
-    """What a tool parser found in a whole answer."""
-
-    tools_called: bool
-    tool_calls: list[ToolCall]
-    content: str | None = None
-
-
-class CompletionLogProbs(BaseModel):
-    text_offset: list[int] = Field(default_factory=list)
-    token_logprobs: list[float | None] = Field(default_factory=list)
-    tokens: list[str] = Field(default_factory=list)
-    top_logprobs: list[dict[str, float] | None] = Field(default_factory=list)
-
-
-PromptLogprobsJson = list[dict[str, dict[str, Any]] | None]
-
-
-class CompletionResponseChoice(_Lean):
-    index: int
-    text: str
-    logprobs: CompletionLogProbs | None = None
-    finish_reason: str | None = None
-    stop_reason: int | str | None = None
-    token_ids: list[int] | None = None
-    prompt_logprobs: PromptLogprobsJson | None = None
-    prompt_token_ids: list[int] | None = None
-
-
-class CompletionResponse(_Lean):
-    id: str
-    object: Literal["text_completion"] = "text_completion"
-    created: int = Field(default_factory=lambda: int(time.time()))
-    model: str
-    choices: list[CompletionResponseChoice]
-    system_fingerprint: str | None = None
-    usage: UsageInfo
-    kv_transfer_params: dict[str, Any] | None = None
-
-
-class ChatCompletionLogProb(BaseModel):
-    token: str
-    logprob: float = -9999.0
-    bytes: list[int] | None = None
-
-
-class ChatCompletionLogProbsContent(ChatCompletionLogProb):
-    top_logprobs: list[ChatCompletionLogProb] = Field(default_factory=list)
-
-
-class ChatCompletionLogProbs(BaseModel):
-    content: list[ChatCompletionLogProbsContent] | None = None
-
-
-class ChatMessage(_Lean):
-    role: str
-    content: str | None = None
-    refusal: str | None = None
-    reasoning: str | None = None
-    tool_calls: list[ToolCall] | None = None
-
-
-class ChatCompletionResponseChoice(_Lean):
-    index: int
-    message: ChatMessage
-    logprobs: ChatCompletionLogProbs | None = None
-    finish_reason: str | None = "stop"
-    stop_reason: int | str | None = None
-    token_ids: list[int] | None = None
-
-
-class ChatCompletionResponse(_Lean):
-    id: str
-    object: Literal["chat.completion"] = "chat.completion"
-    created: int = Field(default_factory=lambda: int(time.time()))
-    model: str
-    choices: list[ChatCompletionResponseChoice]
-    system_fingerprint: str | None = None
-    usage: UsageInfo
-    prompt_logprobs: PromptLogprobsJson | None = None
-    prompt_token_ids: list[int] | None = None
-    prompt_text: str | None = None
-    kv_transfer_params: dict[str, Any] | None = None
-
-
-class ModelPermission(BaseModel):
-    id: str = Field(default_factory=lambda: f"modelperm-{random_uuid()}")
-    object: Literal["model_permission"] = "model_permission"
-    created: int = Field(default_factory=lambda: int(time.time()))
-    allow_create_engine: bool = False
-    allow_sampling: bool = True
-    allow_logprobs: bool = True
-    allow_search_indices: bool = False
-    allow_view: bool = True
-    allow_fine_tuning: bool = False
-    organization: str = "*"
-    group: str | None = None
-    is_blocking: bool = False
-
-
-class ModelCard(BaseModel):
-    id: str
-    object: Literal["model"] = "model"
-    created: int = Field(default_factory=lambda: int(time.time()))
-    owned_by: str = "vllm"
-    root: str | None = None
-    parent: str | None = None
-    max_model_len: int | None = None
-    permission: list[ModelPermission] = Field(default_factory=lambda: [ModelPermission()])
-
-
-class ModelList(BaseModel):
-    object: Literal["list"] = "list"
-    data: list[ModelCard] = Field(default_factory=list)
-
-
-class TokenizeResponse(BaseModel):
-    count: int
-    max_model_len: int
-    tokens: list[int]
-    token_strs: list[str] | None = None
-
-
-class DetokenizeResponse(BaseModel):
-    prompt: str

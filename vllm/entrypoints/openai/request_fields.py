@@ -44,7 +44,33 @@ _NOT_YET_TOKENIZE: dict[str, tuple[Any, ...]] = {
     "media_io_kwargs": ({},),
     "mm_processor_kwargs": ({},),
 }
+_NOT_YET_RESPONSES: dict[str, tuple[Any, ...]] = {
+    "background": (False,),
+    "previous_response_id": (),
+    "max_tool_calls": (),
+    "prompt": (),
+    "top_logprobs": (0,),
+    "stream_options": ({},),
+    "session_id": (),
+    "watermarking": (False,),
+    "media_io_kwargs": ({},),
+    "mm_processor_kwargs": ({},),
+    "mm_payload": (),
+    "return_mm_kwargs": (False,),
+    "ec_transfer_params": (),
+    "enable_response_messages": (False,),
+    "previous_input_messages": (),
+}
+_NOT_YET_MESSAGES: dict[str, tuple[Any, ...]] = {
+    "mm_payload": (),
+    "return_mm_kwargs": (False,),
+    "watermarking": (False,),
+    "ec_transfer_params": (),
+    "service_tier": ("auto", "standard_only"),
+}
 NOT_YET: dict[str, dict[str, tuple[Any, ...]]] = {
+    "messages": _NOT_YET_MESSAGES,
+    "responses": _NOT_YET_RESPONSES,
     "completion": _NOT_YET_COMPLETION,
     "chat": _NOT_YET_CHAT,
     "tokenize": _NOT_YET_TOKENIZE,
@@ -78,6 +104,7 @@ _ELSEWHERE: dict[str, tuple[tuple[Any, ...], str]] = {
 _WITHOUT_EFFECT = frozenset(
     ("metadata", "safety_identifier", "prompt_cache_key", "prompt_cache_retention")
 )
+_GENERATING = ("completion", "chat", "responses")
 
 
 def _same(value: Any, neutral: Any) -> bool:
@@ -89,7 +116,7 @@ def drop_neutral_fields(body: dict[str, Any], kind: str, known: Set[str]) -> dic
     """``body`` with only the fields of ``known``.
 
     Args:
-        kind: "completion", "chat", "tokenize" or "detokenize".
+        kind: a key of ``NOT_YET``.
         known: names of the fields that the request model has.
 
     Raises:
@@ -103,11 +130,11 @@ def drop_neutral_fields(body: dict[str, Any], kind: str, known: Set[str]) -> dic
         if name in known:
             kept[name] = value
             continue
-        if name in _WITHOUT_EFFECT and kind in ("completion", "chat"):
+        if name in _WITHOUT_EFFECT and kind in _GENERATING:
             continue
         neutral, advice = NOT_YET[kind].get(name), "leave it out"
         owner = "vLLM has this field; this server does not yet"
-        if neutral is None and kind in ("completion", "chat") and name in _ELSEWHERE:
+        if neutral is None and kind in _GENERATING and name in _ELSEWHERE:
             neutral, advice = _ELSEWHERE[name]
             owner = "this server does not have this field"
         if neutral is None:

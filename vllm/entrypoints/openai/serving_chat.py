@@ -38,11 +38,11 @@ from vllm.reasoning.manager import ReasoningParserManager
 from vllm.sampling_params import SamplingParams
 from vllm.v1.engine.input_processor import TokenizedPrompt
 
-__all__ = ["OpenAIServingChat"]
+__all__ = ["ChatJob", "OpenAIServingChat"]
 
 
 @dataclass(slots=True, kw_only=True)
-class _Job:
+class ChatJob:
     """One request on its way: what its answer is made from."""
 
     request: ChatCompletionRequest
@@ -88,12 +88,15 @@ class OpenAIServingChat(OpenAIServing):
         self, request: ChatCompletionRequest, raw: Request
     ) -> Response:
         """Answer a request, as a stream or whole; raises what the HTTP edge turns into errors."""
-        job = await self._prepare(request, raw)
+        job = await self.prepare(request, raw)
         if request.stream:
             return EventStream(self._stream(job))
         return await until_disconnect(raw, self._respond(job))
 
-    async def _prepare(self, request: ChatCompletionRequest, raw: Request) -> _Job:
+    async def prepare(
+        self, request: ChatCompletionRequest, raw: Request, prefix: str = "chatcmpl"
+    ) -> ChatJob:
+        """Check the request, render and encode its prompt; ``prefix`` begins the answer's id."""
         model = self.context.models.check(request.model)
         request.check()
         make_parser = self._tool_parser_for(request)
@@ -116,9 +119,9 @@ class OpenAIServingChat(OpenAIServing):
         )
         last = messages[-1]
         role = self.frontend.response_role if request.add_generation_prompt else last["role"]
-        return _Job(
+        return ChatJob(
             request=request,
-            response_id=self.request_id("chatcmpl", raw, request.request_id),
+            response_id=self.request_id(prefix, raw, request.request_id),
             model=model,
             created=int(time.time()),
             names=self.token_names(request),
@@ -130,6 +133,14 @@ class OpenAIServingChat(OpenAIServing):
                 request, make_parser and make_parser(), make_reasoning and make_reasoning()
             ),
         )
+
+    async def count_prompt_tokens(self, request: ChatCompletionRequest) -> int:
+        """Tokens of the prompt that ``request`` becomes, however long it is."""
+        self.context.models.check(request.model)
+        request.check()
+        _, text = self._prompts.render(request)
+        prompt = await self.encode(text, request.add_special_tokens, limited=False)
+        return len(prompt.token_ids)
 
     def _tool_parser_for(self, request: ChatCompletionRequest) -> Callable[[], ToolParser] | None:
         """A maker of parsers, one per choice; may change the request as its parser needs."""
@@ -166,14 +177,15 @@ class OpenAIServingChat(OpenAIServing):
 
         return make
 
-    def _outputs(self, job: _Job) -> AsyncGenerator[RequestOutput, None]:
+    def outputs(self, job: ChatJob) -> AsyncGenerator[RequestOutput, None]:
+        """What the engine gives for ``job``, piece by piece."""
         return self.generate(job.prompt, job.params, job.response_id, job.request)
 
     # Whole answers
 
-    async def _respond(self, job: _Job) -> Response:
+    async def _respond(self, job: ChatJob) -> Response:
         final: RequestOutput | None = None
-        async for output in self._outputs(job):
+        async for output in self.outputs(job):
             final = output
         assert final is not None, "the engine gives a last output, or raises"
         choices = [self._choice(job, output) for output in final.outputs]
@@ -199,7 +211,7 @@ class OpenAIServingChat(OpenAIServing):
             response.kv_transfer_params = final.kv_transfer_params
         return JSONBytes(response)
 
-    def _choice(self, job: _Job, output: CompletionOutput) -> ChatCompletionResponseChoice:
+    def _choice(self, job: ChatJob, output: CompletionOutput) -> ChatCompletionResponseChoice:
         reader = job.make_reader()
         reasoning, content, calls = reader.read(output.text)
         self.log_output(job.response_id, output.text)
@@ -228,7 +240,7 @@ class OpenAIServingChat(OpenAIServing):
             choice.token_ids = output.token_ids
         return choice
 
-    def _logprobs(self, job: _Job, output: CompletionOutput) -> dict[str, Any]:
+    def _logprobs(self, job: ChatJob, output: CompletionOutput) -> dict[str, Any]:
         num_top = job.request.top_logprobs or 0
         return {
             "content": chat_logprobs(output.token_ids, output.logprobs or [], num_top, job.names)
@@ -236,7 +248,7 @@ class OpenAIServingChat(OpenAIServing):
 
     # Streams
 
-    async def _stream(self, job: _Job) -> AsyncGenerator[bytes, None]:
+    async def _stream(self, job: ChatJob) -> AsyncGenerator[bytes, None]:
         request = job.request
         options = request.stream_options
         per_chunk = bool(options and options.continuous_usage_stats)
@@ -257,7 +269,7 @@ class OpenAIServingChat(OpenAIServing):
             or per_chunk
             or self.frontend.enable_log_outputs
         )
-        async for result in self._outputs(job):
+        async for result in self.outputs(job):
             state.num_cached_tokens = result.num_cached_tokens or 0
             state.kv_transfer_params = result.kv_transfer_params or state.kv_transfer_params
             for output in result.outputs:
@@ -276,13 +288,13 @@ class OpenAIServingChat(OpenAIServing):
         if at_end:
             yield writer.usage(self._stream_usage(job, state))
 
-    def _stream_usage(self, job: _Job, state: _StreamState) -> UsageInfo:
+    def _stream_usage(self, job: ChatJob, state: _StreamState) -> UsageInfo:
         return self.usage(
             len(job.prompt.token_ids), state.num_output_tokens, state.num_cached_tokens
         )
 
     def _first_events(
-        self, job: _Job, writer: ChunkWriter, state: _StreamState, index: int, with_usage: bool
+        self, job: ChatJob, writer: ChunkWriter, state: _StreamState, index: int, with_usage: bool
     ) -> list[bytes]:
         """The chunk with the role, and that with the echo."""
         usage = self._stream_usage(job, state) if with_usage else None
@@ -300,7 +312,7 @@ class OpenAIServingChat(OpenAIServing):
 
     def _events(
         self,
-        job: _Job,
+        job: ChatJob,
         writer: ChunkWriter,
         state: _StreamState,
         output: CompletionOutput,
@@ -330,13 +342,18 @@ class OpenAIServingChat(OpenAIServing):
             events.append(writer.choice(fields, usage=usage, extra=extra))
         return events
 
-    def _has_token_data(self, job: _Job, output: CompletionOutput) -> bool:
+    def _has_token_data(self, job: ChatJob, output: CompletionOutput) -> bool:
         """Tokens whose ids or log-probabilities must be sent though they show no text."""
         wanted = job.wants_logprobs or bool(job.request.return_token_ids)
         return wanted and bool(output.token_ids)
 
     def _fields(
-        self, job: _Job, output: CompletionOutput, delta: DeltaMessage | None, *, with_tokens: bool
+        self,
+        job: ChatJob,
+        output: CompletionOutput,
+        delta: DeltaMessage | None,
+        *,
+        with_tokens: bool,
     ) -> dict[str, Any]:
         fields = _chunk(output.index, {} if delta is None else delta_fields(delta))
         if with_tokens and job.wants_logprobs and output.token_ids:

@@ -260,6 +260,7 @@ class OpenAIServingCompletion(OpenAIServing):
             fingerprint=self.system_fingerprint,
         )
         streams = _Streams()
+        num_choices, echoes_only = request.num_choices, request.echoes_only
         # The usual stream needs nothing but text until its last chunk.
         plain = not (
             request.echo
@@ -274,11 +275,11 @@ class OpenAIServingCompletion(OpenAIServing):
             if result.prompt_logprobs:
                 streams.prompt_logprobs[i] = result.prompt_logprobs
             for output in result.outputs:
-                index = i * request.num_choices + output.index
+                index = i * num_choices + output.index
                 state = streams.states.get(index)
                 if state is None:
                     state = streams.states[index] = _StreamState()
-                state.num_tokens += 0 if request.echoes_only else len(output.token_ids)
+                state.num_tokens += 0 if echoes_only else len(output.token_ids)
                 if plain and output.finish_reason is None:
                     if output.text:
                         yield writer.text(index, output.text)

@@ -13,9 +13,6 @@ from typing import TYPE_CHECKING, Any
 
 import vllm.envs as envs
 from vllm.errors import ConfigError
-from vllm.v1.kv_cache.attention_specs import (
-    KVCacheSpec,
-)
 from vllm.v1.kv_cache.content import check_counts
 from vllm.v1.kv_cache.declare import (
     attention_spec,
@@ -30,6 +27,7 @@ from vllm.v1.kv_cache.declare_compressed import (
     index_key_spec,
     window_latent_spec,
 )
+from vllm.v1.kv_cache.spec import KVCacheSpec
 from vllm.v1.kv_cache.state_shapes import MambaStateShapeCalculator, StateShapes
 
 if TYPE_CHECKING:

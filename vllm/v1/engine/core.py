@@ -209,9 +209,9 @@ class EngineCore:
         should leave that thread some time.
         """
         outputs: dict[int, EngineCoreOutputs] = {}
-        ran_model = False
+        made_progress = False
         if not self._halted and self.scheduler.has_requests():
-            outputs, ran_model = self._stepping.step()
+            outputs, made_progress = self._stepping.step()
         elif self._stepping.in_flight:
             outputs = self._stepping.drain()
         self._kv_events.publish(self.scheduler)
@@ -219,7 +219,7 @@ class EngineCore:
             for client_index, answers in self._unscheduled.items():
                 outputs.setdefault(client_index, EngineCoreOutputs()).outputs.extend(answers)
             self._unscheduled = {}
-        return outputs, ran_model or any(part.outputs for part in outputs.values())
+        return outputs, made_progress or any(part.outputs for part in outputs.values())
 
     def on_idle(self) -> None:
         """Called when nothing is left to do: in debug mode the pool must add up."""

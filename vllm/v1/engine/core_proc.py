@@ -23,6 +23,7 @@ import zmq
 
 from vllm.errors import VLLMValidationError
 from vllm.logger import init_logger
+from vllm.utils.import_utils import without_collector
 from vllm.utils.processes import adopt_child_manners, end_with_parent
 from vllm.v1.engine import EngineCoreOutputs, EngineCoreRequest, EngineCoreRequestType
 from vllm.v1.engine.failures import failure_of, is_expected
@@ -41,7 +42,7 @@ __all__ = ["EngineLoop", "main"]
 logger = init_logger("vllm.v1.engine.core_proc")
 
 # A step that computed nothing (all requests wait for a grammar or a transfer) is tried again
-# after this many seconds, or as soon as a message arrives.
+# after this many seconds, or as soon as a message arrives or a transfer ends.
 _RETRY_SECONDS = 0.001
 
 Message = tuple[EngineCoreRequestType, Any]
@@ -65,14 +66,15 @@ class _Undecodable(NamedTuple):
 class EngineLoop:
     """Takes messages from ``inputs``, runs steps while there is work, and waits otherwise.
 
-    ``inputs`` holds ``(type, payload)`` with payloads as ``EngineCore`` takes them, or an
-    exception of the receiving thread; ``emit(client_index, outputs)`` must not block.
+    ``inputs`` holds ``(type, payload)`` with payloads as ``EngineCore`` takes them, an exception of
+    the receiving thread, or None, which only ends a wait. ``emit(client_index, outputs)`` must not
+    block.
     """
 
     def __init__(
         self,
         core: Any,
-        inputs: "queue.SimpleQueue[Message | BaseException]",
+        inputs: "queue.SimpleQueue[Message | BaseException | None]",
         emit: Callable[[int, EngineCoreOutputs], None],
     ) -> None:
         self._core = core
@@ -108,7 +110,9 @@ class EngineLoop:
             except queue.Empty:
                 return
 
-    def _handle(self, message: Message | BaseException) -> None:
+    def _handle(self, message: Message | BaseException | None) -> None:
+        if message is None:
+            return
         if isinstance(message, BaseException):
             raise message
         kind, payload = message
@@ -165,7 +169,7 @@ class _Receiver:
         self,
         context: zmq.Context,
         address: str,
-        inputs: "queue.SimpleQueue[Message | BaseException]",
+        inputs: "queue.SimpleQueue[Message | BaseException | None]",
     ) -> None:
         self._socket = context.socket(zmq.PULL)
         self._socket.setsockopt(zmq.RCVHWM, 0)
@@ -248,9 +252,9 @@ def _serve(arguments: _Arguments) -> None:
 
     phases = StartupPhases(logger)
     context = zmq.Context()
-    inputs: queue.SimpleQueue[Message | BaseException] = queue.SimpleQueue()
+    inputs: queue.SimpleQueue[Message | BaseException | None] = queue.SimpleQueue()
     receiver = _Receiver(context, f"ipc://{arguments.socket_dir}/in", inputs)
-    with phases.phase("importing torch"):
+    with phases.phase("importing torch"), without_collector():
         _import_early()
     config = _read_config(arguments.config_fd)
 
@@ -268,6 +272,7 @@ def _serve(arguments: _Arguments) -> None:
     gc.freeze()
     receiver.accept_requests(core.preprocess)
     core.executor.register_failure_callback(inputs.put)
+    core.executor.register_transfer_callback(lambda: inputs.put(None))
     sender = _Sender(context, config.output_addresses)
     # An empty message on the way out, so that the front end knows that it works.
     for client_index in range(len(config.output_addresses)):

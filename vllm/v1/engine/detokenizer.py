@@ -108,7 +108,9 @@ class IncrementalDetokenizer:
         self, tokenizer: Any, params: SamplingParams, prompt_token_ids: Sequence[int]
     ) -> None:
         self.token_ids: list[int] = []
-        self.output_text = ""
+        self._text = ""
+        # What comes after it, put together when somebody looks.
+        self._pieces: list[str] = []
         self._num_sent_chars = 0
         self._num_sent_tokens = 0
         self._min_tokens = params.min_tokens
@@ -121,6 +123,14 @@ class IncrementalDetokenizer:
                 token_decoder(tokenizer, params.skip_special_tokens),
                 prompt_token_ids[-_NUM_CONTEXT_TOKENS:],
             )
+
+    @property
+    def output_text(self) -> str:
+        """The text so far; where there are no stop strings, without what was shown as a delta."""
+        if self._pieces:
+            self._text = "".join((self._text, *self._pieces))
+            self._pieces.clear()
+        return self._text
 
     def update(
         self, new_token_ids: Sequence[int], finished: bool, by_stop_token: bool
@@ -147,7 +157,7 @@ class IncrementalDetokenizer:
     def _append_text(self, text: str) -> str | None:
         if not text:
             return None
-        self.output_text += text
+        self._pieces.append(text)
         if not self._stop or len(self.token_ids) <= self._min_tokens:
             return None
         match = find_stop(self.output_text, len(text), self._stop)
@@ -155,7 +165,7 @@ class IncrementalDetokenizer:
             return None
         stop, index = match
         end = index + len(stop) if self._include_stop else index
-        self.output_text = self.output_text[:end]
+        self._text = self.output_text[:end]
         return stop
 
     def _num_held_chars(self) -> int:
@@ -177,6 +187,10 @@ class IncrementalDetokenizer:
 
     def take_text(self, finished: bool, delta: bool) -> str:
         """Text to show: all of it, or with ``delta`` what was not shown before."""
+        if delta and not self._stop:
+            text = "".join(self._pieces)
+            self._pieces.clear()
+            return text
         end = len(self.output_text)
         if not finished:
             end -= self._num_held_chars()

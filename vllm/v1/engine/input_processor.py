@@ -37,6 +37,7 @@ _UNSUPPORTED_PROMPT_KEYS = (
 _INT64 = 1 << 63
 # Values of requests that may hold anything are JSON; deeper than this, no reader is safe.
 _MAX_DEPTH = 200
+_WITHOUT_CHILDREN = (str, int, float)
 
 
 def _check_plain(name: str, value: Any) -> None:
@@ -47,7 +48,12 @@ def _check_plain(name: str, value: Any) -> None:
     """
     level = [value]
     for _ in range(_MAX_DEPTH):
-        level = [child for node in level for child in _children(node)]
+        level = [
+            child
+            for node in level
+            for child in _children(node)
+            if not isinstance(child, _WITHOUT_CHILDREN)
+        ]
         if not level:
             break
     else:

@@ -45,16 +45,15 @@ class OutputQueue:
     def __init__(self, output_kind: RequestOutputKind) -> None:
         self._delta = output_kind is RequestOutputKind.DELTA
         self._item: RequestOutput | Exception | None = None
-        self._ready = asyncio.Event()
+        self._waiter: asyncio.Future[None] | None = None
 
     def put(self, item: RequestOutput | Exception) -> None:
-        if isinstance(item, Exception):
+        if self._item is None or isinstance(item, Exception):
             self._item = item
         elif isinstance(self._item, RequestOutput):
             _merge(self._item, item, self._delta)
-        elif self._item is None:
-            self._item = item
-        self._ready.set()
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
 
     def get_nowait(self) -> RequestOutput | None:
         """What is there, or None.
@@ -63,17 +62,19 @@ class OutputQueue:
             Exception: what was put instead of an output.
         """
         item = self._item
-        if item is None:
-            return None
         if isinstance(item, Exception):
             raise item
         self._item = None
-        self._ready.clear()
         return item
 
     async def get(self) -> RequestOutput:
+        """The next output, once there is one; for one consumer."""
         while (item := self.get_nowait()) is None:
-            await self._ready.wait()
+            self._waiter = asyncio.get_running_loop().create_future()
+            try:
+                await self._waiter
+            finally:
+                self._waiter = None
         return item
 
 
@@ -159,10 +160,11 @@ class _RequestState:
     ) -> RequestOutput | None:
         """What to show after this step; None where nothing is due yet."""
         finished = finish_reason is not None
-        if not finished and not self._due():
+        detokenizer = self.detokenizer
+        num_tokens = len(detokenizer.token_ids)
+        if not finished and not self._is_due(num_tokens):
             return None
         delta = self.output_kind is RequestOutputKind.DELTA
-        detokenizer = self.detokenizer
         completion = CompletionOutput(
             index=self.index,
             text=detokenizer.take_text(finished, delta),
@@ -172,10 +174,10 @@ class _RequestState:
             finish_reason=str(finish_reason) if finish_reason is not None else None,
             stop_reason=stop_reason if finished else None,
         )
-        self.num_shown_tokens = len(detokenizer.token_ids)
+        self.num_shown_tokens = num_tokens
         outputs = [completion]
         if self.parent is not None:
-            outputs = self.parent.add(completion, len(detokenizer.token_ids))
+            outputs = self.parent.add(completion, num_tokens)
             if not outputs:
                 return None
             finished = self.parent.finished
@@ -193,10 +195,10 @@ class _RequestState:
             encoder_prompt_token_ids=self.encoder_token_ids,
         )
 
-    def _due(self) -> bool:
+    def _is_due(self, num_tokens: int) -> bool:
         if self.output_kind is RequestOutputKind.FINAL_ONLY:
             return False
-        num_new = len(self.detokenizer.token_ids) - self.num_shown_tokens
+        num_new = num_tokens - self.num_shown_tokens
         return num_new > 0 and (self.num_shown_tokens == 0 or num_new >= self.stream_interval)
 
 

@@ -31,12 +31,17 @@ class Stepping:
         return False
 
     def step(self) -> tuple[Outputs, bool]:
-        """Schedule and run a step; outputs by client, and whether the model ran."""
+        """Schedule and run a step.
+
+        Returns:
+            Outputs by client, and whether the next step may find more to do than this one: the
+            model ran, or a transfer of KV that a request waited for has ended.
+        """
         scheduler_output = self._scheduler.schedule()
         output = self._run(scheduler_output)
         assert isinstance(output, ModelRunnerOutput)
         outputs = self._scheduler.update_from_output(scheduler_output, output)
-        return outputs, scheduler_output.total_num_scheduled_tokens > 0
+        return outputs, scheduler_output.total_num_scheduled_tokens > 0 or output.ended_transfers
 
     def drain(self) -> Outputs:
         """Outputs of the step in flight, once it has ended."""
@@ -80,9 +85,9 @@ class OverlappedStepping(Stepping):
         _join(outputs, self.drain())
         if isinstance(output, PendingModelRunnerOutput):
             self._last = _InFlight(scheduler_output, output)
-        else:
-            _join(outputs, scheduler.update_from_output(scheduler_output, output))
-        return outputs, scheduler_output.total_num_scheduled_tokens > 0
+            return outputs, True
+        _join(outputs, scheduler.update_from_output(scheduler_output, output))
+        return outputs, scheduler_output.total_num_scheduled_tokens > 0 or output.ended_transfers
 
     def drain(self) -> Outputs:
         last, self._last = self._last, None

@@ -55,6 +55,12 @@ class Executor(ABC):
     def register_failure_callback(self, callback: Callable[[Exception], None]) -> None:
         """Have ``callback`` called, from any thread, when a worker has died between calls."""
 
+    def register_transfer_callback(self, callback: Callable[[], None]) -> None:
+        """Have ``callback`` called, from any thread, when a KV connector has something to report.
+
+        Where workers are processes of their own nobody is told: steps ask them.
+        """
+
     @abstractmethod
     def collective_rpc(
         self,

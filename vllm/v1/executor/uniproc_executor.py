@@ -37,6 +37,9 @@ class UniProcExecutor(Executor):
         )
         self._closed = False
 
+    def register_transfer_callback(self, callback: Callable[[], None]) -> None:
+        self.worker.register_transfer_callback(callback)
+
     def collective_rpc(
         self,
         method: str | Callable[..., Any],

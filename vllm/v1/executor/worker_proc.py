@@ -20,6 +20,7 @@ from typing import Any
 from vllm.config import VllmConfig
 from vllm.distributed.device_communicators.shm_broadcast import RingHandle, RingReader, RingWriter
 from vllm.logger import init_logger, set_level
+from vllm.utils.import_utils import without_collector
 from vllm.utils.processes import adopt_child_manners, end_with_parent
 from vllm.v1.engine.failures import failure_of, is_expected
 from vllm.v1.engine.serial import EngineStatus, write_status
@@ -146,11 +147,13 @@ def _serve(config_fd: int) -> None:
     if launch.rank > 0 and logger.isEnabledFor(20):
         # What the first worker says of the model is true of the others.
         set_level("WARNING")
-    from vllm.plugins import load_general_plugins
-    from vllm.v1.executor.uniproc_executor import resolve_worker_class
+    with without_collector():
+        from vllm.plugins import load_general_plugins
+        from vllm.v1.executor.uniproc_executor import resolve_worker_class
 
-    load_general_plugins()
-    worker = resolve_worker_class(launch.vllm_config)(
+        load_general_plugins()
+        worker_class = resolve_worker_class(launch.vllm_config)
+    worker = worker_class(
         launch.vllm_config,
         local_rank=launch.local_rank,
         rank=launch.rank,

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from vllm.errors import ConfigError
-from vllm.v1.kv_cache.attention_specs import KVCacheSpec
+from vllm.v1.kv_cache.spec import KVCacheSpec
 from vllm.v1.kv_cache.state_specs import MambaSpec, UniformTypeKVCacheSpecs
 from vllm.v1.kv_cache_layout import KVCacheLayout
 

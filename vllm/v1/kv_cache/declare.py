@@ -17,12 +17,12 @@ from vllm.v1.kv_cache.attention_specs import (
     ChunkedLocalAttentionSpec,
     CrossAttentionSpec,
     FullAttentionSpec,
-    KVCacheSpec,
     SlidingWindowSpec,
     TQFullAttentionSpec,
 )
 from vllm.v1.kv_cache.content import KVQuantMode, cdiv, round_up
 from vllm.v1.kv_cache.latent_specs import MLAAttentionSpec
+from vllm.v1.kv_cache.spec import KVCacheSpec
 from vllm.v1.kv_cache.state_shapes import StateShapes, state_dtypes
 from vllm.v1.kv_cache.state_specs import MambaSpec
 

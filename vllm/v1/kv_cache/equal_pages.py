@@ -21,13 +21,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from vllm.v1.kv_cache.attention_specs import (
-    AttentionSpec,
-    KVCacheSpec,
-)
+from vllm.v1.kv_cache.attention_specs import AttentionSpec
 from vllm.v1.kv_cache.content import cdiv
 from vllm.v1.kv_cache.grouping import kinds_of
 from vllm.v1.kv_cache.latent_specs import MLAAttentionSpec, SlidingWindowMLASpec
+from vllm.v1.kv_cache.spec import KVCacheSpec
 from vllm.v1.kv_cache.state_specs import MambaSpec
 
 if TYPE_CHECKING:

@@ -26,11 +26,11 @@ from vllm.v1.kv_cache.attention_specs import (
     AttentionSpec,
     ChunkedLocalAttentionSpec,
     FullAttentionSpec,
-    KVCacheSpec,
     SlidingWindowSpec,
 )
 from vllm.v1.kv_cache.content import cdiv, round_up
 from vllm.v1.kv_cache.latent_specs import MLAAttentionSpec, SlidingWindowMLASpec
+from vllm.v1.kv_cache.spec import KVCacheSpec
 from vllm.v1.kv_cache.state_specs import MambaSpec, UniformTypeKVCacheSpecs
 
 if TYPE_CHECKING:

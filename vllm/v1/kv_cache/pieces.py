@@ -76,11 +76,14 @@ class _CpuMover(PieceMover):
 
 
 class _CudaMover(PieceMover):
-    def __init__(self, pieces: np.ndarray, device: torch.device, of_peer: bool) -> None:
+    def __init__(
+        self, pieces: np.ndarray, device: torch.device, of_peer: bool, grain: int, apart: int
+    ) -> None:
         from vllm.v1.kv_cache.triton_movers import LOCAL, PEER, PieceTable
 
         super().__init__(pieces)
-        self._table = PieceTable(self._pieces, device, PEER if of_peer else LOCAL)
+        shape = PEER if of_peer else LOCAL
+        self._table = PieceTable(self._pieces, device, shape, grain=grain, apart=apart)
 
     def move(
         self,
@@ -94,13 +97,17 @@ class _CudaMover(PieceMover):
         self._table.move(source, target, source_starts, target_starts)
 
 
-def make_mover(pieces: Any, device: torch.device | str, *, of_peer: bool = False) -> PieceMover:
+def make_mover(
+    pieces: Any, device: torch.device | str, *, grain: int, apart: int, of_peer: bool = False
+) -> PieceMover:
     """A mover on ``device``; on a GPU its moves are queued on the current stream.
 
     Args:
+        grain: bytes that every start is a multiple of, on both sides.
+        apart: bytes from one unit to the next there, where they are neighbours.
         of_peer: the source lies in another GPU's memory.
     """
     device = torch.device(device)
     if device.type == "cpu":
         return _CpuMover(pieces)
-    return _CudaMover(pieces, device, of_peer)
+    return _CudaMover(pieces, device, of_peer, grain, apart)

@@ -11,10 +11,10 @@ from collections.abc import Mapping, Sequence
 from itertools import groupby
 from typing import Any
 
-from vllm.v1.kv_cache.attention_specs import KVCacheSpec
 from vllm.v1.kv_cache.config import KVCacheTensor
 from vllm.v1.kv_cache.content import round_up
 from vllm.v1.kv_cache.grouping import PAGE_ALIGNMENT, page_room
+from vllm.v1.kv_cache.spec import KVCacheSpec
 from vllm.v1.kv_cache_layout import KVCacheLayout
 
 __all__ = ["bytes_per_block", "place_layers"]

@@ -12,7 +12,6 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, TypeVar
 
 from vllm.errors import CapacityError, ConfigError
-from vllm.v1.kv_cache.attention_specs import KVCacheSpec
 from vllm.v1.kv_cache.config import KVCacheConfig, KVCacheGroupSpec, KVCacheTensor
 from vllm.v1.kv_cache.placement import bytes_per_block, place_layers
 from vllm.v1.kv_cache.resolver import (
@@ -23,6 +22,7 @@ from vllm.v1.kv_cache.resolver import (
     resolve_layout,
     select_common_block_size,
 )
+from vllm.v1.kv_cache.spec import KVCacheSpec
 from vllm.v1.kv_cache.state_specs import UniformTypeKVCacheSpecs
 
 if TYPE_CHECKING:

@@ -84,6 +84,16 @@ class UnitGrid:
             + inside * self.part_stride
         )
 
+    @property
+    def grain(self) -> int:
+        """The most bytes that every start is a multiple of."""
+        steps = [self.offset, self.block_stride]
+        if self.parts_per_block > self.parts_per_kernel:
+            steps.append(self.kernel_stride)
+        if self.parts_per_kernel > 1:
+            steps.append(self.part_stride)
+        return math.gcd(*steps)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LayerCopy:

@@ -12,7 +12,6 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from vllm.errors import ConfigError
-from vllm.v1.kv_cache.attention_specs import KVCacheSpec
 from vllm.v1.kv_cache.content import MultipleOf
 from vllm.v1.kv_cache.equal_pages import plan_with_equal_pages
 from vllm.v1.kv_cache.grouping import (
@@ -22,6 +21,7 @@ from vllm.v1.kv_cache.grouping import (
     group_with_equal_pages,
     promote_to_full,
 )
+from vllm.v1.kv_cache.spec import KVCacheSpec
 from vllm.v1.kv_cache_layout import KVCacheLayout
 
 if TYPE_CHECKING:

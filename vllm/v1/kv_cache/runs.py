@@ -11,8 +11,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from vllm.errors import ConfigError
-from vllm.v1.kv_cache.attention_specs import KVCacheSpec
 from vllm.v1.kv_cache.config import KVCacheConfig
+from vllm.v1.kv_cache.spec import KVCacheSpec
 from vllm.v1.kv_cache.strides import compute_layer_kv_cache_shape_bytes, tensor_strides
 
 __all__ = [

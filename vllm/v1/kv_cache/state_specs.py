@@ -12,7 +12,6 @@ from fractions import Fraction
 from typing import TYPE_CHECKING, Any
 
 from vllm.errors import ConfigError
-from vllm.v1.kv_cache.attention_specs import KVCacheSpec
 from vllm.v1.kv_cache.content import (
     ITEMSIZE,
     ContentFormat,
@@ -25,6 +24,7 @@ from vllm.v1.kv_cache.content import (
     dtype_name,
     round_up,
 )
+from vllm.v1.kv_cache.spec import KVCacheSpec
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig

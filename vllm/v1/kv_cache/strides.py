@@ -13,8 +13,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from vllm.errors import ConfigError
-from vllm.v1.kv_cache.attention_specs import KVCacheSpec
 from vllm.v1.kv_cache.config import KVCacheTensor
+from vllm.v1.kv_cache.spec import KVCacheSpec
 from vllm.v1.kv_cache_layout import KVCacheLayout
 
 __all__ = [

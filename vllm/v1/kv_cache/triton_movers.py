@@ -160,13 +160,13 @@ PEER = MoveShape(words=4096, warps=8, programs=1056)
 """Out of the memory of another GPU of this host: 0.93 of a plain copy between two H200."""
 
 
-@triton.jit(do_not_specialize=["source", "target", "total", "units"])
+@triton.jit(do_not_specialize=["source", "target", "total", "units", "room"])
 def _piece_kernel(
-    anchor_ptr, starts_ptr, pieces_ptr, source, target, total, units, ROWS: tl.constexpr,
+    anchor_ptr, starts_ptr, pieces_ptr, source, target, total, units, room, ROWS: tl.constexpr,
     BLOCK: tl.constexpr, ALIGN: tl.constexpr, UNIT: tl.constexpr, PIECES_FIRST: tl.constexpr,
 ):  # fmt: skip
     """``ROWS`` pieces of one unit at a time. ``source`` and ``target`` count ``UNIT`` bytes from
-    the anchor.
+    the anchor; starts here come ``room`` numbers behind those there.
 
     Memory of another device of this host may be meant: addresses are the anchor's plus offsets.
     """
@@ -185,13 +185,44 @@ def _piece_kernel(
         there = tl.load(piece, mask=inside, other=0) // UNIT
         here = tl.load(piece + 1, mask=inside, other=0) // UNIT
         words = tl.load(piece + 2, mask=inside, other=0) // UNIT
-        start = starts_ptr + unit.to(tl.int64) * 2
-        there += source + tl.load(start) // UNIT
-        here += target + tl.load(start + 1) // UNIT
+        there += source + tl.load(starts_ptr + unit) // UNIT
+        here += target + tl.load(starts_ptr + room + unit) // UNIT
         # A mask that changes at whole steps of ALIGN lets loads and stores be as wide.
         valid = inside[:, None] & (at[None, :] // ALIGN < words[:, None])
         value = tl.load(anchor_ptr + there[:, None] * ALIGN + at[None, :], mask=valid)
         tl.store(anchor_ptr + here[:, None] * ALIGN + at[None, :], value, mask=valid)
+
+
+def _power_of_2(number: int) -> int:
+    """The first that is no smaller; Triton's own takes longer than the rest of a move."""
+    return 1 << (number - 1).bit_length()
+
+
+class _Upload:
+    """Pinned memory for two rows of ``room`` numbers on their way to a GPU."""
+
+    def __init__(self, room: int, device: torch.device) -> None:
+        on_gpu = device.type == "cuda"
+        self._device = device
+        self._memory = torch.empty((2, room), dtype=torch.int64, pin_memory=on_gpu)
+        self._rows = self._memory.numpy()
+        self._copied = torch.cuda.Event() if on_gpu else None
+
+    @property
+    def is_free(self) -> bool:
+        """What it held last has been copied."""
+        return self._copied is None or self._copied.query()
+
+    def send(self, first: np.ndarray, second: np.ndarray) -> torch.Tensor:
+        """Both rows on the device, by the current stream; what lies behind them is anything."""
+        self._rows[0, : len(first)] = first
+        self._rows[1, : len(second)] = second
+        return self._memory.to(self._device, non_blocking=True)
+
+    def is_sent(self) -> None:
+        """Called after ``send``, once the work that waits for it has been queued."""
+        if self._copied is not None:
+            self._copied.record()
 
 
 class PieceTable:
@@ -199,49 +230,68 @@ class PieceTable:
 
     Args:
         pieces: int64 ``(pieces, 3)``: offset there, offset here, bytes.
+        grain: bytes that every start is a multiple of, on both sides.
+        apart: bytes from one unit to the next there, where they are neighbours.
     """
 
     def __init__(
-        self, pieces: np.ndarray, device: torch.device, shape: MoveShape | None = None
+        self,
+        pieces: np.ndarray,
+        device: torch.device,
+        shape: MoveShape | None = None,
+        *,
+        grain: int,
+        apart: int,
     ) -> None:
-        shape = LOCAL if shape is None else shape
-        longest = shape.words * 8
+        self._shape = LOCAL if shape is None else shape
+        self._device = device
+        longest = self._shape.words * 8
         cut = [
             (there + done, here + done, min(longest, length - done))
             for there, here, length in pieces.tolist()
             for done in range(0, length, longest)
         ]
         table = np.array(cut, dtype=np.int64).reshape(-1, 3)
-        self._shape = shape
-        self._alignment = int(np.gcd.reduce(table.ravel()))
         self._longest = int(table[:, 2].max(initial=0))
         self._count = len(table)
-        self._reach = int(np.ptp(table[:, 0])) if len(table) else 0
+        # What runs at the same time lies close together: few address translations.
+        self._pieces_first = bool(self._count) and int(np.ptp(table[:, 0])) < apart
         self._table = torch.from_numpy(table).to(device)
-        self._anchor = torch.empty(2, dtype=torch.int64, device=device)
+        anchor = torch.empty(2, dtype=torch.int64, device=device)
+        self._anchor = anchor.data_ptr()
+        self._words = [(size, anchor.view(dtype)) for size, dtype in _WORD_DTYPES]
+        self._bits = int(np.bitwise_or.reduce(table.ravel())) | grain | self._anchor
+        self._uploads: dict[int, list[_Upload]] = {}
 
     def move(
         self, source: int, target: int, source_starts: np.ndarray, target_starts: np.ndarray
     ) -> None:
         """Queue the copies of all units on the current stream."""
-        if not len(source_starts) or not self._count:
+        units = len(source_starts)
+        if not units or not self._count:
             return
-        starts = np.stack((source_starts, target_starts), axis=1).astype(np.int64)
-        anchor = self._anchor.data_ptr()
-        numbers = (self._alignment, source, target, anchor, int(np.gcd.reduce(starts.ravel())))
-        alignment = math.gcd(*numbers)
-        size, dtype = next(pair for pair in _WORD_DTYPES if alignment % pair[0] == 0)
-        align = 2 if alignment % 16 == 0 else 1
+        bits = self._bits | source | target
+        size, words = next(pair for pair in self._words if bits % pair[0] == 0)
+        align = 2 if bits % 16 == 0 else 1
         unit = size * align
-        block = triton.next_power_of_2(self._longest // size)
+        block = _power_of_2(self._longest // size)
         rows = max(1, self._shape.words // block)
-        table = torch.from_numpy(starts).to(self._anchor.device, non_blocking=True)
-        tasks = len(starts) * triton.cdiv(self._count, rows)
+        tasks = units * -(-self._count // rows)
+        room = _power_of_2(units)
+        upload = self._upload(room)
         _piece_kernel[(min(tasks, self._shape.programs or tasks),)](
-            self._anchor.view(dtype), table, self._table, (source - anchor) // unit,
-            (target - anchor) // unit, self._count, len(starts), ROWS=rows, BLOCK=block,
-            ALIGN=align, UNIT=unit,
-            # What runs at the same time lies close together: few address translations.
-            PIECES_FIRST=self._reach < int(np.ptp(starts[:, 0])),
+            words, upload.send(source_starts, target_starts), self._table,
+            (source - self._anchor) // unit, (target - self._anchor) // unit, self._count, units,
+            room, ROWS=rows, BLOCK=block, ALIGN=align, UNIT=unit, PIECES_FIRST=self._pieces_first,
             num_warps=self._shape.warps,
         )  # fmt: skip
+        upload.is_sent()
+
+    def _upload(self, room: int) -> _Upload:
+        """One that nothing is copied out of any more."""
+        made = self._uploads.setdefault(room, [])
+        for upload in made:
+            if upload.is_free:
+                return upload
+        made.append(_Upload(room, self._device))
+        return made[-1]

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 
 from vllm.errors import ConfigError
-from vllm.v1.kv_cache.attention_specs import KVCacheSpec
 from vllm.v1.kv_cache.config import KVCacheTensor
 from vllm.v1.kv_cache.content import dtype_itemsize, to_torch_dtype
+from vllm.v1.kv_cache.spec import KVCacheSpec
 from vllm.v1.kv_cache.strides import compute_layer_kv_cache_shape_bytes, tensor_strides
 from vllm.v1.kv_cache_layout import KVCacheLayout
 

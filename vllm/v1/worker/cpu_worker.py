@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import vllm.envs as envs
@@ -134,6 +134,9 @@ class CPUWorker(WorkerBase):
             gc.freeze()
         if "kv_cache" in tags:
             self.model_runner.restore_kv_cache()
+
+    def register_transfer_callback(self, callback: Callable[[], None]) -> None:
+        self.model_runner.register_transfer_callback(callback)
 
     def get_kv_connector_handshake_metadata(
         self,

@@ -24,6 +24,7 @@ class HostBuffer:
 
     def _hold(self, memory: torch.Tensor) -> None:
         self.cpu = self._view = memory
+        self._shown = memory.shape[0]
         self.np: np.ndarray = memory.numpy()
 
     def device_view(self, n: int) -> torch.Tensor:
@@ -31,10 +32,9 @@ class HostBuffer:
 
     def host_view(self, n: int) -> torch.Tensor:
         """The first ``n`` entries as the host sees them."""
-        view = self._view
-        if len(view) != n:
-            view = self._view = self.cpu[:n]
-        return view
+        if self._shown != n:
+            self._shown, self._view = n, self.cpu[:n]
+        return self._view
 
 
 class DeviceLayer:

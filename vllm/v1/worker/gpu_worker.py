@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -227,6 +227,9 @@ class Worker(WorkerBase):
             self.model_runner.restore_kv_cache()
         if self._has_model and memory.is_awake:
             self.model_runner.recapture_graphs()
+
+    def register_transfer_callback(self, callback: Callable[[], None]) -> None:
+        self.model_runner.register_transfer_callback(callback)
 
     def get_kv_connector_handshake_metadata(
         self,

@@ -177,6 +177,9 @@ class ConnectorStep:
         """Once, after registration: what other engines need to connect to this worker."""
         return None
 
+    def register_callback(self, callback: Callable[[], None]) -> None:
+        """Have ``callback`` called, from any thread, when ``end`` has something to report."""
+
     def close(self) -> None:
         """Stop all transfers."""
 
@@ -242,6 +245,9 @@ class ActiveConnectorStep(ConnectorStep):
 
     def get_handshake_metadata(self) -> KVConnectorHandshakeMetadata | None:
         return self._connector.get_handshake_metadata()
+
+    def register_callback(self, callback: Callable[[], None]) -> None:
+        self._connector.register_transfer_callback(callback)
 
     def begin(self, scheduler_output: SchedulerOutput, context: ForwardContext) -> None:
         metadata = scheduler_output.kv_connector_metadata

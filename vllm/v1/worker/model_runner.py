@@ -522,6 +522,10 @@ class ModelRunner:
 
     # ---- for others -----------------------------------------------------------------------------
 
+    def register_transfer_callback(self, callback: Callable[[], None]) -> None:
+        """Have ``callback`` called, from any thread, when the KV connector has something to say."""
+        self._connector.register_callback(callback)
+
     def get_kv_connector_handshake_metadata(self) -> KVConnectorHandshakeMetadata | None:
         """What other engines need to connect to this worker's caches."""
         return self._connector.get_handshake_metadata()

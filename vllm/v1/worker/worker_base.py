@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from vllm.errors import UnsupportedError
@@ -91,6 +91,9 @@ class WorkerBase(ABC):
         self, grammar_output: GrammarOutput | None
     ) -> ModelRunnerOutput | PendingModelRunnerOutput:
         """Finish the step that ``execute_model`` left open."""
+
+    def register_transfer_callback(self, callback: Callable[[], None]) -> None:
+        """Have ``callback`` called, from any thread, when the KV connector has something to say."""
 
     def get_kv_connector_handshake_metadata(
         self,

@@ -162,7 +162,7 @@ class FlexAttentionMetadataBuilder(AttentionMetadataBuilder[FlexAttentionMetadat
         )
 
 
-class FlexAttentionImpl(PagedAttentionImpl):
+class FlexAttentionImpl(PagedAttentionImpl[FlexAttentionMetadata]):
     def forward(
         self,
         layer: torch.nn.Module,
@@ -170,7 +170,7 @@ class FlexAttentionImpl(PagedAttentionImpl):
         key: torch.Tensor | None,
         value: torch.Tensor | None,
         kv_cache: torch.Tensor,
-        attn_metadata: FlexAttentionMetadata,  # type: ignore[override]
+        attn_metadata: FlexAttentionMetadata,
         output: torch.Tensor,
         output_scale: torch.Tensor | None = None,
         output_block_scale: torch.Tensor | None = None,

@@ -22,7 +22,7 @@ from vllm.v1.attention.ops.triton_split_attention import split_attention, store_
 __all__ = ["RocmAttentionBackend", "SplitAttentionBackend", "SplitAttentionImpl"]
 
 
-class SplitAttentionImpl(PagedAttentionImpl):
+class SplitAttentionImpl(PagedAttentionImpl[TritonAttentionMetadata]):
     """Takes the content apart into K of ``head_size`` and V of what is left."""
 
     def _split(self, kv_cache: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -36,7 +36,7 @@ class SplitAttentionImpl(PagedAttentionImpl):
         key: torch.Tensor | None,
         value: torch.Tensor | None,
         kv_cache: torch.Tensor,
-        attn_metadata: TritonAttentionMetadata,  # type: ignore[override]
+        attn_metadata: TritonAttentionMetadata,
         output: torch.Tensor,
         output_scale: torch.Tensor | None = None,
         output_block_scale: torch.Tensor | None = None,

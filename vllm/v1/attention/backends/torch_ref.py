@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from types import ModuleType
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Self, TypeVar
 
 import torch
 
@@ -34,6 +34,7 @@ __all__ = [
     "PagedAttentionImpl",
     "PagedAttentionMetadata",
     "PagedAttentionMetadataBuilder",
+    "PagedMetadataT",
     "TorchRefBackend",
 ]
 
@@ -71,6 +72,9 @@ class PagedAttentionMetadata(AttentionMetadata):
         )
 
 
+PagedMetadataT = TypeVar("PagedMetadataT", bound=PagedAttentionMetadata)
+
+
 class PagedAttentionMetadataBuilder(AttentionMetadataBuilder[PagedAttentionMetadata]):
     """Hands the step's tensors on as they are: the kernels need nothing else."""
 
@@ -83,7 +87,7 @@ class PagedAttentionMetadataBuilder(AttentionMetadataBuilder[PagedAttentionMetad
         return PagedAttentionMetadata.of(common_attn_metadata)
 
 
-class PagedAttentionImpl(AttentionImpl[PagedAttentionMetadata]):
+class PagedAttentionImpl(AttentionImpl[PagedMetadataT]):
     """What the paged backends share: the constructor's checks and the arguments of the kernels."""
 
     def __init__(
@@ -130,7 +134,7 @@ class PagedAttentionImpl(AttentionImpl[PagedAttentionMetadata]):
         return SideScales(k=layer._k_scale_float, v=layer._v_scale_float)
 
 
-class OperatorAttentionImpl(PagedAttentionImpl):
+class OperatorAttentionImpl(PagedAttentionImpl[PagedAttentionMetadata]):
     """Attention by operators that take the step's tensors as they are."""
 
     operators: ClassVar[ModuleType]

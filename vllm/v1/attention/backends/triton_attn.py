@@ -121,7 +121,7 @@ class TritonAttentionMetadataBuilder(AttentionMetadataBuilder[TritonAttentionMet
         )
 
 
-class TritonAttentionImpl(PagedAttentionImpl):
+class TritonAttentionImpl(PagedAttentionImpl[TritonAttentionMetadata]):
     def forward(
         self,
         layer: torch.nn.Module,
@@ -129,7 +129,7 @@ class TritonAttentionImpl(PagedAttentionImpl):
         key: torch.Tensor | None,
         value: torch.Tensor | None,
         kv_cache: torch.Tensor,
-        attn_metadata: TritonAttentionMetadata,  # type: ignore[override]
+        attn_metadata: TritonAttentionMetadata,
         output: torch.Tensor,
         output_scale: torch.Tensor | None = None,
         output_block_scale: torch.Tensor | None = None,

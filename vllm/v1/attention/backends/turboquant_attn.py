@@ -30,7 +30,7 @@ class TurboQuantImpl(TritonAttentionImpl):
         key: torch.Tensor | None,
         value: torch.Tensor | None,
         kv_cache: torch.Tensor,
-        attn_metadata: TritonAttentionMetadata,  # type: ignore[override]
+        attn_metadata: TritonAttentionMetadata,
         output: torch.Tensor,
         output_scale: torch.Tensor | None = None,
         output_block_scale: torch.Tensor | None = None,

@@ -266,7 +266,10 @@ class StepResults:
         self._finished.setdefault(request.client_index, set()).add(request.request_id)
 
     def collect(self, stats: SchedulerStats | None) -> dict[int, EngineCoreOutputs]:
-        """All there is to tell, by client; the statistics go to one of them."""
+        """All there is to tell, by client; the statistics go to the first.
+
+        Always to the same one: of two, the slower would write an older step's over them.
+        """
         now = time.monotonic()
         by_client = {
             client: EngineCoreOutputs(
@@ -279,9 +282,7 @@ class StepResults:
         }
         self._outputs, self._next_tokens, self._finished = {}, {}, {}
         if stats is not None:
-            first = next(iter(by_client.values()), None)
-            if first is None:
-                first = by_client[0] = EngineCoreOutputs(timestamp=now)
+            first = by_client.setdefault(0, EngineCoreOutputs(timestamp=now))
             first.scheduler_stats = stats
         return by_client
 

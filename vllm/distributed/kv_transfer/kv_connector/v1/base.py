@@ -176,6 +176,12 @@ class KVConnectorBase_V1(ABC):
         assert self._connector_metadata is not None, "no step has begun"
         return self._connector_metadata
 
+    def register_transfer_callback(self, callback: Callable[[], None]) -> None:
+        """Once, after ``register_kv_caches``: may be called, by any thread, whenever
+        ``get_transfer_results`` has something to say. Without such calls an idle engine asks every
+        millisecond.
+        """
+
     def register_kv_scales(self, scales: dict[str, tuple[float, float]]) -> None:
         """Once, before ``register_kv_caches``: of layers by name, what all numbers of K and of V
         are multiplied by, 1.0 where the cache's format asks for no such scale.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Protocol
 
 from vllm.distributed.kv_transfer.kv_connector.v1.base import (
@@ -40,11 +41,31 @@ class SchedulerHalf(Protocol):
     def has_pending_push_work(self) -> bool: ...
 
 
+class WorkerHalf(Protocol):
+    """What has a thread of its own that transfers."""
+
+    def register_callback(self, callback: Callable[[], None]) -> None: ...
+
+
 class TwoHalvesConnector(KVConnectorBase_V1, SupportsHMA):
-    """A connector whose scheduler's half is an object of its own, ``_scheduler``."""
+    """A connector whose halves are objects of their own: ``_scheduler``, and a worker's half that
+    says when it has something to report.
+    """
 
     works_between_layers = False
     _scheduler: SchedulerHalf
+    _callback: Callable[[], None] | None = None
+    _half: WorkerHalf | None = None
+
+    def register_transfer_callback(self, callback: Callable[[], None]) -> None:
+        self._callback = callback
+        self._introduce(self._half)
+
+    def _introduce(self, half: WorkerHalf | None) -> None:
+        """Let the worker's half know whom to tell, now or once that is known."""
+        self._half = half
+        if half is not None and self._callback is not None:
+            half.register_callback(self._callback)
 
     def on_new_request(self, request: Request) -> None:
         self._scheduler.on_new_request(request)

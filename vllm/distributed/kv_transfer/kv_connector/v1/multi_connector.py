@@ -7,7 +7,7 @@ configuration. A request's blocks stay until every part that asked for them has 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -109,6 +109,10 @@ class MultiConnector(KVConnectorBase_V1, SupportsHMA):
         super().clear_connector_metadata()
         for part in self._parts:
             part.clear_connector_metadata()
+
+    def register_transfer_callback(self, callback: Callable[[], None]) -> None:
+        for part in self._parts:
+            part.register_transfer_callback(callback)
 
     def register_kv_scales(self, scales: dict[str, tuple[float, float]]) -> None:
         for part in self._parts:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorTransferResults
 
@@ -20,22 +21,34 @@ class Reports:
         self._lock = threading.Lock()
         self._results = _nothing()
         self._stats: dict[str, float] = {}
+        self._callback: Callable[[], None] | None = None
+
+    def register_callback(self, callback: Callable[[], None]) -> None:
+        """Have ``callback`` called by the transfer thread when ``take_results`` has something."""
+        self._callback = callback
+
+    def _say_so(self) -> None:
+        if self._callback is not None:
+            self._callback()
 
     def sent(self, request_id: str) -> None:
         with self._lock:
             assert self._results.finished_sending is not None
             self._results.finished_sending.add(request_id)
+        self._say_so()
 
     def received(self, request_id: str, *, failed: bool) -> None:
         with self._lock:
             ended = self._results.failed_recving if failed else self._results.finished_recving
             assert ended is not None
             ended.add(request_id)
+        self._say_so()
 
     def stuck(self, request_id: str) -> None:
         with self._lock:
             assert self._results.stuck_recving is not None
             self._results.stuck_recving.add(request_id)
+        self._say_so()
 
     def count(self, **values: float) -> None:
         with self._lock:

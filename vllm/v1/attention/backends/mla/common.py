@@ -7,12 +7,12 @@ from typing import Any
 import torch
 
 from vllm import _custom_ops as ops
-from vllm.v1.attention.backends.torch_ref import PagedAttentionImpl
+from vllm.v1.attention.backends.torch_ref import PagedAttentionImpl, PagedMetadataT
 
 __all__ = ["MLAImpl"]
 
 
-class MLAImpl(PagedAttentionImpl):
+class MLAImpl(PagedAttentionImpl[PagedMetadataT]):
     """``forward`` takes query (T, Q, nope + rope) and latents (B, N, R + rope) to (T, Q, v)."""
 
     def do_kv_cache_update(

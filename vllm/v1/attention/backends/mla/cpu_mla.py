@@ -107,7 +107,7 @@ def tokens_worth_expanding(layer: Any) -> int:
     return 1 + layer.kv_lora_rank * (layer.qk_nope_head_dim + layer.v_head_dim) // saved
 
 
-class CPUMLAImpl(MLAImpl):
+class CPUMLAImpl(MLAImpl[CPUMLAMetadata]):
     def forward(
         self,
         layer: Any,
@@ -115,7 +115,7 @@ class CPUMLAImpl(MLAImpl):
         key: torch.Tensor | None,
         value: torch.Tensor | None,
         kv_cache: torch.Tensor,
-        attn_metadata: CPUMLAMetadata,  # type: ignore[override]
+        attn_metadata: CPUMLAMetadata,
         output: torch.Tensor,
         output_scale: torch.Tensor | None = None,
         output_block_scale: torch.Tensor | None = None,

@@ -33,7 +33,7 @@ class FlashAttentionMLAImpl(TritonMLAImpl):
         key: torch.Tensor | None,
         value: torch.Tensor | None,
         kv_cache: torch.Tensor,
-        attn_metadata: TritonMLAMetadata,  # type: ignore[override]
+        attn_metadata: TritonMLAMetadata,
         output: torch.Tensor,
         output_scale: torch.Tensor | None = None,
         output_block_scale: torch.Tensor | None = None,

@@ -1,7 +1,7 @@
 """TORCH_REF_MLA: attention to latents themselves, in plain PyTorch, on any device and for any size.
 
-The judge of the other backend, and what runs where it cannot. Owns no cache and no weight; takes
-every address from the cache tensor's strides.
+The reference of the other backends, and what runs where they cannot. Owns no cache and no weight;
+takes every address from the cache tensor's strides.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from vllm.v1.attention.backends.torch_ref import (
 __all__ = ["TorchRefMLABackend", "TorchRefMLAImpl"]
 
 
-class TorchRefMLAImpl(MLAImpl):
+class TorchRefMLAImpl(MLAImpl[PagedAttentionMetadata]):
     def forward(
         self,
         layer: Any,

@@ -181,7 +181,7 @@ class TritonMLAMetadataBuilder(AttentionMetadataBuilder[TritonMLAMetadata]):
         )
 
 
-class TritonMLAImpl(MLAImpl):
+class TritonMLAImpl(MLAImpl[TritonMLAMetadata]):
     def do_kv_cache_update(
         self,
         layer: Any,
@@ -199,7 +199,7 @@ class TritonMLAImpl(MLAImpl):
         key: torch.Tensor | None,
         value: torch.Tensor | None,
         kv_cache: torch.Tensor,
-        attn_metadata: TritonMLAMetadata,  # type: ignore[override]
+        attn_metadata: TritonMLAMetadata,
         output: torch.Tensor,
         output_scale: torch.Tensor | None = None,
         output_block_scale: torch.Tensor | None = None,

@@ -111,6 +111,7 @@ class MooncakeConnector(TwoHalvesConnector):
             sends=transfer.is_kv_producer,
             receives=transfer.is_kv_consumer,
         )
+        self._introduce(self._worker)
         if transfer.is_kv_producer:
             self._let_decoders_find(local.shard.rank, local.shard.tp_size, channel.address)
 

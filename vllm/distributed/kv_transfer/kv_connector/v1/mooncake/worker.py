@@ -10,6 +10,7 @@ import contextlib
 import queue
 import threading
 import time
+from collections.abc import Callable
 
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorTransferResults
 from vllm.distributed.kv_transfer.kv_connector.v1.mooncake.messages import MooncakeStepMetadata
@@ -74,6 +75,10 @@ class MooncakeWorker:
         if self._broken is not None:
             raise KVTransferError("the KV transfer thread has ended") from self._broken
         return self._reports.take_results()
+
+    def register_callback(self, callback: Callable[[], None]) -> None:
+        """Have ``callback`` called, by the transfer thread, when ``take_results`` has something."""
+        self._reports.register_callback(callback)
 
     def take_stats(self) -> dict[str, float] | None:
         return self._reports.take_stats()

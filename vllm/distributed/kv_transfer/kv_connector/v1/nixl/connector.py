@@ -109,6 +109,7 @@ class NixlConnector(TwoHalvesConnector):
             pushes=self.pushes,
         )
         self._worker.set_scales(self._scales)
+        self._introduce(self._worker)
         self._handshake = NixlHandshakeMetadata(payload)
 
     def get_handshake_metadata(self) -> KVConnectorHandshakeMetadata | None:

@@ -255,14 +255,7 @@ class Giver:
             if writes:
                 _check_range(target[0], 1, plan.target_blocks)
                 _check_range(target[1], 0, table.target.parts_per_block)
-            units.append(
-                UnitBlocks(
-                    source_blocks=source[0],
-                    source_parts=source[1],
-                    target_blocks=target[0],
-                    target_parts=target[1],
-                )
-            )
+            units.append(table.place(*source, *target))
         chunks = [Chunk(table=0, first=0, count=0, num_bytes=0)]
         if ask.way == PUSH:
             if plan.converts:
@@ -380,16 +373,9 @@ class Giver:
             if slot is None:
                 return
             chunk = job.chunks[job.next]
-            part = slice(chunk.first, chunk.first + chunk.count)
-            units = job.units[chunk.table]
             job.slots[job.next] = slot
-            done = ring.gather(
-                job.consumer.movers[chunk.table],
-                chunk,
-                units.source_blocks[part],
-                units.source_parts[part],
-                slot,
-            )
+            movers = job.consumer.movers[chunk.table]
+            done = ring.gather(movers, chunk, job.units[chunk.table], slot)
             self.progress += 1
             job.next += 1
             if done.poll():

@@ -274,7 +274,7 @@ class PeerBook:
             place = self._port.mapped(rank.agent, base)
             if place is not None:
                 own_base = local.descriptor.base
-                rank.mapped = MappedMemory(plan, rank.movers, place, own_base, device)
+                rank.mapped = MappedMemory(rank.movers, place, own_base, device)
         if local.ring is not None and metadata.ring is not None:
             pair = RingPair(source=read_ring(metadata.ring), target=local.ring)
             rank.pair = pair

@@ -41,6 +41,7 @@ from vllm.distributed.kv_transfer.staging import StagingRing
 from vllm.distributed.kv_transfer.transport.port import PortError, TransferPort
 from vllm.errors import KVTransferError
 from vllm.logger import init_logger
+from vllm.utils.system import wake_on_time
 
 __all__ = ["TransferWorker"]
 
@@ -127,6 +128,10 @@ class TransferWorker:
             raise KVTransferError("the KV transfer thread has ended") from self._broken
         return self._reports.take_results()
 
+    def register_callback(self, callback: Callable[[], None]) -> None:
+        """Have ``callback`` called, by the transfer thread, when ``take_results`` has something."""
+        self._reports.register_callback(callback)
+
     def set_scales(self, scales: dict[str, tuple[float, float]]) -> None:
         """Of layers with one scale a side: (K, V); before the first load."""
         self._book.scales = scales
@@ -149,6 +154,7 @@ class TransferWorker:
     # The thread
 
     def _run(self) -> None:
+        wake_on_time()
         try:
             device = torch.device(self._local.device)
             if device.type == "cuda":
