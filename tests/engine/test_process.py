@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import resource
 import signal
@@ -10,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,7 @@ import pytest
 from tests.engine.conftest import ENGINE_ARGS
 from vllm import LLM, SamplingParams
 from vllm.errors import CapacityError, ConfigError, EngineDeadError, VLLMValidationError
-from vllm.utils.system import raise_open_files_limit
+from vllm.utils.system import raise_open_files_limit, wake_on_time
 from vllm.v1.engine.core_client import SyncMPClient
 
 PROMPTS = ["The quick brown", "def main", [7, 8, 9] * 20]
@@ -225,3 +227,18 @@ def test_the_queue_limit(tiny_model: Path) -> None:
             llm.generate(["x"] * 12, SamplingParams(max_tokens=50, ignore_eos=True), use_tqdm=False)
         assert not llm.llm_engine.has_unfinished_requests()
         assert len(llm.generate("x", use_tqdm=False)) == 1
+
+
+def test_a_thread_that_asks_for_it_is_woken_on_time() -> None:
+    """Of the kernel: how late it may wake this thread, in nanoseconds (PR_GET_TIMERSLACK)."""
+    library = ctypes.CDLL(None)
+
+    def allowed() -> list[int]:
+        before = library.prctl(30, 0, 0, 0, 0)
+        wake_on_time()
+        return [before, library.prctl(30, 0, 0, 0, 0)]
+
+    with ThreadPoolExecutor(1) as pool:
+        before, after = pool.submit(allowed).result()
+    assert after == 1000 < before
+    assert library.prctl(30, 0, 0, 0, 0) == before

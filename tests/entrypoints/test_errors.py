@@ -334,7 +334,7 @@ def test_an_unknown_model_is_404(server: Server, client: openai.OpenAI):
 
 def test_unknown_paths_say_what_is_known(server: Server):
     refused(server.get("/nowhere"), 404, "/docs")
-    refused(server.post("/v1/responses", {"input": "x"}), 404, "vLLM has it")
+    refused(server.post("/v1/embeddings", {"input": "x"}), 404, "vLLM has it")
     refused(server.get("/v1/completions"), 405)
 
 

@@ -3,6 +3,7 @@
 import pytest
 
 from vllm.entrypoints.openai.http import validate
+from vllm.entrypoints.openai.messages_request import MessagesRequest
 from vllm.entrypoints.openai.protocol import (
     ChatCompletionRequest,
     CompletionRequest,
@@ -46,6 +47,11 @@ TOKENIZE_CHAT = """
     add_special_tokens chat_template chat_template_kwargs media_io_kwargs mm_processor_kwargs tools
 """
 DETOKENIZE = "model tokens"
+ANTHROPIC = """
+    model messages max_tokens metadata output_config thinking stop_sequences stream system
+    temperature tool_choice tools top_k top_p mm_payload return_mm_kwargs cache_salt watermarking
+    kv_transfer_params ec_transfer_params vllm_xargs chat_template_kwargs
+"""
 RESPONSES = """
     background include input instructions max_output_tokens max_tool_calls metadata model logit_bias
     parallel_tool_calls previous_response_id prompt reasoning include_reasoning service_tier store
@@ -62,6 +68,7 @@ KINDS = [
     (TokenizeCompletionRequest, "tokenize", TOKENIZE_COMPLETION, {"prompt": "Hi"}),
     (TokenizeChatRequest, "tokenize", TOKENIZE_CHAT, {"messages": MESSAGES}),
     (DetokenizeRequest, "detokenize", DETOKENIZE, {"tokens": [1]}),
+    (MessagesRequest, "messages", ANTHROPIC, {"messages": MESSAGES, "max_tokens": 1}),
     (ResponsesRequest, "responses", RESPONSES, {"input": "Hi", "tool_choice": None}),
 ]
 FIELDS = [

@@ -330,7 +330,7 @@ def test_a_descriptor_that_lies_is_refused(change):
 def test_block_ids_that_are_not_the_peers_are_refused():
     own = descriptor(full(4, 4, 16), "LBHNC")
     plan = plan_of(own, own)
-    for row in ([9], [-1], [1 << 62]):
+    for row in ([9], [-1], [1 << 62], [1 << 63], [-1 << 70]):
         with pytest.raises(KVTransferError, match="block ids must be 0 to 8"):
             plan.units([row], [[1]], 16)
     with pytest.raises(KVTransferError, match="need 2 blocks of the source, which has 1"):

@@ -1,15 +1,20 @@
-"""The machine's CPU as the kernel describes it, a process's limits, sizes in words for people."""
+"""The machine's CPU as the kernel describes it, limits of processes and threads, sizes in words."""
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import resource
 from pathlib import Path
 
-__all__ = ["cpu_flags", "format_bytes", "raise_open_files_limit"]
+__all__ = ["cpu_flags", "format_bytes", "raise_open_files_limit", "wake_on_time"]
 
 # More connections than a server of one process can use.
 _ENOUGH_OPEN_FILES = 65_536
+
+# Of <sys/prctl.h>.
+_SET_TIMER_SLACK = 29
+_SLACK_NANOSECONDS = 1000
 
 
 @functools.cache
@@ -36,6 +41,17 @@ def raise_open_files_limit() -> int:
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
         return wanted
     return soft
+
+
+def wake_on_time() -> None:
+    """Let waits of this thread end within a microsecond of their time, as far as the kernel may.
+
+    Linux wakes threads up to 50 us late, to save power: for a wait of 20 us that is 70 (measured:
+    86 with the rest, and 36 after this call). Elsewhere nothing happens.
+    """
+    library = ctypes.CDLL(None)
+    if hasattr(library, "prctl"):
+        library.prctl(_SET_TIMER_SLACK, ctypes.c_ulong(_SLACK_NANOSECONDS), 0, 0, 0)
 
 
 def format_bytes(size: float) -> str:

@@ -12,7 +12,6 @@ target.start(b, p)`` here. Descriptor number of that in a prepared list, on eith
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -222,18 +221,18 @@ def _block_rows(rows: Sequence[Sequence[int]], what: str, limit: int) -> list[np
     Raises:
         KVTransferError: ids that are not of this cache.
     """
-    ends = list(itertools.accumulate(map(len, rows)))
-    try:
-        numbers = np.fromiter(
-            itertools.chain.from_iterable(rows), np.int64, ends[-1] if ends else 0
-        )
-        # Without their signs, negative ones are larger than any cache.
-        inside = np.maximum.reduce(numbers.view(np.uint64), initial=0) < limit
-    except OverflowError:
-        inside = False
-    if not inside:
-        raise KVTransferError(f"{what} block ids must be 0 to {limit - 1}")
-    return [numbers[end - len(row) : end] for row, end in zip(rows, ends, strict=True)]
+    found = []
+    for row in rows:
+        try:
+            numbers = np.fromiter(row, np.int64, len(row))
+            # Without their signs, negative ones are larger than any cache.
+            inside = np.maximum.reduce(numbers.view(np.uint64), initial=0) < limit
+        except OverflowError:
+            inside = False
+        if not inside:
+            raise KVTransferError(f"{what} block ids must be 0 to {limit - 1}")
+        found.append(numbers)
+    return found
 
 
 def _find_starts(grid: UnitGrid, blocks: np.ndarray, parts: np.ndarray, starts: np.ndarray) -> None:

@@ -25,6 +25,7 @@ from vllm.entrypoints.openai.http import (
     read_object,
     validate,
 )
+from vllm.entrypoints.openai.messages_request import CountTokensRequest, MessagesRequest
 from vllm.entrypoints.openai.metrics import HTTPMetricsMiddleware, metrics_response
 from vllm.entrypoints.openai.middleware import (
     AuthenticationMiddleware,
@@ -50,6 +51,7 @@ from vllm.entrypoints.openai.responses_request import ResponsesRequest
 from vllm.entrypoints.openai.serving_chat import OpenAIServingChat
 from vllm.entrypoints.openai.serving_completion import OpenAIServingCompletion
 from vllm.entrypoints.openai.serving_engine import ServerContext
+from vllm.entrypoints.openai.serving_messages import AnthropicServingMessages
 from vllm.entrypoints.openai.serving_responses import OpenAIServingResponses
 from vllm.entrypoints.openai.serving_tokenization import OpenAIServingTokenization
 from vllm.errors import EngineDeadError, VLLMError, VLLMValidationError
@@ -73,7 +75,7 @@ _NOT_YET = (
     "/v1/chat/completions/",
     "/v1/completions/",
     "/v1/embeddings",
-    "/v1/messages",
+    "/v1/messages/",
     "/v1/responses/",
     "/v1/systemone",
 )
@@ -131,6 +133,7 @@ def _add_generation_routes(app: FastAPI, context: ServerContext, prompts: ChatPr
     completion = OpenAIServingCompletion(context)
     chat = OpenAIServingChat(context, prompts)
     responses = OpenAIServingResponses(chat)
+    messages = AnthropicServingMessages(chat)
 
     async def create_completion(raw: Request) -> Response:
         _refuse_if_closing(context)
@@ -146,6 +149,15 @@ def _add_generation_routes(app: FastAPI, context: ServerContext, prompts: ChatPr
         _refuse_if_closing(context)
         request = await parse_request(raw, ResponsesRequest, "responses")
         return await responses.create_response(request, raw)
+
+    async def create_message(raw: Request) -> Response:
+        _refuse_if_closing(context)
+        request = await parse_request(raw, MessagesRequest, "messages")
+        return await messages.create_message(request, raw)
+
+    async def count_tokens(raw: Request) -> Response:
+        request = await parse_request(raw, CountTokensRequest, "messages")
+        return await messages.count_tokens(request)
 
     async def invocations(raw: Request) -> Response:
         """SageMaker's one path: the fields tell what is meant."""
@@ -188,6 +200,18 @@ def _add_generation_routes(app: FastAPI, context: ServerContext, prompts: ChatPr
         responses=errors,
         openapi_extra=_body(ResponsesRequest),
     )
+    for path, endpoint, model in (
+        ("/v1/messages", create_message, MessagesRequest),
+        ("/v1/messages/count_tokens", count_tokens, CountTokensRequest),
+    ):
+        app.add_api_route(
+            path,
+            endpoint,
+            methods=["POST"],
+            response_model=None,
+            responses=errors,
+            openapi_extra=_body(model),
+        )
     app.add_api_route(
         "/invocations",
         invocations,
@@ -307,6 +331,8 @@ class _App(FastAPI):
                 CompletionRequest,
                 ChatCompletionRequest,
                 ResponsesRequest,
+                MessagesRequest,
+                CountTokensRequest,
                 TokenizeCompletionRequest,
                 TokenizeChatRequest,
                 DetokenizeRequest,

@@ -5,7 +5,7 @@ Owns reading and checking a JSON body, and sending. Knows nothing of what reques
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Coroutine, Iterator
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from typing import Any, TypeVar
 
 import msgspec
@@ -176,15 +176,22 @@ async def until_disconnect(request: Request, work: Coroutine[Any, Any, Response]
 
 
 class EventStream(Response):
-    """A stream of server-sent events, ended by ``data: [DONE]``.
+    """A stream of server-sent events, ended by ``end``.
 
     ``events`` yields whole events as bytes. An error before the first one becomes an answer with
     its own status; a later one becomes an event. Closing ``events`` ends what feeds it.
     """
 
-    def __init__(self, events: AsyncIterator[bytes]) -> None:
+    def __init__(
+        self,
+        events: AsyncIterator[bytes],
+        end: bytes = _DONE,
+        error_event: Callable[[Exception], bytes] | None = None,
+    ) -> None:
         super().__init__(status_code=200, media_type="text/event-stream")
         self._events = events
+        self._end = end
+        self._error_event = error_event or _error_event
         # Without a length the server sends it in chunks; proxies must not collect them.
         self.raw_headers = [
             (b"content-type", b"text/event-stream; charset=utf-8"),
@@ -213,10 +220,9 @@ class EventStream(Response):
                 async for event in events:
                     await send({"type": "http.response.body", "body": event, "more_body": True})
             except EXPECTED_ERRORS as exc:
-                await send(
-                    {"type": "http.response.body", "body": _error_event(exc), "more_body": True}
-                )
-            await send({"type": "http.response.body", "body": _DONE, "more_body": False})
+                body = self._error_event(exc)
+                await send({"type": "http.response.body", "body": body, "more_body": True})
+            await send({"type": "http.response.body", "body": self._end, "more_body": False})
         finally:
             await events.aclose()  # type: ignore[attr-defined]
 

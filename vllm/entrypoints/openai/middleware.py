@@ -32,7 +32,7 @@ _OPEN_PATHS = frozenset(
 _REQUEST_ID = re.compile(rb"[\x21-\x7e]{1,256}")
 # Endpoints whose requests occupy the engine.
 _LOAD_PATHS = frozenset(
-    ("/v1/completions", "/v1/chat/completions", "/v1/responses", "/invocations")
+    ("/v1/completions", "/v1/chat/completions", "/v1/responses", "/v1/messages", "/invocations")
 )
 
 
@@ -44,7 +44,7 @@ def _path(scope: Scope) -> str:
 
 
 class AuthenticationMiddleware:
-    """Lets through what carries one of ``keys`` as a bearer token."""
+    """Lets through what carries one of ``keys``, as a bearer token or as X-Api-Key."""
 
     def __init__(self, app: ASGIApp, keys: Iterable[str]) -> None:
         self._app = app
@@ -55,15 +55,19 @@ class AuthenticationMiddleware:
         if scope["method"] == "OPTIONS" or _path(scope) in _OPEN_PATHS:
             return True
         for name, value in scope["headers"]:
-            if name != b"authorization":
-                continue
-            scheme, _, token = value.partition(b" ")
-            if scheme.lower() != b"bearer":
-                continue
-            digest = hashlib.sha256(token.strip()).digest()
-            matches = [hmac.compare_digest(digest, known) for known in self._digests]
-            return any(matches)
+            # The second is what Anthropic's clients send.
+            if name == b"authorization":
+                scheme, _, token = value.partition(b" ")
+                if scheme.lower() == b"bearer" and self._is_key(token):
+                    return True
+            elif name == b"x-api-key" and self._is_key(value):
+                return True
         return False
+
+    def _is_key(self, token: bytes) -> bool:
+        digest = hashlib.sha256(token.strip()).digest()
+        matches = [hmac.compare_digest(digest, known) for known in self._digests]
+        return any(matches)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or self._is_allowed(scope):

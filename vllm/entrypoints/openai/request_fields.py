@@ -61,7 +61,15 @@ _NOT_YET_RESPONSES: dict[str, tuple[Any, ...]] = {
     "enable_response_messages": (False,),
     "previous_input_messages": (),
 }
+_NOT_YET_MESSAGES: dict[str, tuple[Any, ...]] = {
+    "mm_payload": (),
+    "return_mm_kwargs": (False,),
+    "watermarking": (False,),
+    "ec_transfer_params": (),
+    "service_tier": ("auto", "standard_only"),
+}
 NOT_YET: dict[str, dict[str, tuple[Any, ...]]] = {
+    "messages": _NOT_YET_MESSAGES,
     "responses": _NOT_YET_RESPONSES,
     "completion": _NOT_YET_COMPLETION,
     "chat": _NOT_YET_CHAT,

@@ -134,6 +134,14 @@ class OpenAIServingChat(OpenAIServing):
             ),
         )
 
+    async def count_prompt_tokens(self, request: ChatCompletionRequest) -> int:
+        """Tokens of the prompt that ``request`` becomes, however long it is."""
+        self.context.models.check(request.model)
+        request.check()
+        _, text = self._prompts.render(request)
+        prompt = await self.encode(text, request.add_special_tokens, limited=False)
+        return len(prompt.token_ids)
+
     def _tool_parser_for(self, request: ChatCompletionRequest) -> Callable[[], ToolParser] | None:
         """A maker of parsers, one per choice; may change the request as its parser needs."""
         if not request.tools or request.tool_choice != "auto":

@@ -135,6 +135,11 @@ class AnswerReader:
         """The finish reason is "tool_calls": the model chose to call, in whole or in part."""
         return self._num_calls > 0 and self._named is None
 
+    @property
+    def has_calls(self) -> bool:
+        """Whether the answer calls a tool, chosen by the model or by the request."""
+        return self._num_calls > 0 or self._named is not None
+
     def read(self, text: str) -> tuple[str | None, str | None, list[ToolCall]]:
         """Reasoning, content and calls of a whole answer."""
         reasoning: str | None = None

@@ -69,33 +69,33 @@ class PeerProcess:
             raise PortError("the memory of processes there cannot be read from here")
         self._call = library.process_vm_readv
         self._call.restype = ctypes.c_ssize_t
+        self._word = ctypes.c_int64()
         self._nonce = ctypes.create_string_buffer(_NONCE_BYTES)
+        # Made once; only the address of the word differs from call to call.
+        self._theirs = (_Run * 2)(
+            _Run(0, ctypes.sizeof(self._word)), _Run(identity.nonce_address, _NONCE_BYTES)
+        )
+        self._ours = (_Run * 2)(
+            _Run(ctypes.addressof(self._word), ctypes.sizeof(self._word)),
+            _Run(ctypes.addressof(self._nonce), _NONCE_BYTES),
+        )
         self.read_word(identity.nonce_address)
 
     def read_word(self, address: int) -> int:
-        """A signed number of 8 bytes.
+        """A signed number of 8 bytes; for one thread at a time.
 
         Raises:
             PeerLostError: the process is gone.
             PortError: there is no such memory.
         """
-        word = ctypes.c_int64()
-        theirs = (_Run * 2)(
-            _Run(address, ctypes.sizeof(word)), _Run(self._identity.nonce_address, _NONCE_BYTES)
-        )
-        ours = (_Run * 2)(
-            _Run(ctypes.addressof(word), ctypes.sizeof(word)),
-            _Run(ctypes.addressof(self._nonce), _NONCE_BYTES),
-        )
-        pid = self._identity.pid
-        size = self._call(
-            pid, ours, ctypes.c_ulong(2), theirs, ctypes.c_ulong(2), ctypes.c_ulong(0)
-        )
-        if size == ctypes.sizeof(word) + _NONCE_BYTES and self._nonce.raw == self._identity.nonce:
-            return word.value
+        self._theirs[0].address = address
+        pid, two, none = self._identity.pid, ctypes.c_ulong(2), ctypes.c_ulong(0)
+        size = self._call(pid, self._ours, two, self._theirs, two, none)
+        whole = size == ctypes.sizeof(self._word) + _NONCE_BYTES
+        same = self._nonce.raw == self._identity.nonce
+        if whole and same:
+            return self._word.value
         error = ctypes.get_errno() if size < 0 else errno.EFAULT
-        if error == errno.ESRCH or (
-            size == ctypes.sizeof(word) + _NONCE_BYTES and self._nonce.raw != self._identity.nonce
-        ):
+        if error == errno.ESRCH or (whole and not same):
             raise PeerLostError(f"process {pid} is gone")
         raise PortError(f"memory of process {pid} cannot be read: {os.strerror(error)}")

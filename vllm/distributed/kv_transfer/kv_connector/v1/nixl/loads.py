@@ -232,24 +232,24 @@ class Loads:
         """Start what one rank has, by the way that costs least."""
         descriptors, num_bytes = plan.num_descriptors(units), plan.num_bytes(units)
         way = self._way(rank, plan, descriptors, num_bytes)
-        load.num_bytes += num_bytes
-        load.chosen.append((rank, way, descriptors, num_bytes))
-        self.ways_taken[way] = self.ways_taken.get(way, 0) + 1
-        self._reports.count(**{f"transfers_by_{way}": 1})
         if way == "staging" or self._pushes:
             if way == "staging":
                 code = PUSH_STAGED if self._pushes else PULL_STAGED
             else:
                 code = PUSH
             load.takes.append(self._taker.start(rank, load.params, code, units))
-            return
-        load.num_descriptors += descriptors
-        if way == "mapped":
+        elif way == "mapped":
             assert rank.mapped is not None
             load.copies.append((number, rank.mapped.copy(units)))
-            return
-        into, out_of = plan.indices(units, "target"), plan.indices(units, "source")
-        load.copies.append((number, self._port.read(rank.local, into, rank.remote, out_of)))
+            load.num_descriptors += descriptors
+        else:
+            into, out_of = plan.indices(units, "target"), plan.indices(units, "source")
+            load.copies.append((number, self._port.read(rank.local, into, rank.remote, out_of)))
+            load.num_descriptors += descriptors
+        load.num_bytes += num_bytes
+        load.chosen.append((rank, way, descriptors, num_bytes))
+        self.ways_taken[way] = self.ways_taken.get(way, 0) + 1
+        self._reports.count(**{f"transfers_by_{way}": 1})
 
     def _way(self, rank: PeerRank, plan: TransferPlan, num_descriptors: int, num_bytes: int) -> str:
         """
@@ -377,11 +377,9 @@ class Loads:
     def _end(self, load: _Load) -> None:
         request_id = load.receive.request_id
         del self._loads[request_id]
-        self._notices.release(load.params)
+        now = self._clock()
         is_right = load.error is None and not load.given_up
         if is_right:
-            self._learn(load)
-            now = self._clock()
             self._reports.count(
                 transfers=1,
                 transfer_bytes=load.num_bytes,
@@ -394,9 +392,13 @@ class Loads:
             self._reports.count(failed_transfers=1)
             logger.warning("Loading KV of request %s failed: %s", request_id, load.error)
         self._reports.received(request_id, failed=not is_right)
+        # Somebody waits for that; for what follows nobody does.
+        self._notices.release(load.params)
+        if is_right:
+            self._learn(load, now - load.started)
 
-    def _learn(self, load: _Load) -> None:
-        """How long it took, where one way brought everything."""
+    def _learn(self, load: _Load, seconds: float) -> None:
+        """That it took so long, where one way brought everything."""
         if len(load.chosen) != 1:
             return
         rank, way, descriptors, num_bytes = load.chosen[0]
@@ -407,7 +409,7 @@ class Loads:
             self._costs, descriptors, num_bytes, slot, mapped=rank.mapped is not None
         ).seconds
         if way in ways:
-            rank.seen.learn(way, ways[way], self._clock() - load.started)
+            rank.seen.learn(way, ways[way], seconds)
 
     def give_up_late(self) -> None:
         now = self._clock()

@@ -185,7 +185,7 @@ def parse_params(given: dict[str, Any] | None) -> RemoteParams | None:
     rows = params.remote_block_ids or []
     if not rows or sum(map(len, rows)) > _MOST_BLOCKS or len(rows) > 64:
         raise _refusal(f"remote_block_ids must name 1 to 64 groups, {_MOST_BLOCKS} blocks in all")
-    if any(block < 0 or block >= 1 << 40 for row in rows for block in row):
+    if any(min(row) < 0 or max(row) >= 1 << 40 for row in rows if row):
         raise _refusal("remote_block_ids holds a number that is no block id")
     if not 0 < (params.remote_num_tokens or 0) < 1 << 40:
         raise _refusal("remote_num_tokens must be at least 1")

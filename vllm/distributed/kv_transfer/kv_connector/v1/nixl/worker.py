@@ -41,6 +41,7 @@ from vllm.distributed.kv_transfer.staging import StagingRing
 from vllm.distributed.kv_transfer.transport.port import PortError, TransferPort
 from vllm.errors import KVTransferError
 from vllm.logger import init_logger
+from vllm.utils.system import wake_on_time
 
 __all__ = ["TransferWorker"]
 
@@ -153,6 +154,7 @@ class TransferWorker:
     # The thread
 
     def _run(self) -> None:
+        wake_on_time()
         try:
             device = torch.device(self._local.device)
             if device.type == "cuda":
