@@ -38,7 +38,6 @@ class FakeEngine:
             max_model_len=64,
             served_model_name=(),
             get_diff_sampling_param=dict,
-            hf_config=SimpleNamespace(model_type="llama"),
         )
 
     def get_tokenizer(self) -> None:
