@@ -5,6 +5,7 @@ import re
 
 import pytest
 
+from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.engine.not_yet import GONE, NOT_YET
 from vllm.entrypoints.cli.serve import make_parser
 from vllm.errors import ConfigError
@@ -353,3 +354,25 @@ def test_flag_check_refuses_other_types():
     for bad in ("3", 3.0, True, None, [3]):
         with pytest.raises(ConfigError, match="--n takes a whole number"):
             flag.check(bad)
+
+
+@pytest.mark.parametrize(
+    ("argv", "part"),
+    [
+        (["--allowed-headers", "[1]"], "--allowed-headers takes a JSON list, each of them text"),
+        (["--allowed-origins", '["a", null]'], "not None"),
+        (["--served-model-name", "a\udce9"], "--served-model-name takes text in UTF-8"),
+        (["--response-role", "\udcff"], "--response-role takes text in UTF-8"),
+        (["--api-key", "good", "bad\udcff"], r"not 'bad\udcff'"),
+    ],
+)
+def test_text_that_could_never_be_sent_is_refused(argv, part, capsys):
+    assert part in fails(capsys, *argv)
+
+
+def test_lists_given_from_python_hold_text():
+    for name in ("served_model_name", "logits_processors", "kv_cache_dtype_skip_layers"):
+        with pytest.raises(ConfigError, match="each of them text, not 3"):
+            AsyncEngineArgs(**{name: ["a", 3]})
+    with pytest.raises(ConfigError, match="--model takes text in UTF-8 without NUL"):
+        AsyncEngineArgs(model="a\0b")

@@ -75,6 +75,8 @@ def test_max_num_batched_tokens():
     assert tokens(None, max_num_seqs=4000) == 4000
     assert tokens(None, chunked_prefill=False) == 8192
     assert tokens(512) == 512
+    # As many as all requests can have.
+    assert tokens(10**23, max_model_len=512, max_num_seqs=4) == 2048
     with pytest.raises(ConfigError, match="--max-num-seqs"):
         tokens(100)
     with pytest.raises(ConfigError, match="--no-enable-chunked-prefill"):
@@ -154,6 +156,13 @@ class TestGenerationDefaults:
         with pytest.raises(ConfigError, match="max_tokens"):
             resolve.generation_defaults("auto", {}, {"max_new_tokens": 0})
         assert resolve.generation_defaults("vllm", {"top_p": "much"}, {}) == {}
+
+    @pytest.mark.parametrize("ends", ["</s>", [[1]], [1, None], 2.5, True, {}])
+    def test_ends_of_a_text_that_are_no_tokens_are_refused(self, ends):
+        with pytest.raises(ConfigError, match=r"^generation_config\.json: eos_token_id must be"):
+            resolve.generation_defaults("auto", {"eos_token_id": ends}, {})
+        fine = {"eos_token_id": [1, 2]}
+        assert resolve.generation_defaults("auto", fine, {}) == fine
 
 
 def test_quantised_checkpoints_are_refused():

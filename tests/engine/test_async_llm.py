@@ -21,6 +21,7 @@ from vllm.errors import ConfigError, EngineDeadError, QueueFullError, VLLMValida
 from vllm.outputs import RequestOutput
 from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine.async_llm import AsyncLLM
+from vllm.v1.metrics.reader import get_metrics_snapshot
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -181,6 +182,11 @@ async def test_the_waiting_queue_has_a_limit_and_priority_reorders(engine: Async
     assert set(order[-8:]) == set(range(8))
 
 
+def gauge(name: str) -> float:
+    (value,) = [metric.value for metric in get_metrics_snapshot() if metric.name == f"vllm:{name}"]
+    return value
+
+
 async def test_pausing_ends_holds_or_awaits_what_is_in_flight(engine: AsyncLLM) -> None:
     own = params(max_tokens=LONG)
 
@@ -193,6 +199,8 @@ async def test_pausing_ends_holds_or_awaits_what_is_in_flight(engine: AsyncLLM) 
     aborted = await begin()
     await engine.pause_generation()
     assert (await aborted)[-1].outputs[0].finish_reason == "abort"
+    # No step follows while the engine is paused, and yet nothing runs any more.
+    assert gauge("num_requests_running") == gauge("kv_cache_usage_perc") == 0
     waiting = asyncio.create_task(collect(engine, "x", params()))
     await asyncio.sleep(0.05)
     assert not waiting.done()

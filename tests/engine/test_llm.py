@@ -256,6 +256,15 @@ def test_wrong_inputs_are_refused_in_one_line(
     assert not llm.llm_engine.has_unfinished_requests()
 
 
+def test_parameters_of_another_kind_are_refused(llm: LLM) -> None:
+    for wrong in ((SamplingParams() for _ in range(1)), 3, {"temperature": 0}):
+        with pytest.raises(VLLMValidationError, match="must be SamplingParams or a list of them"):
+            llm.generate(["x"], wrong, use_tqdm=False)  # type: ignore[arg-type]
+    for nothing in (None, SamplingParams()):
+        with pytest.raises(VLLMValidationError, match="params must be BeamSearchParams, not"):
+            llm.beam_search(["x"], nothing)  # type: ignore[arg-type]
+
+
 def test_prompts_are_cut_to_their_end(llm: LLM) -> None:
     params = SamplingParams(temperature=0, max_tokens=4, ignore_eos=True, truncate_prompt_tokens=3)
     (output,) = llm.generate([10, 11, 12, 13, 14], params, use_tqdm=False)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
+import queue
+import re
 import resource
 import signal
 import subprocess
@@ -16,12 +18,22 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import zmq
 
 from tests.engine.conftest import ENGINE_ARGS
 from vllm import LLM, SamplingParams
-from vllm.errors import CapacityError, ConfigError, EngineDeadError, VLLMValidationError
+from vllm.errors import (
+    CapacityError,
+    ConfigError,
+    EngineDeadError,
+    EngineGenerateError,
+    VLLMValidationError,
+)
 from vllm.utils.system import raise_open_files_limit, wake_on_time
+from vllm.v1.engine import EngineCoreOutputs, UtilityOutput
 from vllm.v1.engine.core_client import SyncMPClient
+from vllm.v1.engine.core_proc import _Sender
+from vllm.v1.worker.cpu_worker import CPUWorker
 
 PROMPTS = ["The quick brown", "def main", [7, 8, 9] * 20]
 PARAMS = [
@@ -149,6 +161,47 @@ def test_an_exception_in_the_engine_is_logged_once_and_reaches_the_caller(
     assert wait_gone(pid)
 
 
+class OddWorker(CPUWorker):
+    """Has methods that no engine expects."""
+
+    def get_something(self) -> object:
+        return object()
+
+    def get_much(self) -> int:
+        return 2**80
+
+    def fail(self) -> None:
+        raise KeyError("nothing there")
+
+
+def test_calls_of_workers_that_go_wrong_end_no_engine(tiny_model: Path) -> None:
+    worker_cls = f"{OddWorker.__module__}.{OddWorker.__qualname__}"
+    with started(tiny_model, worker_cls=worker_cls) as llm:
+        for method in ("get_something", "get_much", "get_model"):
+            with pytest.raises(EngineGenerateError, match="the result is no plain data"):
+                llm.collective_rpc(method)
+        with pytest.raises(EngineGenerateError, match=r"^KeyError: 'nothing there'$"):
+            llm.collective_rpc("fail")
+        for wrong in (object(), 2**80, "\ud800"):
+            with pytest.raises(VLLMValidationError, match="args and kwargs must be plain data"):
+                llm.collective_rpc("check_health", args=(wrong,))
+        with pytest.raises(VLLMValidationError, match="timeout must be"):
+            llm.collective_rpc("check_health", timeout=1e300)
+        assert llm.collective_rpc("check_health") == [None]
+        assert llm.generate("x", SamplingParams(max_tokens=2), use_tqdm=False)
+
+
+def test_a_message_that_cannot_be_sent_ends_the_engine(tmp_path: Path) -> None:
+    """Nobody would get an answer any more, so nobody must go on waiting for one."""
+    failures: queue.SimpleQueue[BaseException] = queue.SimpleQueue()
+    context = zmq.Context()
+    sender = _Sender(context, [f"ipc://{tmp_path}/out"], failures.put)
+    sender.put(0, EngineCoreOutputs(utility_output=UtilityOutput(1, None, object())))
+    assert isinstance(failures.get(timeout=20), TypeError)
+    sender.close()
+    context.destroy(linger=0)
+
+
 SCRIPT = """
 import sys
 from vllm import LLM
@@ -158,6 +211,38 @@ out = llm.generate("The quick", use_tqdm=False)
 print(len(out[0].outputs[0].token_ids), flush=True)
 sys.stdin.read()
 """
+
+
+FORK = """
+import os
+from vllm import LLM, SamplingParams
+from vllm.errors import EngineDeadError
+llm = LLM({model!r}, dtype="float32", kv_cache_memory_bytes=1 << 22)
+if os.fork() == 0:
+    try:
+        llm.generate("The quick", use_tqdm=False)
+    except EngineDeadError as error:
+        print(error, flush=True)
+    del llm
+    os._exit(0)
+os.wait()
+out = llm.generate("The quick", SamplingParams(max_tokens=3, ignore_eos=True), use_tqdm=False)
+print(len(out[0].outputs[0].token_ids), flush=True)
+"""
+
+
+def test_a_fork_is_told_whose_the_engine_is(tiny_model: Path) -> None:
+    """It would wait for answers that its parent gets, and end its parent's engine with itself."""
+    done = subprocess.run(
+        [sys.executable, "-c", FORK.format(model=str(tiny_model))],
+        stdout=subprocess.PIPE,
+        text=True,
+        timeout=120,
+        check=True,
+    )
+    told, count = done.stdout.splitlines()
+    assert re.fullmatch(r"this engine belongs to process (\d+), of which process (\d+) is .*", told)
+    assert count == "3"
 
 
 @pytest.fixture

@@ -83,6 +83,25 @@ def test_level_1_frees_the_pool_and_level_2_the_weights_too(sleeper: LLM):
     assert memory(sleeper) < awake + 160 * MIB
 
 
+def test_sleep_goes_deeper_or_says_why_not(sleeper: LLM):
+    """What answers well has given the memory back."""
+    expected = tokens(sleeper)
+    awake = memory(sleeper)
+    sleeper.sleep(level=0)
+    sleeper.sleep(level=1)
+    assert awake - memory(sleeper) > 50 * MIB
+    sleeper.sleep(level=0)
+    assert (metric(sleeper, "awake"), metric(sleeper, "weights_offloaded")) == (0, 1)
+    with pytest.raises(EngineGenerateError, match="level 1 and lacks kv_cache, scheduling, weig"):
+        sleeper.sleep(level=2)
+    assert metric(sleeper, "discard_all") == 0
+    sleeper.wake_up(tags=["kv_cache"])
+    with pytest.raises(EngineGenerateError, match="lacks scheduling, weights: call wake_up"):
+        sleeper.sleep(level=1)
+    sleeper.wake_up()
+    assert tokens(sleeper) == expected
+
+
 def test_what_cannot_be_asked_for_is_refused(sleeper: LLM, llm: LLM):
     with pytest.raises(EngineGenerateError, match="level must be 0, 1 or 2, not 3"):
         sleeper.sleep(level=3)

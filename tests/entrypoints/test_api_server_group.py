@@ -69,7 +69,8 @@ def test_a_group_serves_counts_sleeps_and_ends_as_one(group: Server, tmp_path: P
     assert group.get("/is_sleeping").json() == {"is_sleeping": False}
     assert group.post("/sleep?level=1").status_code == 200
     assert group.get("/is_sleeping").json() == {"is_sleeping": True}
-    assert group.post("/sleep?level=9").status_code == 400
+    for level in ("9", "9" * 30, "9" * 5000, "-1", "\u0663"):
+        assert group.post(f"/sleep?level={level}").status_code == 400
     assert group.post("/wake_up?tags=nothing").status_code == 400
     assert group.post("/wake_up?tags=weights&tags=kv_cache").status_code == 200
     assert group.get("/is_sleeping").json() == {"is_sleeping": False}
@@ -78,7 +79,9 @@ def test_a_group_serves_counts_sleeps_and_ends_as_one(group: Server, tmp_path: P
     assert group.post("/collective_rpc", body).json() == {"results": [None]}
     assert group.post("/collective_rpc", {"method": "_x"}).status_code == 400
     assert group.post("/collective_rpc", {**body, "timeout": -1}).status_code == 400
-    assert group.post("/collective_rpc", {**body, "kwargs": []}).status_code == 400
+    for wrong in ({"kwargs": []}, {"timeout": 1e300}, {"args": [10**30]}, {"method": "get_model"}):
+        assert group.post("/collective_rpc", {**body, **wrong}).status_code == 400
+    assert asyncio.run(complete(group, "after")).usage.completion_tokens == 4
 
     children = group.children()
     group.process.send_signal(signal.SIGTERM)
@@ -93,6 +96,14 @@ def test_one_servers_end_is_the_end_of_all(group: Server):
     assert group.process.wait(PATIENCE) == 1
     assert all_gone(children)
     assert "API server 1 has ended (killed by SIGKILL)" in group.log()
+
+
+def test_a_killed_group_leaves_nothing(group: Server, tmp_path: Path):
+    assert asyncio.run(complete(group, "before")).usage.completion_tokens == 4
+    children = group.children()
+    group.process.kill()
+    assert all_gone(children)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["log"]
 
 
 def test_the_engines_death_is_answered_by_every_server(group: Server):

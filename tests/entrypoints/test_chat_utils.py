@@ -20,6 +20,7 @@ ASSIGNED_TEMPLATE = (
     "{% for m in messages %}{% set body = m['content'] | list %}"
     "{% for part in body %}({{ part['text'] }}){% endfor %}{% endfor %}"
 )
+DEEP = "[" * 9999 + "]" * 9999
 
 
 @pytest.fixture(scope="module")
@@ -134,6 +135,7 @@ def test_a_wrong_part_is_named(content, kind, words):
         {"role": "assistant", "tool_calls": [{"id": "1"}]},
         {"role": "assistant", "tool_calls": [{"type": "web", "function": {"name": "f"}}]},
         {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "[1]"}}]},
+        {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": DEEP}}]},
         {"role": "user", "content": "x", "name": 5},
         "x",
     ],
@@ -174,3 +176,14 @@ def test_templates_come_from_files_or_as_they_are(tmp_path):
         load_chat_template("no-such-file.jinja")
     with pytest.raises(ConfigError, match=r"--chat-template: line 2"):
         load_chat_template("ok\n{% for %}")
+    path.write_bytes(b"{{ \xff }}")
+    with pytest.raises(ConfigError, match="cannot be read as UTF-8"):
+        load_chat_template(str(path))
+
+
+@pytest.mark.parametrize("template", ["{{ " + DEEP + " }}", "{% if 1 %}" * 9999])
+def test_a_template_that_is_nested_too_deeply_is_refused(tokenizer, template):
+    with pytest.raises(ConfigError, match="--chat-template: its expressions are nested too"):
+        load_chat_template(template)
+    with pytest.raises(VLLMValidationError, match="chat_template: its expressions are nested"):
+        render(tokenizer, template, [user("x")])

@@ -5,15 +5,18 @@ The engine here is a fake that raises them; the application round it is the real
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncGenerator
 from types import SimpleNamespace
 from typing import Any
 
 import httpx
 import pytest
+import uvloop
 
 from vllm.entrypoints.openai.api_server import build_app
 from vllm.entrypoints.openai.cli_args import FrontendArgs
+from vllm.entrypoints.openai.middleware import ResetConnectionMiddleware
 from vllm.errors import CapacityError, EngineDeadError, EngineGenerateError, QueueFullError
 from vllm.outputs import CompletionOutput, RequestOutput
 from vllm.v1.engine.input_processor import TokenizedPrompt
@@ -30,11 +33,11 @@ class FakeEngine:
         self.model_config = SimpleNamespace(
             model="fake",
             model_path="fake",
+            hf_config=SimpleNamespace(model_type="llama"),
             dtype_name="float32",
             max_model_len=64,
             served_model_name=(),
             get_diff_sampling_param=dict,
-            hf_config=SimpleNamespace(model_type="llama"),
         )
 
     def get_tokenizer(self) -> None:
@@ -159,3 +162,39 @@ async def test_headers_can_be_limited():
         headers = {f"x-{i}": "1" for i in range(12)}
         assert (await client.get("/version", headers=headers)).status_code == 431
         assert (await client.get("/version")).status_code == 200
+
+
+def test_sending_to_a_connection_that_was_reset_is_no_error():
+    """What uvloop raises where uvicorn has not been told of the reset yet."""
+    sent = []
+
+    async def app(_scope: Any, _receive: Any, send: Any) -> None:
+        for number in range(3):
+            await send(number)
+            sent.append(number)
+
+    async def answer() -> None:
+        loop = asyncio.get_running_loop()
+        server = await loop.create_server(asyncio.Protocol, "127.0.0.1", 0)
+        address = server.sockets[0].getsockname()
+        transport, _ = await loop.create_connection(asyncio.Protocol, *address)
+
+        async def write(_message: Any) -> None:
+            transport.write(b"x")
+
+        async def fail(_message: Any) -> None:
+            raise RuntimeError("a bug")
+
+        transport.abort()
+        for _ in range(5):
+            await asyncio.sleep(0)
+        with pytest.raises(RuntimeError, match="the handler is closed"):
+            await write(0)
+        await ResetConnectionMiddleware(app)({}, write, write)
+        with pytest.raises(RuntimeError, match="a bug"):
+            await ResetConnectionMiddleware(app)({}, fail, fail)
+        server.close()
+
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.run(answer())
+    assert sent == [0, 1, 2]

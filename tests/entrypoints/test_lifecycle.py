@@ -359,6 +359,22 @@ def test_a_port_in_use_is_one_line():
     )
 
 
+def test_too_few_files_are_one_line():
+    shell = ["bash", "-c", 'ulimit -n 40; exec "$@"', "bash"]
+    done = subprocess.run(
+        [*shell, *serve_command("--port", "0", *TINY, *SMALL)],
+        stderr=subprocess.PIPE,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert done.stderr.strip() == (
+        "vllm serve: error: this process may open 40 files, and a server needs at least 64, with "
+        "one more for each connection: raise the limit with ulimit -n"
+    )
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
@@ -370,6 +386,9 @@ def test_a_port_in_use_is_one_line():
         (("--ssl-certfile", __file__), "--ssl-certfile cannot be used"),
         (("--served-model-name", ""), "--served-model-name"),
         (("--host", "256.1.1.1"), "--host 256.1.1.1"),
+        (("--host", "a" * 70), "label too long"),
+        (("--chat-template", ""), "--chat-template"),
+        (("--allowed-methods", "[null]"), "--allowed-methods takes a JSON list"),
         (("--middleware", "no.such.thing"), "--middleware"),
         (
             ("--tool-parser-plugin", "/no/such.py", "--tool-call-parser", "x"),

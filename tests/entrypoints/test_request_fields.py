@@ -12,6 +12,7 @@ from vllm.entrypoints.openai.protocol import (
     TokenizeCompletionRequest,
 )
 from vllm.entrypoints.openai.responses_request import ResponsesRequest
+from vllm.entrypoints.openai.serving_completion import split_prompts
 from vllm.errors import UnsupportedError, VLLMValidationError
 
 MESSAGES = [{"role": "user", "content": "Hi"}]
@@ -145,6 +146,30 @@ def test_a_json_schema_format_becomes_a_constraint():
     assert validate(CompletionRequest, "completion", body).constraint().json == schema
     body["response_format"] = {"type": "text"}
     assert validate(CompletionRequest, "completion", body).constraint() is None
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "words"),
+    [
+        ("prompt", ["a", *[1] * 100_000], "prompt: must be a string, a list of strings"),
+        ("prompt", [[1], *["a"] * 100_000], "prompt: must be a string, a list of strings"),
+        ("prompt", ["a"] * 65_537, "prompt holds 65537 prompts, and a request takes at most"),
+        ("stop", [1] * 100_000, "stop: must be a string or a list of strings, not [1, 1"),
+        ("stop_token_ids", ["a"] * 100_000, "stop_token_ids[0]: must be a valid integer"),
+        ("f" * 9_999_999, 1, "unknown field 'ffff"),
+        ("bad_words", [None] * 100_000, "bad_words[0]: must be a valid string, not None"),
+        ("logit_bias", dict.fromkeys(map(str, range(99_999)), "a"), "logit_bias: must be an obj"),
+    ],
+)
+def test_one_error_of_many_is_told(field: str, value: object, words: str):
+    """A refusal costs what its message needs: a million wrong items once held all others up."""
+    with pytest.raises(VLLMValidationError) as refusal:
+        request = validate(CompletionRequest, "completion", {"prompt": "Hi", field: value})
+        split_prompts(request.prompt)
+    assert str(refusal.value).startswith(words)
+    assert len(str(refusal.value)) < 200
+    cause = refusal.value.__context__
+    assert cause is None or cause.error_count() == 1
 
 
 @pytest.mark.parametrize(

@@ -235,7 +235,7 @@ def test_prompts_over_slots_on_a_gpu(
         assert relative_error(attend(step, "TURBOQUANT"), exact(step)) < TOLERANCE[dtype], case
 
 
-@pytest.mark.parametrize("size", [1e-3, 1.0, 2e3])
+@pytest.mark.parametrize("size", [1e-3, 2e3])
 @pytest.mark.parametrize("name", [n for n in NAMES if n != "turboquant_k8v4"])
 def test_small_and_large_values_stay_within_float16(
     name: str, size: float, rng: random.Random

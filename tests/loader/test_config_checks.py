@@ -34,6 +34,8 @@ FULL = "full_attention"
             "in this model, not chunked_attention",
         ),
         ("llama4_text", "layer_types", ["sliding_attention"] * 48, "may be full_attention or chun"),
+        ("llama", "eos_token_id", "</s>", "eos_token_id must be a token id or a list of them"),
+        ("llama", "eos_token_id", [1, [2]], "eos_token_id must be a token id or a list of them"),
         ("llama4_text", "moe_layers", "all", "moe_layers must be a list of whole numbers"),
         ("kimi_linear", "mlp_layer_types", ["dense"], "mlp_layer_types names 1 layers, but num_hi"),
         ("kimi_linear", "mlp_layer_types", ["odd"] * 99, "may be dense or sparse in this model"),

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from tests.models.checkpoints import make_hf_model, save
 from tests.models.harness import TOKENS, PagedModel, make_config
 from tests.models.test_llama import assert_logits_equal, reference
-from vllm.errors import ConfigError
+from vllm.errors import ConfigError, UnsupportedError
 from vllm.model_executor.model_loader import get_model
 from vllm.model_executor.model_loader.base_loader import (
     BaseModelLoader,
@@ -187,6 +187,27 @@ def test_a_damaged_index_is_named(hf, tmp_path):
     save(hf, tmp_path, max_shard_size="100KB")
     (tmp_path / "model.safetensors.index.json").write_text("{}")
     assert "model.safetensors.index.json is damaged" in load_error(tmp_path)
+
+
+@pytest.mark.parametrize("name", [5, "/etc/passwd", "../other.safetensors"])
+def test_an_index_names_files_of_its_directory(hf, tmp_path, name):
+    save(hf, tmp_path, max_shard_size="100KB")
+    index = {"weight_map": {"model.norm.weight": name, "x": "model.safetensors"}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert f"no file of this directory: {name!r}" in load_error(tmp_path)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.float8_e4m3fn])
+def test_weights_that_need_scales_are_refused(hf, tmp_path, dtype):
+    """A quantised checkpoint whose config.json does not say so; its numbers alone mean nothing."""
+    save(hf, tmp_path)
+
+    def spoil(tensors):
+        tensors["model.norm.weight"] = tensors["model.norm.weight"].to(dtype)
+
+    edit(tmp_path, spoil)
+    with pytest.raises(UnsupportedError, match=r"model\.norm\.weight is stored as .*: quant"):
+        get_model(make_config(tmp_path))
 
 
 def test_weights_of_another_dtype_are_converted(hf, tmp_path):

@@ -146,7 +146,8 @@ def resolve_max_num_batched_tokens(
             parameter="max_num_batched_tokens",
             value=requested,
         )
-    return requested
+    # More could never be scheduled, and would only take memory.
+    return min(requested, max_num_seqs * max_model_len)
 
 
 def resolve_async_scheduling(
@@ -296,7 +297,18 @@ def generation_defaults(
     for key in GENERATION_DEFAULTS:
         if values.get(key) is not None:
             _check_generation_default(key, values[key], overridden=key in overrides)
+    _check_ends(values.get("eos_token_id"))
     return values
+
+
+def _check_ends(eos_token_id: Any) -> None:
+    ids = eos_token_id if isinstance(eos_token_id, list) else [eos_token_id]
+    if eos_token_id is not None and not all(type(token_id) is int for token_id in ids):
+        raise ConfigError(
+            "generation_config.json: eos_token_id must be a token id or a list of them, not "
+            f"{eos_token_id!r}; --generation-config vllm leaves that file out",
+            parameter="generation_config",
+        )
 
 
 def _check_generation_default(key: str, value: Any, *, overridden: bool) -> None:

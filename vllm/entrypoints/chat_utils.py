@@ -11,6 +11,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import jinja2
@@ -54,6 +55,8 @@ _TEMPLATE_ERRORS = (
     AttributeError,
     RecursionError,
 )
+# jinja2's parser goes down with the template's nesting.
+_PARSE_ERRORS = (jinja2.TemplateSyntaxError, RecursionError)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,17 +85,27 @@ def load_chat_template(value: str | None) -> str | None:
             parameter="--chat-template",
             value=value,
         )
-    text = value
-    if looks_like_path:
-        with open(value, encoding="utf-8") as file:
-            text = file.read()
+    try:
+        text = Path(value).read_text("utf-8") if looks_like_path else value
+    except (OSError, UnicodeDecodeError) as exc:
+        raise ConfigError(
+            f"--chat-template: {value!r} cannot be read as UTF-8 text: {exc}",
+            parameter="--chat-template",
+            value=value,
+        ) from None
     try:
         _parse(text)
-    except jinja2.TemplateSyntaxError as exc:
+    except _PARSE_ERRORS as exc:
         raise ConfigError(
-            f"--chat-template: line {exc.lineno}: {exc.message}", parameter="--chat-template"
+            f"--chat-template: {_parse_error(exc)}", parameter="--chat-template"
         ) from None
     return text
+
+
+def _parse_error(exc: Exception) -> str:
+    if isinstance(exc, jinja2.TemplateSyntaxError):
+        return f"line {exc.lineno}: {exc.message}"
+    return "its expressions are nested too deeply"
 
 
 class _GenerationTag(jinja2.ext.Extension):
@@ -171,9 +184,9 @@ def resolve_chat_template(
         )
     try:
         detected, variables = _analyse(text)
-    except jinja2.TemplateSyntaxError as exc:
+    except _PARSE_ERRORS as exc:
         raise VLLMValidationError(
-            f"chat_template: line {exc.lineno}: {exc.message}", parameter="chat_template"
+            f"chat_template: {_parse_error(exc)}", parameter="chat_template"
         ) from None
     return ChatTemplate(
         text=text,
@@ -243,7 +256,7 @@ def _tool_call(call: Any, where: str) -> dict[str, Any]:
     if isinstance(arguments, str):
         try:
             arguments = msgspec.json.decode(arguments) if arguments.strip() else {}
-        except msgspec.DecodeError as exc:
+        except (msgspec.DecodeError, RecursionError) as exc:
             raise _error(f"{where}.function.arguments", f"not valid JSON: {exc}") from None
     arguments = {} if arguments is None else arguments
     if not isinstance(arguments, dict):

@@ -178,6 +178,10 @@ class LLM:
         Raises:
             VLLMValidationError: as ``generate``; ``2 * beam_width`` must be within max_logprobs.
         """
+        if not isinstance(params, BeamSearchParams):
+            raise VLLMValidationError(
+                f"params must be BeamSearchParams, not {type(params).__name__}", parameter="params"
+            )
         engine = self.llm_engine
         eos_token_id = engine.input_processor.eos_token_id
         states = [
@@ -220,6 +224,12 @@ class LLM:
             given = self.get_default_sampling_params()
         if isinstance(given, SamplingParams):
             given = [given] * count
+        if not isinstance(given, Sequence):
+            raise VLLMValidationError(
+                "sampling_params must be SamplingParams or a list of them, not "
+                f"{type(given).__name__}",
+                parameter="sampling_params",
+            )
         if len(given) != count:
             raise VLLMValidationError(
                 f"sampling_params has {len(given)} entries for {count} prompts",
@@ -289,7 +299,8 @@ class LLM:
         Needs ``enable_sleep_mode=True``. Cached prefixes are forgotten.
 
         Raises:
-            EngineGenerateError: no such level, or the engine has no sleep mode.
+            EngineGenerateError: no such level, the engine has no sleep mode, or it has to be woken
+                before it can sleep at this level.
             UnsupportedError: another ``mode`` than "abort": no requests are left between calls.
         """
         if mode != "abort":

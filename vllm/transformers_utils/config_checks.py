@@ -78,6 +78,9 @@ def check_fields(values: Mapping[str, Any], defaults: Mapping[str, Any]) -> None
     for name in ("sliding_window", "attention_chunk_size"):
         if values.get(name) is not None and not _is_whole(values[name]):
             raise _wrong(name, "a whole number", values[name])
+    ends = values.get("eos_token_id")
+    if ends is not None and not all(map(_is_whole, ends if isinstance(ends, list) else [ends])):
+        raise _wrong("eos_token_id", "a token id or a list of them", ends)
     for name, default in defaults.items():
         value = values[name]
         # Several tokens may end a text; sizes that are derived may say so.

@@ -81,7 +81,7 @@ def _from_directory(folder: Path, trust_remote_code: bool) -> PreTrainedTokenize
         )
     try:
         return loader.from_pretrained(str(folder), **options)
-    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
         raise ConfigError(
             f"--tokenizer {folder} cannot be read: {error}", parameter="tokenizer"
         ) from error

@@ -50,6 +50,14 @@ class Kind(Enum):
     APPEND = "a value; the option may come several times"
 
 
+_LISTS = (Kind.LIST, Kind.JSON_LIST, Kind.APPEND)
+
+
+def _is_plain(text: str) -> bool:
+    # An argument that is no UTF-8 arrives with lone surrogates in the place of its bytes.
+    return "\0" not in text and not any("\ud800" <= char <= "\udfff" for char in text)
+
+
 def dash(name: str) -> str:
     """The option of the field ``name``: ``max_model_len`` is ``--max-model-len``."""
     return "--" + name.replace("_", "-")
@@ -158,8 +166,9 @@ class Flag:
                 parameter=self.name,
                 value=value,
             )
-        items = value if self.kind in (Kind.LIST, Kind.APPEND) else (value,)
+        items = value if self.kind in _LISTS else (value,)
         for item in items:
+            self._check_text(item)
             if item in self.later:
                 raise UnsupportedError(
                     f"{self.option} {item}: vLLM has this; this engine does not yet "
@@ -176,6 +185,21 @@ class Flag:
         if self.kind in (Kind.INT, Kind.SIZE, Kind.FLOAT):
             self._check_limits(value)
         return value
+
+    def _check_text(self, value: Any) -> None:
+        """Lists hold text, and text can be sent: answers, logs and messages are UTF-8."""
+        if self.kind in _LISTS and not isinstance(value, str):
+            raise ConfigError(
+                f"{self.option} takes {self._expected()}, each of them text, not {value!r}",
+                parameter=self.name,
+                value=value,
+            )
+        if isinstance(value, str) and not _is_plain(value):
+            raise ConfigError(
+                f"{self.option} takes text in UTF-8 without NUL characters, not {value!a}",
+                parameter=self.name,
+                value=value,
+            )
 
     def _check_limits(self, value: float) -> None:
         low = self.minimum is not None and value < self.minimum

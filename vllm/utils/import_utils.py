@@ -39,13 +39,20 @@ def import_class(path: str, option: str) -> type[Any]:
     """
     module, _, name = path.replace(":", ".").rpartition(".")
     try:
-        return getattr(import_module(module), name)
+        found = getattr(import_module(module), name)
     except (ImportError, AttributeError, ValueError) as error:
         raise ConfigError(
             f"{option} {path} cannot be imported ({error}); give module.Class",
             parameter=option.removeprefix("--").replace("-", "_"),
             value=path,
         ) from error
+    if not isinstance(found, type):
+        raise ConfigError(
+            f"{option} {path} is no class; give module.Class",
+            parameter=option.removeprefix("--").replace("-", "_"),
+            value=path,
+        )
+    return found
 
 
 def import_plugin_file(path: str, option: str) -> None:

@@ -38,6 +38,8 @@ logger = init_logger(__name__)
 
 _HTTP_STACK = "vllm.entrypoints.openai.server"
 _JOIN_SECONDS = 0.2
+# An idle server has 26 open.
+_FEWEST_FILES = 64
 
 
 def _bind_tcp(host: str, port: int) -> socket.socket:
@@ -45,8 +47,10 @@ def _bind_tcp(host: str, port: int) -> socket.socket:
         family, _, _, _, address = socket.getaddrinfo(
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )[0]
-    except OSError as exc:
-        raise VLLMError(f"--host {host}: {exc.strerror}; try 127.0.0.1") from None
+    except (OSError, UnicodeError) as exc:
+        # A UnicodeError: no name of a host can be like that.
+        why = getattr(exc, "strerror", None) or exc
+        raise VLLMError(f"--host {host}: {why}; try 127.0.0.1") from None
     sock = socket.socket(family, socket.SOCK_STREAM)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
@@ -121,7 +125,7 @@ def check_options(frontend: FrontendArgs) -> None:
         ConfigError: naming the option.
     """
     frontend.check()
-    if frontend.chat_template:
+    if frontend.chat_template is not None:
         from vllm.entrypoints.chat_utils import load_chat_template
 
         load_chat_template(frontend.chat_template)
@@ -176,7 +180,12 @@ def run_server(args: argparse.Namespace) -> int:
     begin = time.monotonic()
     frontend = FrontendArgs.from_namespace(args)
     check_options(frontend)
-    raise_open_files_limit()
+    files = raise_open_files_limit()
+    if files < _FEWEST_FILES:
+        raise VLLMError(
+            f"this process may open {files} files, and a server needs at least {_FEWEST_FILES}, "
+            "with one more for each connection: raise the limit with ulimit -n"
+        )
     sock = (
         _bind_unix(frontend.uds)
         if frontend.uds

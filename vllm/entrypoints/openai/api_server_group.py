@@ -305,7 +305,8 @@ def main() -> None:
     parser.add_argument("--index", type=int, required=True)
     arguments = parser.parse_args()
     adopt_child_manners(f"VLLM::ApiServer{arguments.index}", (arguments.config_fd,))
-    end_with_parent(arguments.parent)
+    # The parent removes the metrics' directory, unless it is killed.
+    end_with_parent(arguments.parent, os.environ["PROMETHEUS_MULTIPROC_DIR"])
     try:
         # What the parent still resolves is imported meanwhile.
         import vllm.entrypoints.openai.server  # noqa: F401

@@ -32,6 +32,7 @@ from vllm.entrypoints.openai.middleware import (
     HeaderLimitMiddleware,
     LoadMiddleware,
     RequestIdMiddleware,
+    ResetConnectionMiddleware,
 )
 from vllm.entrypoints.openai.plugins import load_middleware
 from vllm.entrypoints.openai.protocol import (
@@ -319,6 +320,7 @@ def _add_layers(app: FastAPI, context: ServerContext) -> None:
     limit = frontend.h11_max_header_count or _DEFAULT_HEADER_LIMIT
     app.add_middleware(HeaderLimitMiddleware, limit=limit)
     app.add_middleware(HTTPMetricsMiddleware, registry=get_process_registry())
+    app.add_middleware(ResetConnectionMiddleware)
 
 
 class _App(FastAPI):

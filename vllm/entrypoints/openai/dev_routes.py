@@ -19,7 +19,7 @@ __all__ = ["add_dev_routes"]
 
 def _number(raw: Request, name: str, default: int) -> int:
     text = raw.query_params.get(name, str(default))
-    if not text.isdecimal():
+    if not (text.isascii() and text.isdecimal() and len(text) < 10):
         raise VLLMValidationError(
             f"{name} must be a whole number, not {text[:40]!r}", parameter=name, value=text[:40]
         )

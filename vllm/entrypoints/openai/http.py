@@ -5,6 +5,7 @@ Owns reading and checking a JSON body, and sending. Knows nothing of what reques
 
 import asyncio
 import contextlib
+import reprlib
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from typing import Any, TypeVar
 
@@ -40,6 +41,9 @@ ModelT = TypeVar("ModelT", bound=BaseModel)
 T = TypeVar("T")
 
 _decoder = msgspec.json.Decoder()
+_repr = reprlib.Repr()
+_repr.maxstring = _repr.maxother = _repr.maxlong = 80
+_repr.maxlist = _repr.maxdict = 16
 _NAMES: dict[type[BaseModel], frozenset[str]] = {}
 
 
@@ -81,7 +85,8 @@ def _names(model: type[BaseModel]) -> frozenset[str]:
 
 
 def _shorten(value: object) -> str:
-    text = repr(value)
+    """As ``repr`` would begin, without going through all of what may be megabytes."""
+    text = _repr.repr(value)
     return text if len(text) <= 80 else text[:77] + "..."
 
 

@@ -22,6 +22,7 @@ __all__ = [
     "HeaderLimitMiddleware",
     "LoadMiddleware",
     "RequestIdMiddleware",
+    "ResetConnectionMiddleware",
 ]
 
 # What tells of the server's state, but neither reaches the model nor shows a request.
@@ -30,6 +31,8 @@ _OPEN_PATHS = frozenset(
      "/docs/oauth2-redirect")
 )  # fmt: skip
 _REQUEST_ID = re.compile(rb"[\x21-\x7e]{1,256}")
+# How uvloop's error ends; it has no class of its own.
+_CLOSED = "the handler is closed"
 # Endpoints whose requests occupy the engine.
 _LOAD_PATHS = frozenset(
     ("/v1/completions", "/v1/chat/completions", "/v1/responses", "/v1/messages", "/invocations")
@@ -118,6 +121,27 @@ class HeaderLimitMiddleware:
             return
         error = APIError(431, f"the request has more than {self._limit} headers")
         await error_response(error)(scope, receive, send)
+
+
+class ResetConnectionMiddleware:
+    """Lets answers to connections that have been reset go nowhere.
+
+    uvicorn drops what is sent after a disconnect that it knows of; uvloop raises for one that it
+    alone has seen so far. ``receive`` tells of either, and so ends what was being answered.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def send_if_open(message: Message) -> None:
+            try:
+                await send(message)
+            except RuntimeError as error:
+                if not str(error).endswith(_CLOSED):
+                    raise
+
+        await self._app(scope, receive, send_if_open)
 
 
 class LoadMiddleware:

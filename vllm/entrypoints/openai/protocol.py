@@ -108,6 +108,41 @@ def _described(expected: str) -> WrapValidator:
     return WrapValidator(validate)
 
 
+_PROMPT_FORMS = "a string, a list of strings, a list of token ids or a list of such lists"
+
+
+def _are(values: list[Any], kind: type) -> bool:
+    return set(map(type, values)) <= {kind}
+
+
+def _check_prompt(value: Any, _handler: ValidatorFunctionWrapHandler) -> Any:
+    """By hand, as pydantic tries each form on each of what may be millions of token ids."""
+    if isinstance(value, str):
+        return value
+    if isinstance(value, list) and (
+        _are(value, int)
+        or _are(value, str)
+        or (_are(value, list) and all(_are(ids, int) for ids in value))
+    ):
+        return value
+    raise PydanticCustomError("type", "must be {expected}", {"expected": _PROMPT_FORMS})
+
+
+def _check_bias(value: Any, handler: ValidatorFunctionWrapHandler) -> Any:
+    if isinstance(value, dict) and not set(map(type, value.values())) <= {int, float}:
+        raise PydanticCustomError(
+            "type", "must be {expected}", {"expected": "an object from token ids to numbers"}
+        )
+    return handler(value)
+
+
+# The first wrong item is enough: millions of errors would hold everybody up for minutes.
+_FIRST = Field(fail_fast=True)
+_Ids = Annotated[list[int], _FIRST]
+_Texts = Annotated[list[str], _FIRST]
+_Objects = Annotated[list[dict[str, Any]], _FIRST]
+
+
 class _Strict(BaseModel):
     model_config = ConfigDict(
         extra="forbid", strict=True, allow_inf_nan=False, populate_by_name=True
@@ -136,8 +171,8 @@ class ResponseFormat(_Strict):
 
     type: Literal["text", "json_object", "json_schema", "structural_tag"]
     json_schema: JsonSchemaFormat | None = None
-    structures: list[dict[str, Any]] | None = None
-    triggers: list[str] | None = None
+    structures: _Objects | None = None
+    triggers: _Texts | None = None
     format: dict[str, Any] | None = None
 
     def constraint(self) -> StructuredOutputsParams | None:
@@ -183,7 +218,7 @@ class StructuredOutputsRequest(_Strict):
         default=None, alias="json"
     )
     regex: str | None = None
-    choice: list[str] | None = None
+    choice: _Texts | None = None
     grammar: str | None = None
     json_object: bool | None = None
     structural_tag: str | None = None
@@ -245,17 +280,16 @@ ToolChoice = Annotated[
     Literal["none", "auto", "required"] | ChatCompletionNamedToolChoiceParam | None,
     _described('"none", "auto", "required" or {"type": "function", "function": {"name": NAME}}'),
 ]
-# A prompt of 16,384 token ids is no list of strings 16,384 times over: the first says it.
-_FAIL_FAST = Field(fail_fast=True)
 Prompt = Annotated[
-    str
-    | Annotated[list[str], _FAIL_FAST]
-    | Annotated[list[int], _FAIL_FAST]
-    | Annotated[list[list[int]], _FAIL_FAST],
-    _described("a string, a list of strings, a list of token ids or a list of such lists"),
+    str | list[str] | list[int] | list[list[int]],
+    WrapValidator(_check_prompt),
 ]
-Stop = Annotated[str | list[str] | None, _described("a string or a list of strings")]
-LogitBias = Annotated[dict[str, float] | None, _described("an object from token ids to numbers")]
+Stop = Annotated[str | _Texts | None, _described("a string or a list of strings")]
+LogitBias = Annotated[
+    dict[str, float] | None,
+    _described("an object from token ids to numbers"),
+    WrapValidator(_check_bias),
+]
 
 
 # --- Requests --------------------------------------------------------------------------------
@@ -276,9 +310,9 @@ class _SamplingRequest(_Strict, ABC):
     n: int | None = None
     seed: int | None = None
     stop: Stop = None
-    stop_token_ids: list[int] | None = None
-    bad_words: list[str] | None = None
-    allowed_token_ids: list[int] | None = None
+    stop_token_ids: _Ids | None = None
+    bad_words: _Texts | None = None
+    allowed_token_ids: _Ids | None = None
     include_stop_str_in_output: bool = False
     ignore_eos: bool = False
     min_tokens: int | None = None
@@ -447,12 +481,12 @@ class CompletionRequest(_SamplingRequest):
 
 
 class ChatCompletionRequest(_SamplingRequest):
-    messages: list[dict[str, Any]]
+    messages: _Objects
     logprobs: bool | None = False
     top_logprobs: int | None = None
     max_tokens: int | None = None
     max_completion_tokens: int | None = None
-    tools: list[ChatCompletionToolsParam] | None = None
+    tools: Annotated[list[ChatCompletionToolsParam], _FIRST] | None = None
     tool_choice: ToolChoice = None
     parallel_tool_calls: bool | None = True
     reasoning_effort: str | None = None
@@ -460,7 +494,7 @@ class ChatCompletionRequest(_SamplingRequest):
     add_generation_prompt: bool = True
     continue_final_message: bool = False
     add_special_tokens: bool = False
-    documents: list[dict[str, Any]] | None = None
+    documents: _Objects | None = None
     chat_template: str | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     return_prompt_text: bool | None = None
@@ -511,16 +545,16 @@ class TokenizeCompletionRequest(_Strict):
 
 class TokenizeChatRequest(_Strict):
     model: str | None = None
-    messages: list[dict[str, Any]]
+    messages: _Objects
     add_generation_prompt: bool = True
     return_token_strs: bool | None = False
     continue_final_message: bool = False
     add_special_tokens: bool = False
     chat_template: str | None = None
     chat_template_kwargs: dict[str, Any] | None = None
-    tools: list[ChatCompletionToolsParam] | None = None
+    tools: Annotated[list[ChatCompletionToolsParam], _FIRST] | None = None
 
 
 class DetokenizeRequest(_Strict):
     model: str | None = None
-    tokens: list[int]
+    tokens: _Ids

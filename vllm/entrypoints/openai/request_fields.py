@@ -145,6 +145,8 @@ def drop_neutral_fields(body: dict[str, Any], kind: str, known: Set[str]) -> dic
 
 
 def _unknown(name: str, known: Collection[str]) -> VLLMValidationError:
+    # The search for what was meant takes long for long names.
+    name = name[:80]
     close = difflib.get_close_matches(name, list(known), n=1)
     hint = f"; did you mean {close[0]}?" if close else ""
-    return VLLMValidationError(f"unknown field {name[:80]!r}{hint}", parameter=name[:80])
+    return VLLMValidationError(f"unknown field {name!r}{hint}", parameter=name)

@@ -6,7 +6,15 @@ leads back to an earlier answer is refused. Knows nothing of prompts or answers.
 
 from typing import Any, Literal
 
-from vllm.entrypoints.openai.protocol import ChatCompletionRequest, _Strict
+from vllm.entrypoints.openai.protocol import (
+    ChatCompletionRequest,
+    LogitBias,
+    Stop,
+    _Ids,
+    _Objects,
+    _Strict,
+    _Texts,
+)
 from vllm.errors import UnsupportedError, VLLMValidationError
 
 __all__ = ["ResponsesRequest", "chat_fields"]
@@ -45,18 +53,18 @@ _OF_ANSWERS = frozenset(("annotations", "logprobs"))
 
 
 class ResponsesRequest(_Strict):
-    input: str | list[dict[str, Any]]
+    input: str | _Objects
     model: str | None = None
     instructions: str | None = None
     max_output_tokens: int | None = None
     metadata: dict[str, str] | None = None
     reasoning: dict[str, Any] | None = None
     text: dict[str, Any] | None = None
-    tools: list[dict[str, Any]] | None = None
+    tools: _Objects | None = None
     tool_choice: Any = None
     parallel_tool_calls: bool | None = True
     stream: bool | None = None
-    include: list[str] | None = None
+    include: _Texts | None = None
     truncation: Literal["auto", "disabled"] | None = None
     temperature: float | None = None
     top_p: float | None = None
@@ -65,10 +73,10 @@ class ResponsesRequest(_Strict):
     frequency_penalty: float | None = None
     presence_penalty: float | None = None
     repetition_penalty: float | None = None
-    logit_bias: dict[str, float] | None = None
+    logit_bias: LogitBias = None
     seed: int | None = None
-    stop: str | list[str] | None = None
-    stop_token_ids: list[int] | None = None
+    stop: Stop = None
+    stop_token_ids: _Ids | None = None
     ignore_eos: bool = False
     include_stop_str_in_output: bool = False
     skip_special_tokens: bool = True

@@ -20,6 +20,7 @@ from vllm.entrypoints.openai.protocol import (
 from vllm.entrypoints.openai.serving_engine import (
     OpenAIServing,
     TokenNames,
+    breathe,
     merge_outputs,
     prompt_logprobs_json,
 )
@@ -31,6 +32,9 @@ from vllm.sampling_params import SamplingParams
 from vllm.v1.engine.input_processor import TokenizedPrompt
 
 __all__ = ["OpenAIServingCompletion"]
+
+# Each costs some ten kilobytes here until the last one's answer.
+_MAX_PROMPTS = 65_536
 
 
 @dataclass(slots=True, kw_only=True)
@@ -77,14 +81,22 @@ def split_prompts(prompt: object) -> Sequence[str | list[int]]:
     """The prompts of a request: a string or a list of ids is one, a list of either several.
 
     Raises:
-        VLLMValidationError: there is none.
+        VLLMValidationError: there is none, or there are too many.
     """
     if isinstance(prompt, str):
         return [prompt]
     assert isinstance(prompt, list)
     if not prompt:
         raise VLLMValidationError("prompt must not be empty", parameter="prompt")
-    return [prompt] if isinstance(prompt[0], int) else prompt
+    if isinstance(prompt[0], int):
+        return [prompt]
+    if len(prompt) > _MAX_PROMPTS:
+        raise VLLMValidationError(
+            f"prompt holds {len(prompt)} prompts, and a request takes at most {_MAX_PROMPTS}; "
+            "send several requests",
+            parameter="prompt",
+        )
+    return prompt
 
 
 def _check_transfer(params: dict[str, Any] | None, num_prompts: int) -> None:
@@ -112,8 +124,9 @@ class OpenAIServingCompletion(OpenAIServing):
     async def _prepare(self, request: CompletionRequest, raw: Request) -> _Job:
         model = self.context.models.check(request.model)
         request.check()
-        prompts = []
-        for prompt in split_prompts(request.prompt):
+        prompts: list[TokenizedPrompt] = []
+        for index, prompt in enumerate(split_prompts(request.prompt)):
+            await breathe(index)
             if isinstance(prompt, str):
                 tokenized = await self.encode(
                     prompt,
@@ -125,16 +138,19 @@ class OpenAIServingCompletion(OpenAIServing):
             prompts.append(self.truncate(tokenized, request))
         _check_transfer(request.kv_transfer_params, len(prompts))
         constraint = request.constraint()
-        params = [
-            request.sampling_params(
-                max_tokens=1
-                if request.echoes_only
-                else self.max_tokens(request, len(prompt.token_ids)),
-                defaults=dict(self.default_sampling_params),
-                constraint=constraint,
+        params = []
+        for index, tokenized in enumerate(prompts):
+            await breathe(index)
+            max_tokens = (
+                1 if request.echoes_only else self.max_tokens(request, len(tokenized.token_ids))
             )
-            for prompt in prompts
-        ]
+            params.append(
+                request.sampling_params(
+                    max_tokens=max_tokens,
+                    defaults=dict(self.default_sampling_params),
+                    constraint=constraint,
+                )
+            )
         if request.echo and request.logprobs is not None:
             for each in params:
                 each.prompt_logprobs = max(request.logprobs, request.prompt_logprobs or 0)

@@ -41,6 +41,7 @@ __all__ = [
     "OpenAIServing",
     "ServerContext",
     "TokenNames",
+    "breathe",
     "finite_logprob",
     "merge_outputs",
     "prompt_logprobs_json",
@@ -53,6 +54,7 @@ _LONG_TEXT = 16_384
 # JSON has no infinity: a token that could not be sampled gets this.
 _LOWEST_LOGPROB = -9999.0
 _MAX_REQUEST_ID = 256
+_PROMPTS_PER_TURN = 32
 
 
 def finite_logprob(value: float) -> float:
@@ -91,6 +93,12 @@ class TokenNames:
         return logprob.decoded_token
 
 
+async def breathe(index: int) -> None:
+    """Let other requests have a turn now and then, in a loop over many prompts."""
+    if index % _PROMPTS_PER_TURN == _PROMPTS_PER_TURN - 1:
+        await asyncio.sleep(0)
+
+
 async def merge_outputs(
     streams: Sequence[AsyncGenerator[RequestOutput, None]],
 ) -> AsyncGenerator[tuple[int, RequestOutput], None]:
@@ -114,11 +122,12 @@ async def merge_outputs(
         queue.put_nowait((index, None if task.cancelled() else task.exception()))
 
     tasks = []
-    for index, stream in enumerate(streams):
-        task = asyncio.create_task(pump(index, stream))
-        task.add_done_callback(partial(on_end, index))
-        tasks.append(task)
     try:
+        for index, stream in enumerate(streams):
+            task = asyncio.create_task(pump(index, stream))
+            task.add_done_callback(partial(on_end, index))
+            tasks.append(task)
+            await breathe(index)
         running = len(tasks)
         while running:
             index, item = await queue.get()

@@ -26,6 +26,13 @@ _INDEX = "model.safetensors.index.json"
 _OTHER_FORMATS = ("*.bin", "*.pt", "*.pth", "*.gguf", "*.h5", "*.msgpack")
 
 
+def _lies_within(name: object) -> bool:
+    if not isinstance(name, str):
+        return False
+    path = Path(name)
+    return not path.is_absolute() and ".." not in path.parts
+
+
 def safetensors_files(folder: Path) -> list[Path]:
     """The files of one checkpoint: those of the index, or every ``.safetensors``.
 
@@ -35,11 +42,18 @@ def safetensors_files(folder: Path) -> list[Path]:
     index = folder / _INDEX
     if index.is_file():
         try:
-            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+            names = sorted(set(json.loads(index.read_text())["weight_map"].values()), key=str)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ConfigError(
                 f"--model {folder}: {_INDEX} is damaged ({error})", parameter="model"
             ) from None
+        outside = [name for name in names if not _lies_within(name)]
+        if outside:
+            raise ConfigError(
+                f"--model {folder}: {_INDEX} names what is no file of this directory: "
+                f"{', '.join(map(repr, outside))}",
+                parameter="model",
+            )
         absent = [name for name in names if not (folder / name).is_file()]
         if absent:
             raise ConfigError(

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import nn
 
-from vllm.errors import ConfigError
+from vllm.errors import ConfigError, UnsupportedError
 from vllm.model_executor.layers.weight_loading import ShardId, WeightShapeError, load_shard
 from vllm.model_executor.models.cache_scales import CacheScales
 
@@ -84,6 +84,10 @@ class _Outstanding:
             # The packed form has replaced it: nothing may hold the original any more.
             for loaded in [key for key, owner in self.module_of.items() if owner is module]:
                 self.params.pop(loaded, None)
+
+
+# What may be rounded to the model's own type; numbers of others mean nothing without scales.
+_WEIGHT_TYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -189,6 +193,13 @@ def load_checkpoint(
         if shard_id is not None and shard_id not in outstanding.all_shards[target]:
             unexpected.append(name)
             continue
+        if param.is_floating_point() and tensor.dtype not in _WEIGHT_TYPES:
+            stored = str(tensor.dtype).removeprefix("torch.")
+            raise UnsupportedError(
+                f"{name} is stored as {stored}: quantised weights are not supported yet; float32, "
+                "float16 and bfloat16 are",
+                parameter="quantization",
+            )
         try:
             load_shard(param, tensor, shard_id)
         except WeightShapeError as error:

@@ -312,7 +312,7 @@ class AsyncLLM:
             )
         if mode == "wait":
             await self.output_processor.wait_until_idle()
-        await self.client.call_utility("sleep", level)
+        level = await self.client.call_utility("sleep", level)
         self.stat_loggers.prometheus.record_sleep_state(level)
 
     async def wake_up(self, tags: list[str] | None = None) -> None:

@@ -13,7 +13,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorBase_V1,
     KVConnectorRole,
 )
-from vllm.errors import VLLMError, VLLMValidationError
+from vllm.errors import EngineGenerateError, VLLMError, VLLMValidationError
 from vllm.logger import init_logger
 from vllm.utils.import_utils import import_class
 from vllm.v1.core.sched.scheduler import Scheduler
@@ -82,6 +82,7 @@ class EngineCore:
         self.vllm_config = vllm_config
         self._paused = False
         self._asleep: set[str] = set()
+        self._sleep_level = 0
         """Of ``SLEEP_TAGS``: what a wake-up has to bring back."""
         self._unscheduled: dict[int, list[EngineCoreOutput]] = {}
         """Outputs that no step makes: refusals and mass aborts, by client."""
@@ -219,6 +220,10 @@ class EngineCore:
             for client_index, answers in self._unscheduled.items():
                 outputs.setdefault(client_index, EngineCoreOutputs()).outputs.extend(answers)
             self._unscheduled = {}
+            first = next(iter(outputs.values()))
+            if self._halted and first.scheduler_stats is None:
+                # No step follows that would say how many requests are left.
+                first.scheduler_stats = self.scheduler.make_stats()
         return outputs, made_progress or any(part.outputs for part in outputs.values())
 
     def on_idle(self) -> None:
@@ -235,6 +240,8 @@ class EngineCore:
         call: Callable[..., Any] = getattr(self, method)
         try:
             return UtilityOutput(call_id, None, call(*args))
+        except EngineGenerateError as error:
+            return UtilityOutput(call_id, str(error))
         except (
             VLLMError,
             VLLMValidationError,
@@ -277,17 +284,20 @@ class EngineCore:
     def _halted(self) -> bool:
         return self._paused or bool(self._asleep)
 
-    def sleep(self, level: int = 1) -> None:
+    def sleep(self, level: int = 1) -> int:
         """End all requests, forget cached prefixes, and give memory back until ``wake_up``.
 
-        Requests that come meanwhile wait.
+        Requests that come meanwhile wait. An engine that sleeps at this level or a deeper one
+        goes on sleeping; returns the level at which it sleeps now.
 
         Args:
             level: 0 gives nothing back; 1 the KV cache's memory (and a GPU's copy of the
                 weights); 2 the weights' as well.
 
         Raises:
-            VLLMValidationError: no such level, or the engine was started without sleep mode.
+            VLLMValidationError: no such level, the engine was started without sleep mode, or it
+                has to be woken first: it sleeps at level 1 and 2 is asked for, or has a part of
+                its memory back.
             VLLMError: blocks are still being sent elsewhere; try again.
         """
         if level not in _ASLEEP_AT:
@@ -299,8 +309,16 @@ class EngineCore:
                 "sleep needs an engine started with --enable-sleep-mode",
                 parameter="enable_sleep_mode",
             )
-        if self._asleep:
-            return
+        if self._asleep and self._sleep_level > 0:
+            if self._asleep != set(SLEEP_TAGS) or level > self._sleep_level:
+                raise VLLMValidationError(
+                    f"the engine sleeps at level {self._sleep_level} and lacks "
+                    f"{', '.join(sorted(self._asleep))}: call wake_up before sleep at level "
+                    f"{level}",
+                    parameter="level",
+                    value=level,
+                )
+            return self._sleep_level
         self.abort_all()
         for client_index, outputs in self._stepping.drain().items():
             self._unscheduled.setdefault(client_index, []).extend(outputs.outputs)
@@ -312,6 +330,8 @@ class EngineCore:
                 self.scheduler.kv_transfer.connector.reset_cache()
             self.executor.sleep(level)
         self._asleep = set(_ASLEEP_AT[level])
+        self._sleep_level = level
+        return level
 
     def wake_up(self, tags: list[str] | None = None) -> None:
         """Bring back ``tags`` ("weights", "kv_cache", "scheduling"), by default all; requests run
@@ -353,7 +373,14 @@ class EngineCore:
         """Call a public method of every worker by name; see ``Executor.collective_rpc``."""
         if isinstance(method, str) and method.startswith("_"):
             raise VLLMValidationError(f"{method} is not a public method of the worker")
-        return self.executor.collective_rpc(method, tuple(args), kwargs, timeout)
+        try:
+            return self.executor.collective_rpc(method, tuple(args), kwargs, timeout)
+        except (VLLMError, VLLMValidationError, TimeoutError, TypeError, AttributeError):
+            raise
+        except Exception as error:
+            # Methods may be anybody's: whatever one raises ends its call alone.
+            logger.exception("collective_rpc: %s has failed", method)
+            raise EngineGenerateError(f"{type(error).__name__}: {error}") from error
 
     def shutdown(self) -> None:
         self.structured_output_manager.shutdown()

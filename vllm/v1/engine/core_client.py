@@ -6,6 +6,7 @@ knows text or ``RequestOutput``, and only the in-place one imports torch.
 
 import asyncio
 import itertools
+import os
 import time
 from abc import ABC, abstractmethod
 from collections import deque
@@ -26,7 +27,7 @@ from vllm.v1.engine import (
 from vllm.v1.engine.attached import AttachedEngine
 from vllm.v1.engine.launch import EngineProcess
 from vllm.v1.engine.phases import StartupPhases
-from vllm.v1.engine.serial import UtilityCall, decode_outputs, encode
+from vllm.v1.engine.serial import UNENCODABLE, UtilityCall, decode_outputs, encode
 
 __all__ = [
     "AsyncMPClient",
@@ -39,6 +40,8 @@ __all__ = [
 _HELLO_TIMEOUT_MS = 10_000
 _MESSAGES_PER_TURN = 4
 _RETRY_SECONDS = 0.001
+# Eleven days; poll() takes no more than 24.
+_MAX_RPC_SECONDS = 1_000_000
 
 
 class EngineCoreClient(ABC):
@@ -137,12 +140,22 @@ def rpc_arguments(
             parameter="method",
         )
     is_number = isinstance(timeout, int | float) and not isinstance(timeout, bool)
-    if timeout is not None and not (is_number and timeout > 0):
+    if timeout is not None and not (is_number and 0 < timeout <= _MAX_RPC_SECONDS):
         raise VLLMValidationError(
-            f"collective_rpc: timeout must be a number of seconds above 0, not {timeout!r}",
+            f"collective_rpc: timeout must be a number of seconds above 0 (and at most "
+            f"{_MAX_RPC_SECONDS}), not {timeout!r}",
             parameter="timeout",
         )
-    return method, timeout, list(args), dict(kwargs or {})
+    call = method, timeout, list(args), dict(kwargs or {})
+    if not takes_functions:
+        try:
+            encode(call)
+        except UNENCODABLE as error:
+            raise VLLMValidationError(
+                f"collective_rpc: method, args and kwargs must be plain data: {error}",
+                parameter="args",
+            ) from None
+    return call
 
 
 def _result_of(answer: UtilityOutput) -> Any:
@@ -156,6 +169,7 @@ class _Connection:
 
     def __init__(self, process: EngineProcess | AttachedEngine, client_index: int = 0) -> None:
         self.process = process
+        self._owner = os.getpid()
         self.error: EngineDeadError | None = None
         self._closed = False
         self._context = zmq.Context()
@@ -183,9 +197,18 @@ class _Connection:
         self._input.send_multipart(frames)
 
     def send(self, kind: EngineCoreRequestType, payload: Any) -> None:
+        self._check_owner()
         if self.error is not None:
             raise self.error
         self._send(kind, payload)
+
+    def _check_owner(self) -> None:
+        """A fork has copies of the sockets, which answer its parent alone."""
+        if os.getpid() != self._owner:
+            raise EngineDeadError(
+                f"this engine belongs to process {self._owner}, of which process {os.getpid()} is "
+                "a fork: start an engine in the process that uses it"
+            )
 
     def receive(self) -> EngineCoreOutputs | None:
         """A message that has arrived, or None."""
@@ -210,7 +233,7 @@ class _Connection:
         return self.error
 
     def close(self, timeout: float) -> None:
-        if self._closed:
+        if self._closed or os.getpid() != self._owner:
             return
         self._closed = True
         if self.error is None:

@@ -25,9 +25,15 @@ from vllm.errors import VLLMValidationError
 from vllm.logger import init_logger
 from vllm.utils.import_utils import without_collector
 from vllm.utils.processes import adopt_child_manners, end_with_parent
-from vllm.v1.engine import EngineCoreOutputs, EngineCoreRequest, EngineCoreRequestType
+from vllm.v1.engine import (
+    EngineCoreOutputs,
+    EngineCoreRequest,
+    EngineCoreRequestType,
+    UtilityOutput,
+)
 from vllm.v1.engine.failures import failure_of, is_expected
 from vllm.v1.engine.serial import (
+    UNENCODABLE,
     EngineStatus,
     LaunchConfig,
     decode_call,
@@ -61,6 +67,17 @@ class _Undecodable(NamedTuple):
         by_name = dict(zip(EngineCoreRequest.__struct_fields__, fields, strict=False))
         client_index = by_name.get("client_index", 0)
         return cls(client_index, by_name["request_id"], VLLMValidationError(str(error)))
+
+
+def _sendable(answer: UtilityOutput, method: str) -> UtilityOutput:
+    """``answer``, or why its result cannot be sent: methods of workers return anything."""
+    try:
+        encode(answer)
+    except UNENCODABLE as error:
+        return UtilityOutput(
+            answer.call_id, f"{method}: the result is no plain data and cannot be sent: {error}"
+        )
+    return answer
 
 
 class EngineLoop:
@@ -124,17 +141,29 @@ class EngineLoop:
             self._core.abort_requests(payload)
         elif kind is EngineCoreRequestType.UTILITY:
             answer = self._core.call_utility(payload.call_id, payload.method, payload.args)
+            answer = _sendable(answer, payload.method)
             self._emit(payload.client_index, EngineCoreOutputs(utility_output=answer))
         elif kind is EngineCoreRequestType.SHUTDOWN:
             self._stopping = True
 
 
 class _Sender:
-    """The sending thread: one PUSH socket per front end."""
+    """The sending thread: one PUSH socket per front end.
 
-    def __init__(self, context: zmq.Context, addresses: list[str]) -> None:
+    Args:
+        on_failure: told why the thread has ended, which is the end of the engine: nobody would
+            get an answer any more.
+    """
+
+    def __init__(
+        self,
+        context: zmq.Context,
+        addresses: list[str],
+        on_failure: Callable[[BaseException], None],
+    ) -> None:
         self._context = context
         self._addresses = addresses
+        self._on_failure = on_failure
         self._queue: queue.SimpleQueue[tuple[int, EngineCoreOutputs] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="engine-send", daemon=True)
         self._thread.start()
@@ -148,6 +177,12 @@ class _Sender:
         self._thread.join(timeout=5)
 
     def _run(self) -> None:
+        try:
+            self._send_all()
+        except BaseException as error:  # noqa: BLE001 - handed to the main thread, which raises it
+            self._on_failure(error)
+
+    def _send_all(self) -> None:
         sockets = []
         for address in self._addresses:
             socket = self._context.socket(zmq.PUSH)
@@ -273,7 +308,7 @@ def _serve(arguments: _Arguments) -> None:
     receiver.accept_requests(core.preprocess)
     core.executor.register_failure_callback(inputs.put)
     core.executor.register_transfer_callback(lambda: inputs.put(None))
-    sender = _Sender(context, config.output_addresses)
+    sender = _Sender(context, config.output_addresses, inputs.put)
     # An empty message on the way out, so that the front end knows that it works.
     for client_index in range(len(config.output_addresses)):
         sender.put(client_index, EngineCoreOutputs())

@@ -136,7 +136,7 @@ class LLMEngine:
 
     def sleep(self, level: int = 1) -> None:
         """See ``EngineCore.sleep``."""
-        self.client.call_utility("sleep", level)
+        level = self.client.call_utility("sleep", level)
         if self.stat_logger is not None:
             self.stat_logger.record_sleep_state(level)
 

@@ -14,6 +14,7 @@ from vllm.v1.engine import EngineCoreOutputs, EngineCoreRequest, EngineFacts
 from vllm.v1.engine.failures import EngineFailure
 
 __all__ = [
+    "UNENCODABLE",
     "EngineStatus",
     "LaunchConfig",
     "UtilityCall",
@@ -54,6 +55,8 @@ class EngineStatus(msgspec.Struct):
 
 
 encode = msgspec.msgpack.Encoder().encode
+UNENCODABLE = (TypeError, ValueError, OverflowError, RecursionError)
+"""What ``encode`` raises of: another type, a lone surrogate, more than 64 bits, too many levels."""
 decode_request = msgspec.msgpack.Decoder(EngineCoreRequest).decode
 decode_outputs = msgspec.msgpack.Decoder(EngineCoreOutputs).decode
 decode_ids = msgspec.msgpack.Decoder(list[str]).decode
