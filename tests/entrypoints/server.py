@@ -24,6 +24,8 @@ TINY = ("--load-format", "dummy", "--hf-overrides", '{"num_hidden_layers": 2}')
 SMALL = ("--max-model-len", "1024", "--kv-cache-memory-bytes", "128M")
 # Waits end with what they wait for: a busy machine may take its time.
 PATIENCE = 120.0
+# A server closes connections that have idled for 5 s, maybe just when such a one is used again.
+BRIEF = httpx.Limits(keepalive_expiry=1.0)
 _START_SECONDS = 2 * PATIENCE
 
 
@@ -70,7 +72,9 @@ class Server:
         self.url = f"http://127.0.0.1:{self.port}"
         self._log = log
         headers = {"authorization": f"Bearer {api_key}"} if api_key else {}
-        self._http = httpx.Client(base_url=self.url, headers=headers, timeout=PATIENCE)
+        self._http = httpx.Client(
+            base_url=self.url, headers=headers, timeout=PATIENCE, limits=BRIEF
+        )
         self._api_key = api_key or "none"
         with log.open("wb") as file:
             self.process = subprocess.Popen(

@@ -13,7 +13,7 @@ import openai
 import psutil
 import pytest
 
-from tests.entrypoints.server import MODEL, PATIENCE, SMALL, TINY, Server
+from tests.entrypoints.server import BRIEF, MODEL, PATIENCE, SMALL, TINY, Server
 from tests.entrypoints.test_lifecycle import all_gone
 
 OPTIONS = (*TINY, *SMALL, "--api-server-count", "2", "--enable-sleep-mode")
@@ -58,7 +58,7 @@ def test_a_group_serves_counts_sleeps_and_ends_as_one(group: Server, tmp_path: P
     group.wait_until_idle()
     # Whoever is asked for metrics, answers for all.
     for _ in range(4):
-        with httpx.Client(base_url=group.url, timeout=PATIENCE) as http:
+        with httpx.Client(base_url=group.url, timeout=PATIENCE, limits=BRIEF) as http:
             text = http.get("/metrics").text
         (count,) = re.findall(r"^vllm:generation_tokens_total{.*} (\S+)$", text, re.M)
         assert float(count) == 4 * NUM_REQUESTS

@@ -6,7 +6,7 @@ import httpx
 import openai
 import pytest
 
-from tests.entrypoints.server import MODEL, PATIENCE, Server
+from tests.entrypoints.server import BRIEF, MODEL, PATIENCE, Server
 from tests.entrypoints.test_request_fields import CHAT as CHAT_FIELDS
 from tests.entrypoints.test_request_fields import COMPLETION, DETOKENIZE, TOKENIZE_COMPLETION
 
@@ -315,7 +315,7 @@ def test_a_body_without_end_is_413(server: Server):
         for _ in range(70):
             yield b" " * 1024 * 1024
 
-    with httpx.Client(timeout=PATIENCE) as client:
+    with httpx.Client(timeout=PATIENCE, limits=BRIEF) as client:
         response = client.post(
             f"{server.url}/v1/completions",
             content=chunks(),

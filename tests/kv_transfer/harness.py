@@ -25,7 +25,7 @@ import psutil
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.entrypoints.server import PATIENCE, Server, free_port
+from tests.entrypoints.server import BRIEF, PATIENCE, Server, free_port
 from tests.models.checkpoints import make_hf_model, save
 from tests.models.linear_attention_checkpoints import make_linear_model
 from tests.models.state_checkpoints import make_state_model
@@ -182,7 +182,7 @@ class RouterProcess:
                 stderr=subprocess.STDOUT,
             )
         self.log = log
-        self.http = httpx.Client(base_url=self.url, timeout=PATIENCE)
+        self.http = httpx.Client(base_url=self.url, timeout=PATIENCE, limits=BRIEF)
         self.answers()
 
     def answers(self) -> None:

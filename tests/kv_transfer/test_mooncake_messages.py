@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from tests.core.helpers import make_request
-from tests.entrypoints.server import PATIENCE, free_port
+from tests.entrypoints.server import BRIEF, PATIENCE, free_port
 from tests.kv_transfer.test_mooncake_faults import PushCampaign, PushEngine
 from vllm.distributed.kv_transfer.kv_connector.v1.mooncake.bootstrap import (
     BootstrapServer,
@@ -416,7 +416,7 @@ def test_all_workers_are_told_what_nobody_will_fetch(bootstrap):
     for rank in range(2):
         address = f"tcp://127.0.0.1:{5 + rank}"
         register(bootstrap, Registration(**worker(tp_rank=rank, addr=address)), PATIENCE)
-    with httpx.Client(base_url=bootstrap, timeout=PATIENCE) as http:
+    with httpx.Client(base_url=bootstrap, timeout=PATIENCE, limits=BRIEF) as http:
         response = http.post("/discard", json={"transfer_ids": ["r"]})
         refused = http.post("/discard", json={"transfer_ids": 5})
     assert response.status_code == 200
