@@ -10,7 +10,13 @@ import msgspec
 from pydantic import BaseModel
 from starlette.responses import Response
 
-from vllm.errors import CapacityError, QueueFullError, VLLMError, VLLMValidationError
+from vllm.errors import (
+    CapacityError,
+    QueueFullError,
+    UnsupportedError,
+    VLLMError,
+    VLLMValidationError,
+)
 
 __all__ = [
     "APIError",
@@ -19,6 +25,8 @@ __all__ = [
     "EXPECTED_ERRORS",
     "error_info",
     "error_response",
+    "malformed",
+    "unsupported",
 ]
 
 # Status -> the word that vLLM's clients find in "type".
@@ -113,3 +121,17 @@ def error_response(exc: Exception) -> Response:
         headers=headers,
         media_type="application/json",
     )
+
+
+def _field_of(where: str) -> str:
+    return where.split("[")[0].split(".")[0]
+
+
+def malformed(where: str, what: str) -> VLLMValidationError:
+    """Of the place ``where`` in a request, such as "input[2].content"."""
+    return VLLMValidationError(f"{where}: {what}", parameter=_field_of(where))
+
+
+def unsupported(where: str, what: str) -> UnsupportedError:
+    """As ``malformed``, of what may be right elsewhere."""
+    return UnsupportedError(f"{where}: {what}", parameter=_field_of(where))

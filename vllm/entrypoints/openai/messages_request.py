@@ -6,8 +6,8 @@ Owns the form of such requests. Knows nothing of prompts or answers.
 import json
 from typing import Any
 
+from vllm.entrypoints.openai.errors import malformed, unsupported
 from vllm.entrypoints.openai.protocol import ChatCompletionRequest, _Strict
-from vllm.errors import UnsupportedError, VLLMValidationError
 
 __all__ = ["CountTokensRequest", "MessagesRequest", "chat_fields"]
 
@@ -49,18 +49,6 @@ class MessagesRequest(CountTokensRequest):
     vllm_xargs: dict[str, Any] | None = None
 
 
-def _parameter(where: str) -> str:
-    return where.split("[")[0].split(".")[0]
-
-
-def _wrong(where: str, what: str) -> VLLMValidationError:
-    return VLLMValidationError(f"{where}: {what}", parameter=_parameter(where))
-
-
-def _not_here(where: str, what: str) -> UnsupportedError:
-    return UnsupportedError(f"{where}: {what}", parameter=_parameter(where))
-
-
 def chat_fields(request: CountTokensRequest) -> dict[str, Any]:
     """The fields of the ``ChatCompletionRequest`` that means the same.
 
@@ -94,18 +82,18 @@ def _text(content: Any, where: str) -> str:
     if isinstance(content, str):
         return content
     if not isinstance(content, list):
-        raise _wrong(where, "must be a string or a list of blocks")
+        raise malformed(where, "must be a string or a list of blocks")
     texts = []
     for index, block in enumerate(content):
         kind = block.get("type") if isinstance(block, dict) else None
         if kind != "text":
-            raise _not_here(
+            raise unsupported(
                 f"{where}[{index}]",
                 f"blocks of type {str(kind)[:40]!r} are not supported here; this server takes "
                 "'text'",
             )
         if not isinstance(block.get("text"), str):
-            raise _wrong(f"{where}[{index}]", "text must be a string")
+            raise malformed(f"{where}[{index}]", "text must be a string")
         texts.append(block["text"])
     return "\n".join(texts)
 
@@ -114,11 +102,11 @@ def _messages(message: dict[str, Any], where: str) -> list[dict[str, Any]]:
     """One message is several where the results of tools stand beside text."""
     role, content = message.get("role"), message.get("content")
     if role not in ("user", "assistant", "system"):
-        raise _wrong(where, "role must be user or assistant")
+        raise malformed(where, "role must be user or assistant")
     if isinstance(content, str):
         return [{"role": role, "content": content}]
     if not isinstance(content, list):
-        raise _wrong(where, "content must be a string or a list of blocks")
+        raise malformed(where, "content must be a string or a list of blocks")
     texts: list[Any] = []
     calls: list[dict[str, Any]] = []
     results: list[dict[str, Any]] = []
@@ -132,7 +120,7 @@ def _messages(message: dict[str, Any], where: str) -> list[dict[str, Any]]:
             results.append(_result(block, at))
         elif kind == "thinking" and role == "assistant":
             if not isinstance(block.get("thinking"), str):
-                raise _wrong(at, "thinking must be a string")
+                raise malformed(at, "thinking must be a string")
             reasoning.append(block["thinking"])
         else:
             texts.append(block)
@@ -150,9 +138,9 @@ def _messages(message: dict[str, Any], where: str) -> list[dict[str, Any]]:
 
 def _call(block: dict[str, Any], where: str) -> dict[str, Any]:
     if not isinstance(block.get("name"), str) or not isinstance(block.get("id"), str):
-        raise _wrong(where, "id and name must be strings")
+        raise malformed(where, "id and name must be strings")
     if not isinstance(block.get("input", {}), dict):
-        raise _wrong(where, "input must be an object")
+        raise malformed(where, "input must be an object")
     arguments = json.dumps(block.get("input", {}), ensure_ascii=False)
     function = {"name": block["name"], "arguments": arguments}
     return {"id": block["id"], "type": "function", "function": function}
@@ -160,14 +148,14 @@ def _call(block: dict[str, Any], where: str) -> dict[str, Any]:
 
 def _result(block: dict[str, Any], where: str) -> dict[str, Any]:
     if not isinstance(block.get("tool_use_id"), str):
-        raise _wrong(where, "tool_use_id must be a string")
+        raise malformed(where, "tool_use_id must be a string")
     text = _text(block.get("content") or "", f"{where}.content")
     return {"role": "tool", "tool_call_id": block["tool_use_id"], "content": text}
 
 
 def _tool(tool: dict[str, Any], where: str) -> dict[str, Any]:
     if tool.get("type", "custom") != "custom":
-        raise _not_here(
+        raise unsupported(
             where, f"tools of type {str(tool['type'])[:40]!r} are not supported; give input_schema"
         )
     function = {
@@ -188,7 +176,7 @@ def _choose_tools(choice: dict[str, Any] | None, fields: dict[str, Any]) -> None
     elif kind in _TOOL_CHOICES:
         fields["tool_choice"] = _TOOL_CHOICES[kind]
     else:
-        raise _wrong("tool_choice", "type must be auto, any, tool or none")
+        raise malformed("tool_choice", "type must be auto, any, tool or none")
     if choice.get("disable_parallel_tool_use"):
         fields["parallel_tool_calls"] = False
 
@@ -203,7 +191,7 @@ def _configure_output(config: dict[str, Any] | None, fields: dict[str, Any]) -> 
             schema = {"name": "answer", "schema": value.get("schema")}
             fields["response_format"] = {"type": "json_schema", "json_schema": schema}
         else:
-            raise _not_here(f"output_config.{name}", "takes effort, and a format of json_schema")
+            raise unsupported(f"output_config.{name}", "takes effort, and a format of json_schema")
 
 
 def _switch_thinking(thinking: dict[str, Any] | None, fields: dict[str, Any]) -> None:
@@ -212,7 +200,7 @@ def _switch_thinking(thinking: dict[str, Any] | None, fields: dict[str, Any]) ->
         return
     kind = thinking.get("type")
     if kind not in ("enabled", "disabled", "adaptive"):
-        raise _wrong("thinking", "type must be enabled, disabled or adaptive")
+        raise malformed("thinking", "type must be enabled, disabled or adaptive")
     if kind == "adaptive":
         return
     switches = {"enable_thinking": kind == "enabled", "thinking": kind == "enabled"}

@@ -6,6 +6,7 @@ leads back to an earlier answer is refused. Knows nothing of prompts or answers.
 
 from typing import Any, Literal
 
+from vllm.entrypoints.openai.errors import malformed, unsupported
 from vllm.entrypoints.openai.protocol import (
     ChatCompletionRequest,
     LogitBias,
@@ -15,7 +16,6 @@ from vllm.entrypoints.openai.protocol import (
     _Strict,
     _Texts,
 )
-from vllm.errors import UnsupportedError, VLLMValidationError
 
 __all__ = ["ResponsesRequest", "chat_fields"]
 
@@ -91,14 +91,6 @@ class ResponsesRequest(_Strict):
     vllm_xargs: dict[str, Any] | None = None
 
 
-def _wrong(where: str, what: str) -> VLLMValidationError:
-    return VLLMValidationError(f"{where}: {what}", parameter=where.split("[")[0].split(".")[0])
-
-
-def _not_here(where: str, what: str) -> UnsupportedError:
-    return UnsupportedError(f"{where}: {what}", parameter=where.split("[")[0].split(".")[0])
-
-
 def chat_fields(request: ResponsesRequest) -> dict[str, Any]:
     """The fields of the ``ChatCompletionRequest`` that means the same.
 
@@ -117,11 +109,11 @@ def chat_fields(request: ResponsesRequest) -> dict[str, Any]:
     fields["response_format"] = _response_format(request.text)
     fields["reasoning_effort"] = _effort(request.reasoning)
     if request.truncation == "auto":
-        raise _not_here("truncation", "auto is not supported; shorten the input")
+        raise unsupported("truncation", "auto is not supported; shorten the input")
     for name in request.include or ():
         # Reasoning comes as plain text, which may be sent back as it is.
         if name != "reasoning.encrypted_content":
-            raise _not_here("include", f"{name[:60]!r} is not supported")
+            raise unsupported("include", f"{name[:60]!r} is not supported")
     return fields
 
 
@@ -132,7 +124,7 @@ def _messages(request: ResponsesRequest) -> list[dict[str, Any]]:
     if isinstance(request.input, str):
         return [*messages, {"role": "user", "content": request.input}]
     if not request.input:
-        raise _wrong("input", "must not be empty")
+        raise malformed("input", "must not be empty")
     reasoning: str | None = None
     for index, item in enumerate(request.input):
         where = f"input[{index}]"
@@ -145,7 +137,7 @@ def _messages(request: ResponsesRequest) -> list[dict[str, Any]]:
         elif kind == "function_call_output":
             content = item.get("output")
             if not isinstance(item.get("call_id"), str):
-                raise _wrong(where, "call_id must be a string")
+                raise malformed(where, "call_id must be a string")
             messages.append(
                 {
                     "role": "tool",
@@ -162,7 +154,7 @@ def _messages(request: ResponsesRequest) -> list[dict[str, Any]]:
                 }
             )
         else:
-            raise _not_here(where, f"items of type {str(kind)[:40]!r} are not supported")
+            raise unsupported(where, f"items of type {str(kind)[:40]!r} are not supported")
         if reasoning and messages[-1]["role"] == "assistant":
             messages[-1]["reasoning"] = reasoning
         reasoning = None
@@ -173,7 +165,7 @@ def _add_call(messages: list[dict[str, Any]], item: dict[str, Any], where: str) 
     """Calls stand in the message that the assistant wrote before them, if there is one."""
     for name in ("call_id", "name", "arguments"):
         if not isinstance(item.get(name), str):
-            raise _wrong(where, f"{name} must be a string")
+            raise malformed(where, f"{name} must be a string")
     function = {"name": item["name"], "arguments": item["arguments"]}
     call = {"id": item["call_id"], "type": "function", "function": function}
     if not messages or messages[-1]["role"] != "assistant":
@@ -183,7 +175,7 @@ def _add_call(messages: list[dict[str, Any]], item: dict[str, Any], where: str) 
 
 def _parts(content: Any, where: str) -> list[Any]:
     if not isinstance(content, list):
-        raise _wrong(where, "content must be a string or a list of parts")
+        raise malformed(where, "content must be a string or a list of parts")
     return [
         {name: value for name, value in part.items() if name not in _OF_ANSWERS}
         if isinstance(part, dict)
@@ -196,13 +188,13 @@ def _texts(parts: Any, where: str) -> str:
     if not isinstance(parts, list) or not all(
         isinstance(part, dict) and isinstance(part.get("text"), str) for part in parts
     ):
-        raise _wrong(where, "reasoning must be a list of parts with text")
+        raise malformed(where, "reasoning must be a list of parts with text")
     return "\n".join(part["text"] for part in parts)
 
 
 def _tool(tool: dict[str, Any], where: str) -> dict[str, Any]:
     if tool.get("type") != "function":
-        raise _not_here(
+        raise unsupported(
             where,
             f"tools of type {str(tool.get('type'))[:40]!r} are not supported; this server knows "
             "'function'",
@@ -217,7 +209,7 @@ def _tool_choice(choice: Any) -> Any:
     if not isinstance(choice, dict):
         return choice
     if choice.get("type") != "function" or not isinstance(choice.get("name"), str):
-        raise _not_here(
+        raise unsupported(
             "tool_choice",
             'takes "none", "auto", "required" or {"type": "function", "name": NAME}',
         )
@@ -227,14 +219,14 @@ def _tool_choice(choice: Any) -> Any:
 def _response_format(text: dict[str, Any] | None) -> dict[str, Any] | None:
     for name, value in (text or {}).items():
         if name not in ("format", "verbosity"):
-            raise _wrong("text", f"unknown field {name[:40]!r}")
+            raise malformed("text", f"unknown field {name[:40]!r}")
         if name == "verbosity" and value not in (None, "medium"):
-            raise _not_here("text.verbosity", f"{str(value)[:40]!r} is not supported")
+            raise unsupported("text.verbosity", f"{str(value)[:40]!r} is not supported")
     given = (text or {}).get("format")
     if given is None:
         return None
     if not isinstance(given, dict):
-        raise _wrong("text.format", "must be an object")
+        raise malformed("text.format", "must be an object")
     if given.get("type") != "json_schema":
         return given
     schema = {name: value for name, value in given.items() if name != "type"}
@@ -246,7 +238,7 @@ def _effort(reasoning: dict[str, Any] | None) -> str | None:
         if name == "effort" or value is None:
             continue
         if name not in ("summary", "generate_summary"):
-            raise _wrong("reasoning", f"unknown field {name[:40]!r}")
+            raise malformed("reasoning", f"unknown field {name[:40]!r}")
         if value != "auto":
-            raise _not_here(f"reasoning.{name}", "there are no summaries; leave it out")
+            raise unsupported(f"reasoning.{name}", "there are no summaries; leave it out")
     return (reasoning or {}).get("effort")

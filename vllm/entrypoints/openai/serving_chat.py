@@ -183,11 +183,16 @@ class OpenAIServingChat(OpenAIServing):
 
     # Whole answers
 
-    async def _respond(self, job: ChatJob) -> Response:
+    async def last_output(self, job: ChatJob) -> RequestOutput:
+        """The whole answer to ``job``, once it is complete."""
         final: RequestOutput | None = None
         async for output in self.outputs(job):
             final = output
         assert final is not None, "the engine gives a last output, or raises"
+        return final
+
+    async def _respond(self, job: ChatJob) -> Response:
+        final = await self.last_output(job)
         choices = [self._choice(job, output) for output in final.outputs]
         response = ChatCompletionResponse(
             id=job.response_id,
@@ -322,11 +327,7 @@ class OpenAIServingChat(OpenAIServing):
         reader = state.readers[output.index]
         finished = output.finish_reason is not None
         self.log_output(job.response_id, output.text, is_delta=True)
-        deltas = [reader.push(output.text, output.token_ids)]
-        if finished:
-            rest = reader.finish()
-            if rest is not None:
-                deltas.append(rest)
+        deltas = reader.deltas(output)
         events = []
         for i, delta in enumerate(deltas):
             last = i == len(deltas) - 1

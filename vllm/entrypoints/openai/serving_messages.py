@@ -22,7 +22,7 @@ from vllm.entrypoints.openai.messages_request import (
 from vllm.entrypoints.openai.protocol import ChatCompletionRequest, DeltaMessage
 from vllm.entrypoints.openai.serving_chat import ChatJob, OpenAIServingChat
 from vllm.entrypoints.openai.tool_choice import AnswerReader
-from vllm.outputs import CompletionOutput, RequestOutput
+from vllm.outputs import CompletionOutput
 
 __all__ = ["AnthropicServingMessages"]
 
@@ -48,10 +48,7 @@ class AnthropicServingMessages:
         return JSONBytes(msgspec.json.encode({"input_tokens": count}))
 
     async def _respond(self, job: ChatJob) -> Response:
-        final: RequestOutput | None = None
-        async for result in self._chat.outputs(job):
-            final = result
-        assert final is not None, "the engine gives a last output, or raises"
+        final = await self._chat.last_output(job)
         (output,) = final.outputs
         self._chat.log_output(job.response_id, output.text)
         reader = job.make_reader()
@@ -93,10 +90,7 @@ class AnthropicServingMessages:
             for output in result.outputs:
                 num_output += len(output.token_ids)
                 self._chat.log_output(job.response_id, output.text, is_delta=True)
-                deltas = [reader.push(output.text, output.token_ids)]
-                if output.finish_reason is not None:
-                    deltas.append(reader.finish())
-                for delta in filter(None, deltas):
+                for delta in filter(None, reader.deltas(output)):
                     for event in blocks.delta(delta):
                         yield event
                 if output.finish_reason is not None:

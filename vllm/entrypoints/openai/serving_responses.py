@@ -23,7 +23,6 @@ from vllm.entrypoints.openai.responses_answer import (
 )
 from vllm.entrypoints.openai.responses_request import ResponsesRequest, chat_fields
 from vllm.entrypoints.openai.serving_chat import ChatJob, OpenAIServingChat
-from vllm.outputs import RequestOutput
 
 __all__ = ["OpenAIServingResponses"]
 
@@ -44,10 +43,7 @@ class OpenAIServingResponses:
         return await until_disconnect(raw, self._respond(job, response))
 
     async def _respond(self, job: ChatJob, response: dict[str, Any]) -> Response:
-        final: RequestOutput | None = None
-        async for result in self._chat.outputs(job):
-            final = result
-        assert final is not None, "the engine gives a last output, or raises"
+        final = await self._chat.last_output(job)
         (output,) = final.outputs
         self._chat.log_output(job.response_id, output.text)
         status = _status(output.finish_reason)
@@ -76,14 +72,11 @@ class OpenAIServingResponses:
             for output in result.outputs:
                 num_output += len(output.token_ids)
                 self._chat.log_output(job.response_id, output.text, is_delta=True)
-                deltas = [reader.push(output.text, output.token_ids)]
                 if output.finish_reason is not None:
                     status = _status(output.finish_reason)
-                    deltas.append(reader.finish())
-                for delta in deltas:
-                    if delta is not None:
-                        for event in writer.delta(delta):
-                            yield event
+                for delta in filter(None, reader.deltas(output)):
+                    for event in writer.delta(delta):
+                        yield event
             if result.kv_transfer_params is not None:
                 response["kv_transfer_params"] = result.kv_transfer_params
         usage = usage_of(len(job.prompt.token_ids), num_cached, num_output)

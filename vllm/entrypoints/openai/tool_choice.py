@@ -25,6 +25,7 @@ from vllm.entrypoints.openai.tool_parsers.abstract_tool_parser import (
 )
 from vllm.entrypoints.openai.tool_parsers.scanners import JSONCallList
 from vllm.errors import VLLMValidationError
+from vllm.outputs import CompletionOutput
 from vllm.reasoning.abs_reasoning_parsers import ReasoningParser
 from vllm.sampling_params import StructuredOutputsParams
 
@@ -166,6 +167,17 @@ class AnswerReader:
             calls, content = [], text
         self._num_calls = len(calls)
         return content, calls
+
+    def deltas(self, output: CompletionOutput) -> list[DeltaMessage | None]:
+        """What to send for a piece of a stream: the first may be None, nothing yet; a second is
+        what was held back until the end.
+        """
+        found = [self.push(output.text, output.token_ids)]
+        if output.finish_reason is not None:
+            rest = self.finish()
+            if rest is not None:
+                found.append(rest)
+        return found
 
     def push(self, text: str, token_ids: Sequence[int]) -> DeltaMessage | None:
         """What to send for the next piece of the answer; None: nothing yet."""

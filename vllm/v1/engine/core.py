@@ -82,8 +82,8 @@ class EngineCore:
         self.vllm_config = vllm_config
         self._paused = False
         self._asleep: set[str] = set()
-        self._sleep_level = 0
         """Of ``SLEEP_TAGS``: what a wake-up has to bring back."""
+        self._sleep_level = 0
         self._unscheduled: dict[int, list[EngineCoreOutput]] = {}
         """Outputs that no step makes: refusals and mass aborts, by client."""
         self.executor = executor_class(vllm_config)
