@@ -291,6 +291,8 @@ def _choose(
     From benchmarks/gpu/kernels.py on one H100, for the shapes of Qwen3-0.6B and Llama-3.1-8B in
     bf16: one row is read at 90 to 100 % of memory's speed where cuBLAS reaches 75 to 90, an
     output head of up to 64 rows at 95 instead of 80, and SiLU * mul saves a launch and two passes.
+    Products of 17 to 32 rows into 4,096 outputs: from benchmarks/gpu/step_products.py, inside
+    whole steps, where these kernels overlap with their neighbours.
     The tiles need Hopper's shared memory.
     """
     if itemsize > 2 or k % 8 or not is_hopper(device):
@@ -332,9 +334,8 @@ def _choose_split(m: int, tiles: int, k: int) -> SkinnyConfig | None:
         return None
     if splits == 1 and k <= 1024:
         return SkinnyConfig(block_n=64, block_k=128, splits=1, warps=4, stages=4)
-    # Here cuBLAS is as good: 16 to 64 rows and neither few tiles nor a long k. (In a chain with
-    # norms on an H100 it loses 1 to 1.6 us a product; in two workers' steps on H200s it wins.)
-    if (m > 32 and splits == 1) or (m > 16 and tiles == 64 and k < 8192):
+    # Here cuBLAS is as good.
+    if m > 32 and (splits == 1 or (tiles == 64 and k < 8192)):
         return None
     if m > 32:
         return SkinnyConfig(block_n=64, block_k=128, splits=splits, warps=4, stages=4)
