@@ -57,9 +57,9 @@ def simulation(folder: str) -> Simulation:
         )
         texts = make_texts(8, 256)
     else:
-        model = LlamaForCausalLM.from_pretrained(folder)
+        model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)
         texts = torch.randint(4, 4096, (8, 256))
-    return Simulation(model.float().eval().to("cuda"), texts)
+    return Simulation(model.eval().to("cuda"), texts)
 
 
 @pytest.fixture(scope="module")
