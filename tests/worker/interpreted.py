@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from tests.worker.driver import make_config
 from vllm.config import AttentionConfig, ParallelConfig, VllmConfig
 from vllm.v1.worker.cpu_worker import CPUWorker
+from vllm.v1.worker.gpu.cuda_graphs import StepGraphs
 from vllm.v1.worker.gpu.device import CUDADeviceLayer
 from vllm.v1.worker.gpu.model_runner import GPUModelRunner
 
@@ -32,8 +35,48 @@ class InterpretedWorker(CPUWorker):
         self.model_runner.warm_up_kernels()
 
 
-def make_interpreted_config(model: Path, *, overlapped: bool, **options) -> VllmConfig:
+class RunAgain(StepGraphs):
+    """Stands in for CUDA graphs: what would be captured runs again, on the same buffers and with
+    the metadata of its capture.
+    """
+
+    def __init__(self) -> None:
+        self.steps: dict[int, Callable[[], Any]] = {}
+        self.replayed: list[int] = []
+
+    def capture(self, sizes, make_step, pool) -> None:
+        for size in sizes:
+            self.steps[size] = make_step(size)
+            self.steps[size]()
+
+    def replay(self, size: int) -> Any:
+        self.replayed.append(size)
+        return self.steps[size]()
+
+    def clear(self) -> None:
+        self.steps.clear()
+
+
+class CapturingWorker(InterpretedWorker):
+    """Small steps run as if captured."""
+
+    def compile_or_warm_up_model(self) -> None:
+        super().compile_or_warm_up_model()
+        runner, scheduler = self.model_runner, self.vllm_config.scheduler_config
+        runner._graphs, runner._prompt_graphs = RunAgain(), RunAgain()
+        prompts = [size for size in (24, 16, 4) if size <= scheduler.max_num_batched_tokens]
+        with torch.inference_mode():
+            runner._prompt_graphs.capture(prompts, runner._prompts_of, None)
+            runner._graphs.capture([2, 1], runner._decode_of, None)
+        runner._preparer.largest_graph = 2
+        runner._preparer.prompt_graph_sizes = prompts[::-1]
+
+
+def make_interpreted_config(
+    model: Path, *, overlapped: bool, captured: bool = False, **options
+) -> VllmConfig:
     config = make_config(model, **options)
+    worker = "CapturingWorker" if captured else "InterpretedWorker"
     # Few tokens a step: the prompts of the warm-up are as long as a step may be.
     scheduler = replace(
         config.scheduler_config, async_scheduling=overlapped, max_num_batched_tokens=28
@@ -42,5 +85,5 @@ def make_interpreted_config(model: Path, *, overlapped: bool, **options) -> Vllm
         config,
         attention_config=AttentionConfig(backend="TRITON_ATTN"),
         scheduler_config=scheduler,
-        parallel_config=ParallelConfig(worker_cls="tests.worker.interpreted.InterpretedWorker"),
+        parallel_config=ParallelConfig(worker_cls=f"tests.worker.interpreted.{worker}"),
     )

@@ -151,6 +151,22 @@ def test_chunks_preemption_and_few_rows_change_no_token(model, start, monkeypatc
     assert preempted
 
 
+@pytest.mark.parametrize("blocks", [9, 64], ids=["preemption", "room"])
+def test_steps_that_are_captured_give_the_same(model, start, blocks) -> None:
+    """Graphs of 1 and 2 decodes and of 4, 16 and 24 tokens, beside steps that fit in none."""
+    requests = some_requests(random.Random(blocks), 8)
+    theirs = run(start(make_config(model)), requests)
+    config = make_interpreted_config(
+        model, overlapped=True, captured=True, max_num_seqs=5,
+        kv_cache_memory_bytes=blocks * BLOCK_BYTES,
+    )  # fmt: skip
+    core = start(config)
+    same(run(core, requests), theirs)
+    runner = core.executor.worker.model_runner
+    assert 2 in runner._graphs.replayed
+    assert {16, 24} <= set(runner._prompt_graphs.replayed)
+
+
 @pytest.mark.parametrize(
     "name",
     [pytest.param("int8_per_token_head", marks=pytest.mark.slow), "int4_per_token_head"],

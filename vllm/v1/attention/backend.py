@@ -76,6 +76,9 @@ class AttentionBackend(ABC):
     fits_cuda_graphs: ClassVar[bool] = False
     """Launches for a step of one token per request depend on the number of requests alone, and
     read everything else from tensors that the builder writes in place."""
+    fits_prompt_graphs: ClassVar[bool] = False
+    """Launches for any step whose metadata ``is_captured`` depend on its numbers of tokens and
+    requests alone, likewise."""
 
     @staticmethod
     @abstractmethod
@@ -394,6 +397,9 @@ class CommonAttentionMetadata:
     slot_mapping: torch.Tensor
     """(T,) int64: kernel block * kernel block size + offset; -1: don't store."""
     causal: bool = True
+    is_captured: bool = False
+    """A captured graph runs the step: requests without tokens, and tokens behind the last
+    request's, fill it up, and ``max_query_len`` is T where there may be prompts."""
 
 
 class AttentionMetadataBuilder(ABC, Generic[M]):

@@ -14,7 +14,6 @@ from vllm.errors import CapacityError
 from vllm.logger import init_logger
 from vllm.platforms import current_platform
 from vllm.utils.system import format_bytes
-from vllm.v1.worker.gpu.cuda_graphs import capture_sizes
 from vllm.v1.worker.gpu.device import CUDADeviceLayer
 from vllm.v1.worker.gpu.model_runner import GPUModelRunner
 from vllm.v1.worker.gpu.sleep import SleepMemory
@@ -146,7 +145,7 @@ class Worker(WorkerBase):
         torch.cuda.empty_cache()
         free, total = torch.cuda.mem_get_info(self.device)
         elsewhere = total - free - torch.cuda.memory_reserved(self.device)
-        graphs = self._graph_bytes() if runner.captures else 0
+        graphs = self._graph_bytes()
         logger.info(
             "Memory: %s for weights and the largest step, %s for graphs, %s outside of PyTorch",
             format_bytes(peak),
@@ -162,12 +161,18 @@ class Worker(WorkerBase):
         """What the captured steps keep: the outputs of each (1.1 GiB of logits for 128,256 tokens
         in bf16), and the memory that they share, which the largest one needs.
         """
-        sizes = capture_sizes(self.model_runner.largest_graph)
+        decodes, prompts = (
+            self.model_runner.decode_graph_sizes,
+            self.model_runner.prompt_graph_sizes,
+        )
+        if not decodes:
+            return 0
         config = self.model_config
         text_config, vocab = config.hf_text_config, config.get_vocab_size()
-        width = 4 * getattr(text_config, "intermediate_size", text_config.hidden_size)
-        kept = sum(sizes) * (vocab + text_config.hidden_size)
-        shared = sizes[0] * (vocab + width) * 3 // 2
+        hidden = text_config.hidden_size
+        width = 4 * getattr(text_config, "intermediate_size", hidden)
+        kept = sum(decodes) * (vocab + hidden) + sum(prompts) * hidden
+        shared = max(decodes[0] * (vocab + width), max(prompts, default=0) * width) * 3 // 2
         return (kept + shared) * config.dtype.itemsize
 
     def initialize_from_config(self, kv_cache_config: KVCacheConfig) -> None:
@@ -177,7 +182,7 @@ class Worker(WorkerBase):
         begin = time.monotonic()
         self.model_runner.warm_up_kernels()
         compiled = time.monotonic()
-        count = self.model_runner.capture_graphs() if self.model_runner.captures else 0
+        count = self.model_runner.capture_graphs()
         free, _ = torch.cuda.mem_get_info(self.device)
         logger.info(
             "Warm-up: kernels %.1f s, %d CUDA graphs %.1f s; %s of the device are free",

@@ -77,6 +77,7 @@ class SplitAttentionBackend(TritonAttentionBackend):
     """What the backends over these kernels declare: as TRITON_ATTN, but for plain caches alone."""
 
     supported_kv_cache_dtypes: ClassVar[list[str]] = ["auto", "bfloat16", "float16", "float32"]
+    fits_prompt_graphs = False
 
     @staticmethod
     def get_impl_cls() -> type[SplitAttentionImpl]:

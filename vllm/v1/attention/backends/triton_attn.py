@@ -54,7 +54,8 @@ class TritonAttentionMetadataBuilder(AttentionMetadataBuilder[TritonAttentionMet
     """Plans the decodes of a step, into buffers that stay where they are.
 
     What a launch for a batch of decodes looks like depends on the number of requests alone, so a
-    CUDA graph captured with one step's metadata runs with any later one of as many requests.
+    CUDA graph captured with one step's metadata runs with any later one of as many requests. With
+    prompts the number of tokens counts, too, and there always is a plan.
     """
 
     def __init__(
@@ -88,7 +89,7 @@ class TritonAttentionMetadataBuilder(AttentionMetadataBuilder[TritonAttentionMet
         common = common_attn_metadata
         plan = None
         starts = common.query_start_loc_cpu.numpy()
-        if common.max_query_len == 1 or (np.diff(starts) == 1).any():
+        if common.is_captured or common.max_query_len == 1 or (np.diff(starts) == 1).any():
             plan = plan_decodes(
                 common.seq_lens,
                 common.query_start_loc,
@@ -240,6 +241,7 @@ class TritonAttentionBackend(AttentionBackend):
     ]
     forward_includes_kv_cache_update = False
     fits_cuda_graphs = True
+    fits_prompt_graphs = True
 
     @staticmethod
     def get_name() -> str:

@@ -1,7 +1,8 @@
-"""Decode steps as CUDA graphs: one for each of a few numbers of requests, memory shared.
+"""Steps as CUDA graphs: one for each of a few sizes, memory shared.
 
-A graph holds the model, its output head and the plain draw. A step runs the smallest one that it
-fits in; requests that fill it up have no length. Knows nothing of batches or scheduling.
+A decode step's graph holds the model, its output head and the plain draw; a small step with prompts
+is the model alone. A step runs the smallest graph that it fits in; what fills that up has no length
+and is stored nowhere. Knows nothing of batches or scheduling.
 """
 
 from __future__ import annotations
@@ -10,10 +11,15 @@ import gc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
 
 import torch
 
-__all__ = ["CapturedStep", "DecodeGraphs", "capture_sizes"]
+__all__ = ["CapturedStep", "StepGraphs", "decode_graph_sizes", "prompt_graph_sizes"]
+
+R = TypeVar("R")
+
+_PROMPT_SIZES = (2048, 1536, 1024, 768, 512, 384, 256, 192, 128, 64, 32, 16)
 
 
 @dataclass(slots=True)
@@ -27,26 +33,36 @@ class CapturedStep:
     logits: torch.Tensor
 
 
-def capture_sizes(largest: int) -> list[int]:
-    """1, 2, 4, then multiples of 8, and ``largest`` itself; descending."""
+def decode_graph_sizes(largest: int) -> list[int]:
+    """Requests: 1, 2, 4, then multiples of 8, and ``largest`` itself; descending."""
     sizes = {size for size in (1, 2, 4, *range(8, largest + 1, 8)) if size < largest}
     return sorted(sizes | {largest}, reverse=True)
 
 
-class DecodeGraphs:
-    """Captured on request, replayed on the current stream."""
+def prompt_graph_sizes(largest: int) -> list[int]:
+    """Tokens, at most ``largest``; descending."""
+    return [size for size in _PROMPT_SIZES if size <= largest]
+
+
+class StepGraphs(Generic[R]):
+    """Captured on request, replayed on the current stream.
+
+    What a replay returns is the graph's own, and stays until any graph runs again.
+    """
 
     def __init__(self) -> None:
-        self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, CapturedStep]] = {}
+        self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, R]] = {}
 
     def capture(
-        self, sizes: list[int], make_step: Callable[[int], Callable[[], CapturedStep]]
+        self, sizes: list[int], make_step: Callable[[int], Callable[[], R]], pool: Any
     ) -> None:
         """Capture ``make_step(size)()`` for each size, largest first: the others fit in its memory.
 
         Each step runs once before its capture, which compiles and sets up what it needs.
+
+        Args:
+            pool: of ``torch.cuda.graph_pool_handle()``; graphs that share one take turns.
         """
-        pool = torch.cuda.graph_pool_handle()
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream), _no_collection():
@@ -65,7 +81,7 @@ class DecodeGraphs:
     def __bool__(self) -> bool:
         return bool(self._graphs)
 
-    def replay(self, size: int) -> CapturedStep:
+    def replay(self, size: int) -> R:
         graph, step = self._graphs[size]
         graph.replay()
         return step

@@ -7,6 +7,7 @@ read them.
 
 from __future__ import annotations
 
+import bisect
 from dataclasses import dataclass
 
 import numpy as np
@@ -48,14 +49,16 @@ class DeviceStepInputs(StepInputs):
     """``StepInputs`` for the device.
 
     Attributes:
-        graph_size: requests of the captured graph that runs the step; 0 where none does. The
-            device's tensors are then that long, and every request has one token.
+        graph_size: requests of the captured graph that runs the step, a decode; 0 where none does.
+            The device's tensors are then that long, and every request has one token.
+        prompt_graph_size: tokens of the captured graph that runs the step with prompts, or 0.
         draw: how to sample, where no row asks for more than the device's draw can do; of all
             rows of the batch with a graph, else of ``sample_rows``.
         device_logits_indices: int32 ``(S,)`` on the device; None where a graph runs the step.
     """
 
     graph_size: int
+    prompt_graph_size: int
     draw: DrawInputs | None
     device_logits_indices: torch.Tensor | None
 
@@ -71,7 +74,8 @@ def graph_size(num_reqs: int, largest: int) -> int:
 class DeviceInputPreparer(InputPreparer):
     """Makes a step's inputs; what it returns is valid until the next call.
 
-    ``largest_graph`` is set once graphs are captured. ``sampled`` int64 ``(max_num_reqs,)`` is
+    ``largest_graph`` (requests) and ``prompt_graph_sizes`` (tokens, ascending) are set once graphs
+    are captured. ``sampled`` int64 ``(max_num_reqs,)`` is
     where a step leaves its samples, and where the next one finds them.
     """
 
@@ -95,6 +99,7 @@ class DeviceInputPreparer(InputPreparer):
         self.sampled = torch.zeros(max_num_reqs, dtype=torch.int64, device=on)
         self._host_starts = torch.arange(max_num_reqs + 1, dtype=torch.int32)
         self.largest_graph = 0
+        self.prompt_graph_sizes: list[int] = []
 
     def graph_draw(self, size: int) -> DrawInputs:
         """What a graph of ``size`` requests samples by."""
@@ -113,6 +118,7 @@ class DeviceInputPreparer(InputPreparer):
 
         is_decode = num_tokens == num_reqs
         size = graph_size(num_reqs, self.largest_graph) if is_decode else 0
+        prompt_size = 0 if is_decode else self._prompt_graph_size(num_tokens)
         if is_decode:
             ids = batch.token_ids[self._arange[:num_reqs], computed]
         else:
@@ -160,9 +166,15 @@ class DeviceInputPreparer(InputPreparer):
                     places.size,
                     BLOCK=_CHANGES_PER_PROGRAM,
                 )
-        padded = size or num_reqs
-        max_query_len = 1 if is_decode else int(num_scheduled.max())
-        grid = (padded, triton.cdiv(max_query_len, _TOKENS_PER_PROGRAM))
+        padded, padded_tokens = size or num_reqs, size or num_tokens
+        longest = max_query_len = 1 if is_decode else int(num_scheduled.max())
+        rows_of_programs = padded
+        if prompt_size:
+            padded, padded_tokens = self._requests_of_graph(prompt_size), prompt_size
+            max_query_len = prompt_size
+            longest = max(longest, prompt_size - num_tokens)
+            rows_of_programs = padded + 1
+        grid = (rows_of_programs, triton.cdiv(longest, _TOKENS_PER_PROGRAM))
         for group, table in enumerate(tables):
             prepare_inputs[grid](
                 upload.device_words,
@@ -185,8 +197,10 @@ class DeviceInputPreparer(InputPreparer):
                 uniforms_at,
                 num_reqs,
                 num_tokens,
+                padded_tokens,
                 FIRST_GROUP=group == 0,
                 COPIES_SAMPLING=bool(size) and draw_rows is not None,
+                HAS_PROMPTS=prompt_size > 0,
                 BLOCK=_TOKENS_PER_PROGRAM,
                 num_warps=2,
             )
@@ -210,9 +224,17 @@ class DeviceInputPreparer(InputPreparer):
             sample_rows=sample_rows,
             logits_indices=logits_indices,
             attention=self._attention(
-                tables, padded, size or num_tokens, max_query_len, starts, seq_lens, computed
+                tables,
+                padded,
+                padded_tokens,
+                max_query_len,
+                starts,
+                seq_lens,
+                computed,
+                is_captured=bool(size or prompt_size),
             ),
             graph_size=size,
+            prompt_graph_size=prompt_size,
             draw=draw,
             device_logits_indices=None if size else upload.words(indices_at, logits_indices.size),
         )
@@ -226,12 +248,16 @@ class DeviceInputPreparer(InputPreparer):
         starts: np.ndarray,
         seq_lens: np.ndarray,
         computed: np.ndarray,
+        *,
+        is_captured: bool,
     ) -> list[CommonAttentionMetadata]:
         """Metadata of ``num_reqs`` requests, those that fill a graph up included."""
         if max_query_len == 1:
             host_starts = self._host_starts[: num_reqs + 1]
         else:
-            host_starts = torch.from_numpy(np.append(starts, num_tokens).astype(np.int32))
+            ends = np.full(num_reqs + 1, num_tokens, dtype=np.int32)
+            ends[: starts.size] = starts
+            host_starts = torch.from_numpy(ends)
         host_lens, host_computed = (self._padded(array, num_reqs) for array in (seq_lens, computed))
         return [
             CommonAttentionMetadata(
@@ -246,6 +272,7 @@ class DeviceInputPreparer(InputPreparer):
                 max_seq_len=int(seq_lens.max()),
                 block_table_tensor=table.device_view(num_reqs),
                 slot_mapping=slots[:num_tokens],
+                is_captured=is_captured,
             )
             for table, slots in zip(tables, self._slot_mappings, strict=True)
         ]
@@ -258,14 +285,37 @@ class DeviceInputPreparer(InputPreparer):
     def capture_metadata(self, batch: InputBatch, size: int) -> list[CommonAttentionMetadata]:
         """Metadata of a decode of ``size`` requests, none of which is there."""
         self._device_starts[: size + 1].copy_(self._host_starts[: size + 1])
-        self._device_lens[:size].zero_()
-        self.input_ids[:size].zero_()
-        self.positions[:size].zero_()
+        return self._metadata_of_nothing(batch, size, size, 1)
+
+    def capture_prompt_metadata(
+        self, batch: InputBatch, size: int
+    ) -> list[CommonAttentionMetadata]:
+        """Metadata of a step of ``size`` tokens, none of which is there."""
+        requests = self._requests_of_graph(size)
+        self._device_starts[: requests + 1].zero_()
+        return self._metadata_of_nothing(batch, requests, size, size)
+
+    def _metadata_of_nothing(
+        self, batch: InputBatch, num_reqs: int, num_tokens: int, max_query_len: int
+    ) -> list[CommonAttentionMetadata]:
+        self._device_lens[:num_reqs].zero_()
+        self.input_ids[:num_tokens].zero_()
+        self.positions[:num_tokens].zero_()
         for slots in self._slot_mappings:
-            slots[:size].fill_(-1)
-        tables = _tables_of(batch)
-        nothing = np.zeros(size, dtype=np.int64)
-        return self._attention(tables, size, size, 1, nothing, nothing + 1, nothing)
+            slots[:num_tokens].fill_(-1)
+        nothing = np.zeros(num_reqs, dtype=np.int64)
+        return self._attention(
+            _tables_of(batch), num_reqs, num_tokens, max_query_len, nothing, nothing + 1, nothing,
+            is_captured=True,
+        )  # fmt: skip
+
+    def _prompt_graph_size(self, num_tokens: int) -> int:
+        """Tokens of the smallest graph for ``num_tokens``; 0 for none."""
+        at = bisect.bisect_left(self.prompt_graph_sizes, num_tokens)
+        return self.prompt_graph_sizes[at] if at < len(self.prompt_graph_sizes) else 0
+
+    def _requests_of_graph(self, num_tokens: int) -> int:
+        return min(num_tokens, self._device_lens.shape[0])
 
 
 def _tables_of(batch: InputBatch) -> list[DeviceBlockTable]:

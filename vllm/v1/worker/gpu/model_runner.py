@@ -1,4 +1,4 @@
-"""The model runner on a CUDA device: captured decode steps, and results that come later.
+"""The model runner on a CUDA device: captured steps, and results that come later.
 
 A step is launched and not waited for. Its tokens are counted at once, stand in for themselves in
 the next step's inputs, and are read when somebody asks for the result. What only some requests
@@ -26,7 +26,7 @@ from vllm.v1.core.sched.output import (
     SchedulerOutput,
 )
 from vllm.v1.kv_cache.allocate import AllocatedKVCache, allocate_kv_cache
-from vllm.v1.kv_cache_interface import KVCacheConfig
+from vllm.v1.kv_cache_interface import CrossAttentionSpec, KVCacheConfig
 from vllm.v1.outputs import (
     KVConnectorOutput,
     LogprobsLists,
@@ -37,7 +37,12 @@ from vllm.v1.sample.ops.triton_sample import DrawScratch, sample_rows
 from vllm.v1.sample.ops.triton_truncate import truncate_rows
 from vllm.v1.sample.sampler import LogprobsTensors
 from vllm.v1.worker.gpu.block_table import DeviceBlockTable
-from vllm.v1.worker.gpu.cuda_graphs import CapturedStep, DecodeGraphs, capture_sizes
+from vllm.v1.worker.gpu.cuda_graphs import (
+    CapturedStep,
+    StepGraphs,
+    decode_graph_sizes,
+    prompt_graph_sizes,
+)
 from vllm.v1.worker.gpu.device import CUDADeviceLayer, SampleCopies, SampleCopy
 from vllm.v1.worker.gpu.input_batch import AwaitedTokens, DeviceInputBatch
 from vllm.v1.worker.gpu.input_preparation import DeviceInputPreparer, DeviceStepInputs
@@ -52,6 +57,9 @@ logger = init_logger(__name__)
 
 # Larger batches run without a graph: their kernels are long enough to hide the launches.
 _LARGEST_GRAPH = 512
+# So are those of steps with prompts whose tokens times the weights of a layer are more than this:
+# the layer's products take half a millisecond at 700 TFLOP/s, and so do its launches, one by one.
+_LARGEST_PROMPT_GRAPH_WORK = 1.75e11
 _WARM_UP_PROMPT = 72
 _NO_TOKEN = (
     "the model's logits leave no token to choose: they are NaN, or everything is forbidden by "
@@ -99,7 +107,8 @@ class GPUModelRunner(ModelRunner):
         super().__init__(vllm_config, device, make_connector)
         self._overlapped = overlapped
         self._sleep_memory = sleep_memory
-        self._graphs = DecodeGraphs()
+        self._graphs: StepGraphs[CapturedStep] = StepGraphs()
+        self._prompt_graphs: StepGraphs[torch.Tensor] = StepGraphs()
         self._captured: CapturedStep | None = None
         self._recaptures = False
 
@@ -141,7 +150,7 @@ class GPUModelRunner(ModelRunner):
 
     @property
     def captures(self) -> bool:
-        """Decode steps run as CUDA graphs: nothing in the model waits for the device."""
+        """Small steps run as CUDA graphs: nothing in the model waits for the device."""
         return (
             self.device.device.type == "cuda"
             and not self.vllm_config.model_config.enforce_eager
@@ -151,8 +160,34 @@ class GPUModelRunner(ModelRunner):
         )
 
     @property
-    def largest_graph(self) -> int:
-        return min(self.vllm_config.scheduler_config.max_num_seqs, _LARGEST_GRAPH)
+    def decode_graph_sizes(self) -> list[int]:
+        """Requests of the captured decodes, descending."""
+        if not self.captures:
+            return []
+        return decode_graph_sizes(
+            min(self.vllm_config.scheduler_config.max_num_seqs, _LARGEST_GRAPH)
+        )
+
+    @property
+    def prompt_graph_sizes(self) -> list[int]:
+        """Tokens of the captured steps with prompts, descending; none where one of the model's
+        backends has launches that depend on more.
+        """
+        layers = self.layers.values()
+        if not self.captures or not all(x.get_attn_backend().fits_prompt_graphs for x in layers):
+            return []
+        if any(isinstance(s, CrossAttentionSpec) for s in self.get_kv_cache_spec().values()):
+            # Sources are read in the middle of such a step.
+            return []
+        config = self.vllm_config
+        weights = sum(p.numel() for p in self.model.parameters())
+        per_layer = weights / config.model_config.hf_text_config.num_hidden_layers
+        return prompt_graph_sizes(
+            min(
+                config.scheduler_config.max_num_batched_tokens,
+                int(_LARGEST_PROMPT_GRAPH_WORK / per_layer),
+            )
+        )
 
     @torch.inference_mode()
     def warm_up_kernels(self) -> None:
@@ -214,18 +249,24 @@ class GPUModelRunner(ModelRunner):
 
     @torch.inference_mode()
     def capture_graphs(self) -> int:
-        """Capture decode steps; returns how many."""
-        sizes = capture_sizes(self.largest_graph)
-        self._graphs.capture(sizes, self._decode_of)
-        self._preparer.largest_graph = sizes[0]
-        return len(sizes)
+        """Capture steps of all sizes; returns how many."""
+        prompts, decodes = self.prompt_graph_sizes, self.decode_graph_sizes
+        if not decodes:
+            return 0
+        pool = torch.cuda.graph_pool_handle()
+        # Those that need most memory first.
+        self._prompt_graphs.capture(prompts, self._prompts_of, pool)
+        self._graphs.capture(decodes, self._decode_of, pool)
+        self._preparer.largest_graph = decodes[0]
+        self._preparer.prompt_graph_sizes = prompts[::-1]
+        return len(prompts) + len(decodes)
 
     def release_model(self) -> None:
         # Captured steps read weights whose addresses end.
         self._recaptures = bool(self._graphs)
-        self._graphs.clear()
-        self._captured = None
+        self._clear_graphs()
         self._preparer.largest_graph = 0
+        self._preparer.prompt_graph_sizes = []
         super().release_model()
 
     def recapture_graphs(self) -> None:
@@ -233,6 +274,23 @@ class GPUModelRunner(ModelRunner):
         if self._recaptures:
             self.capture_graphs()
             self._recaptures = False
+
+    def _clear_graphs(self) -> None:
+        self._graphs.clear()
+        self._prompt_graphs.clear()
+        self._captured = None
+
+    def _prompts_of(self, size: int) -> Callable[[], torch.Tensor]:
+        """The model on ``size`` tokens of prompts and decodes, in the same buffers."""
+        preparer = self._preparer
+        attention = preparer.capture_prompt_metadata(self.batch, size)
+        context = ForwardContext(self.attention_groups.build_metadata(attention), self.layers)
+
+        def run() -> torch.Tensor:
+            with set_forward_context(context):
+                return self.model(preparer.input_ids[:size], preparer.positions[:size])
+
+        return run
 
     def _decode_of(self, size: int) -> Callable[[], CapturedStep]:
         """A decode step of ``size`` requests on the buffers that real ones are prepared in."""
@@ -257,16 +315,20 @@ class GPUModelRunner(ModelRunner):
     ) -> tuple[torch.Tensor, KVConnectorOutput | None]:
         assert isinstance(step, DeviceStepInputs)
         self._captured = None
-        if not step.graph_size:
+        if not step.graph_size and not step.prompt_graph_size:
             return super()._forward(scheduler_output, step)
         # The graph's kernels read what building the metadata writes.
         context = ForwardContext(self.attention_groups.build_metadata(step.attention), self.layers)
         self._write_watch.begin(self.batch, step)
         self._connector.begin(scheduler_output, context)
-        self._captured = self._graphs.replay(step.graph_size)
+        if step.graph_size:
+            self._captured = self._graphs.replay(step.graph_size)
+            hidden = self._captured.hidden
+        else:
+            hidden = self._prompt_graphs.replay(step.prompt_graph_size)
         transferred = self._connector.end(scheduler_output)
         self._write_watch.end()
-        return self._captured.hidden[: step.num_reqs], transferred
+        return hidden[: step.num_tokens], transferred
 
     def _logits(self, step: StepInputs, hidden: torch.Tensor) -> torch.Tensor:
         assert isinstance(step, DeviceStepInputs)
@@ -378,5 +440,5 @@ class GPUModelRunner(ModelRunner):
                 )
 
     def close(self) -> None:
-        self._graphs.clear()
+        self._clear_graphs()
         super().close()
