@@ -64,7 +64,7 @@ class CapturingWorker(InterpretedWorker):
         super().compile_or_warm_up_model()
         runner, scheduler = self.model_runner, self.vllm_config.scheduler_config
         runner._graphs, runner._prompt_graphs = RunAgain(), RunAgain()
-        prompts = [size for size in (24, 16, 4) if size <= scheduler.max_num_batched_tokens]
+        prompts = [size for size in (28, 20, 4) if size <= scheduler.max_num_batched_tokens]
         with torch.inference_mode():
             runner._prompt_graphs.capture(prompts, runner._prompts_of, None)
             runner._graphs.capture([2, 1], runner._decode_of, None)

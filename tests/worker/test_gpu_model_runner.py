@@ -153,7 +153,7 @@ def test_chunks_preemption_and_few_rows_change_no_token(model, start, monkeypatc
 
 @pytest.mark.parametrize("blocks", [9, 64], ids=["preemption", "room"])
 def test_steps_that_are_captured_give_the_same(model, start, blocks) -> None:
-    """Graphs of 1 and 2 decodes and of 4, 16 and 24 tokens, beside steps that fit in none."""
+    """Graphs of 1 and 2 decodes and of 4, 20 and 28 tokens, which most steps fill in part."""
     requests = some_requests(random.Random(blocks), 8)
     theirs = run(start(make_config(model)), requests)
     config = make_interpreted_config(
@@ -164,7 +164,7 @@ def test_steps_that_are_captured_give_the_same(model, start, blocks) -> None:
     same(run(core, requests), theirs)
     runner = core.executor.worker.model_runner
     assert 2 in runner._graphs.replayed
-    assert {16, 24} <= set(runner._prompt_graphs.replayed)
+    assert 28 in runner._prompt_graphs.replayed
 
 
 @pytest.mark.parametrize(
