@@ -12,6 +12,7 @@ from vllm.model_executor.layers.attention.chunked_local_attention import _chunke
 from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
 from vllm.v1.attention.backends.torch_ref import TorchRefBackend
+from vllm.v1.attention.backends.triton_attn import TritonAttentionBackend
 from vllm.v1.kv_cache_interface import ChunkedLocalAttentionSpec, FullAttentionSpec
 
 BLOCK = 4
@@ -39,6 +40,12 @@ def make_step(requests):
         block_table_tensor=table,
         slot_mapping=torch.arange(int(new.sum())),
     )
+
+
+def test_what_is_split_anew_in_each_step_is_not_captured():
+    assert TritonAttentionBackend.fits_cuda_graphs and TritonAttentionBackend.fits_prompt_graphs
+    chunked = _chunked(TritonAttentionBackend)
+    assert not chunked.fits_cuda_graphs and not chunked.fits_prompt_graphs
 
 
 def seen(common):

@@ -88,6 +88,10 @@ def _chunked(backend: type[AttentionBackend]) -> type[AttentionBackend]:
             return super().build(0, split, fast_build)
 
     class ChunkedBackend(backend):  # type: ignore[valid-type, misc]
+        # The split's tensors are new in each step, and as many as there are chunks.
+        fits_cuda_graphs = False
+        fits_prompt_graphs = False
+
         @staticmethod
         def get_builder_cls() -> type[ChunkedBuilder]:
             return ChunkedBuilder

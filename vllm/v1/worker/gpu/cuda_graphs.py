@@ -20,6 +20,9 @@ __all__ = ["CapturedStep", "StepGraphs", "decode_graph_sizes", "prompt_graph_siz
 R = TypeVar("R")
 
 _PROMPT_SIZES = (2048, 1536, 1024, 768, 512, 384, 256, 192, 128, 64, 32, 16)
+# Tokens times the weights of a layer: on one H100, launching a layer one by one takes the host
+# half a millisecond, in which the products of so much are done (benchmarks/gpu/first_token.py).
+_LARGEST_PROMPT_WORK = 1.75e11
 
 
 @dataclass(slots=True)
@@ -39,8 +42,14 @@ def decode_graph_sizes(largest: int) -> list[int]:
     return sorted(sizes | {largest}, reverse=True)
 
 
-def prompt_graph_sizes(largest: int) -> list[int]:
-    """Tokens, at most ``largest``; descending."""
+def prompt_graph_sizes(max_num_tokens: int, weights_per_layer: float) -> list[int]:
+    """Tokens of the steps with prompts that are shorter on the device than to launch; descending.
+
+    Args:
+        max_num_tokens: of any step.
+        weights_per_layer: how many numbers a layer's weights are on this worker, on average.
+    """
+    largest = min(max_num_tokens, _LARGEST_PROMPT_WORK / weights_per_layer)
     return [size for size in _PROMPT_SIZES if size <= largest]
 
 

@@ -26,7 +26,7 @@ from vllm.v1.core.sched.output import (
     SchedulerOutput,
 )
 from vllm.v1.kv_cache.allocate import AllocatedKVCache, allocate_kv_cache
-from vllm.v1.kv_cache_interface import CrossAttentionSpec, KVCacheConfig
+from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.outputs import (
     KVConnectorOutput,
     LogprobsLists,
@@ -46,7 +46,7 @@ from vllm.v1.worker.gpu.cuda_graphs import (
 from vllm.v1.worker.gpu.device import CUDADeviceLayer, SampleCopies, SampleCopy
 from vllm.v1.worker.gpu.input_batch import AwaitedTokens, DeviceInputBatch
 from vllm.v1.worker.gpu.input_preparation import DeviceInputPreparer, DeviceStepInputs
-from vllm.v1.worker.gpu.sleep import SleepMemory
+from vllm.v1.worker.gpu.sleep import SleepMemory, weights_size
 from vllm.v1.worker.input_preparation import StepInputs
 from vllm.v1.worker.kv_hooks import ConnectorStep
 from vllm.v1.worker.model_runner import ModelRunner, OpenStep
@@ -57,9 +57,6 @@ logger = init_logger(__name__)
 
 # Larger batches run without a graph: their kernels are long enough to hide the launches.
 _LARGEST_GRAPH = 512
-# So are those of steps with prompts whose tokens times the weights of a layer are more than this:
-# the layer's products take half a millisecond at 700 TFLOP/s, and so do its launches, one by one.
-_LARGEST_PROMPT_GRAPH_WORK = 1.75e11
 _WARM_UP_PROMPT = 72
 _NO_TOKEN = (
     "the model's logits leave no token to choose: they are NaN, or everything is forbidden by "
@@ -170,23 +167,20 @@ class GPUModelRunner(ModelRunner):
 
     @property
     def prompt_graph_sizes(self) -> list[int]:
-        """Tokens of the captured steps with prompts, descending; none where one of the model's
-        backends has launches that depend on more.
+        """Tokens of the captured steps with prompts, descending; none where launches of one of
+        the model's backends depend on more.
         """
-        layers = self.layers.values()
+        layers, config = self.layers.values(), self.vllm_config
         if not self.captures or not all(x.get_attn_backend().fits_prompt_graphs for x in layers):
             return []
-        if any(isinstance(s, CrossAttentionSpec) for s in self.get_kv_cache_spec().values()):
-            # Sources are read in the middle of such a step.
+        if config.parallel_config.tensor_parallel_size > 1:
+            # Sums too large for one kernel have not been tried inside graphs beside small ones.
             return []
-        config = self.vllm_config
-        weights = sum(p.numel() for p in self.model.parameters())
-        per_layer = weights / config.model_config.hf_text_config.num_hidden_layers
+        model_config = config.model_config
+        weights = weights_size(self.model, self.device.device.type) / model_config.dtype.itemsize
         return prompt_graph_sizes(
-            min(
-                config.scheduler_config.max_num_batched_tokens,
-                int(_LARGEST_PROMPT_GRAPH_WORK / per_layer),
-            )
+            config.scheduler_config.max_num_batched_tokens,
+            weights / model_config.hf_text_config.num_hidden_layers,
         )
 
     @torch.inference_mode()
