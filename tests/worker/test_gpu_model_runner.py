@@ -6,14 +6,18 @@ import random
 from dataclasses import replace
 
 import pytest
+import torch
+from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 
 from tests.effort import by_effort
 from tests.worker.driver import VOCAB, make_config, make_hf_model
 from tests.worker.interpreted import SHAPE, make_interpreted_config
+from vllm.config.kv_transfer import KVTransferConfig
 from vllm.sampling_params import SamplingParams
 from vllm.v1.engine import EngineCoreRequest
 from vllm.v1.engine.core import EngineCore
 from vllm.v1.executor.uniproc_executor import UniProcExecutor
+from vllm.v1.worker.kv_hooks import ActiveConnectorStep
 
 
 @pytest.fixture(scope="module")
@@ -161,10 +165,78 @@ def test_steps_that_are_captured_give_the_same(model, start, blocks) -> None:
         kv_cache_memory_bytes=blocks * BLOCK_BYTES,
     )  # fmt: skip
     core = start(config)
-    same(run(core, requests), theirs)
     runner = core.executor.worker.model_runner
+    runner._graphs.replayed.clear()
+    runner._prompt_graphs.replayed.clear()
+    same(run(core, requests), theirs)
     assert 2 in runner._graphs.replayed
     assert 28 in runner._prompt_graphs.replayed
+
+
+@pytest.fixture
+def _unwritten_is_nan():
+    """What was not written and is read shows."""
+    torch.use_deterministic_algorithms(True)
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.usefixtures("_unwritten_is_nan")
+def test_captured_layers_with_and_without_a_window_write_their_own_blocks(
+    start, tmp_path, monkeypatch
+) -> None:
+    monkeypatch.setenv("VLLM_KV_CACHE_DEBUG", "1")
+    torch.manual_seed(0)
+    kinds = ["sliding_attention", "full_attention"]
+    shape = {**SHAPE, "vocab_size": VOCAB, "intermediate_size": 96, "head_dim": 16}
+    config = Gemma3TextConfig(
+        **shape, num_hidden_layers=2, layer_types=kinds, sliding_window=9,
+        max_position_embeddings=256, initializer_range=0.3, query_pre_attn_scalar=16,
+    )  # fmt: skip
+    Gemma3ForCausalLM(config).save_pretrained(tmp_path)
+    requests = some_requests(random.Random(3), by_effort(4, 8))
+    theirs = run(start(make_config(tmp_path)), requests)
+    config = make_interpreted_config(
+        tmp_path, overlapped=True, captured=True, max_tokens=20, max_num_seqs=3
+    )
+    core = start(config)
+    assert len(core.executor.worker.model_runner.batch.block_table.tables) == 2
+    same(run(core, requests), theirs)
+
+
+def test_graphs_are_there_again_after_the_deepest_sleep(model, start) -> None:
+    requests = {
+        f"r{i}": ([7 * i + 5, 3, 9, 9, i], SamplingParams(temperature=0.0, max_tokens=3))
+        for i in range(2)
+    }
+    config = make_interpreted_config(
+        model, overlapped=True, captured=True, max_tokens=4, max_num_seqs=2
+    )
+    model_config = replace(config.model_config, enable_sleep_mode=True)
+    core = start(replace(config, model_config=model_config))
+    runner = core.executor.worker.model_runner
+    # What prepares their inputs ran before any request came.
+    assert (set(runner._prompt_graphs.replayed), runner._graphs.replayed) == ({4}, [2])
+    theirs = run(core, requests)
+    core.sleep(2)
+    assert not runner._graphs and not runner._prompt_graphs
+    core.wake_up()
+    replayed = len(runner._prompt_graphs.replayed)
+    same(run(core, requests), theirs)
+    assert len(runner._prompt_graphs.replayed) > replayed
+
+
+def test_a_start_without_room_for_a_warm_up_keeps_its_connector(model, start) -> None:
+    config = make_interpreted_config(model, overlapped=True, max_tokens=1, max_num_seqs=1)
+    transfer = KVTransferConfig(
+        kv_connector="OffloadingConnector",
+        kv_role="kv_both",
+        kv_connector_extra_config={"num_cpu_blocks": 4},
+    )
+    core = start(replace(config, kv_transfer_config=transfer))
+    runner = core.executor.worker.model_runner
+    assert isinstance(runner._connector, ActiveConnectorStep)
 
 
 @pytest.mark.parametrize(

@@ -183,6 +183,9 @@ class Worker(WorkerBase):
         self.model_runner.warm_up_kernels()
         compiled = time.monotonic()
         count = self.model_runner.capture_graphs()
+        if count:
+            # What prepares a captured step's inputs is compiled apart.
+            self.model_runner.warm_up_kernels()
         free, _ = torch.cuda.mem_get_info(self.device)
         logger.info(
             "Warm-up: kernels %.1f s, %d CUDA graphs %.1f s; %s of the device are free",

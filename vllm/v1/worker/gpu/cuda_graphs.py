@@ -11,11 +11,18 @@ import gc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Generic, TypeVar
 
 import torch
 
-__all__ = ["CapturedStep", "StepGraphs", "decode_graph_sizes", "prompt_graph_sizes"]
+__all__ = [
+    "CapturedStep",
+    "GraphMemory",
+    "StepGraphs",
+    "decode_graph_sizes",
+    "prompt_graph_sizes",
+]
 
 R = TypeVar("R")
 
@@ -53,6 +60,21 @@ def prompt_graph_sizes(max_num_tokens: int, weights_per_layer: float) -> list[in
     return [size for size in _PROMPT_SIZES if size <= largest]
 
 
+class GraphMemory:
+    """What graphs captured one after the other share, and take turns in.
+
+    Memory that a capture on one stream frees is not given to captures on another.
+    """
+
+    @cached_property
+    def pool(self) -> Any:
+        return torch.cuda.graph_pool_handle()
+
+    @cached_property
+    def stream(self) -> torch.cuda.Stream:
+        return torch.cuda.Stream()
+
+
 class StepGraphs(Generic[R]):
     """Captured on request, replayed on the current stream.
 
@@ -63,16 +85,13 @@ class StepGraphs(Generic[R]):
         self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, R]] = {}
 
     def capture(
-        self, sizes: list[int], make_step: Callable[[int], Callable[[], R]], pool: Any
+        self, sizes: list[int], make_step: Callable[[int], Callable[[], R]], memory: GraphMemory
     ) -> None:
         """Capture ``make_step(size)()`` for each size, largest first: the others fit in its memory.
 
         Each step runs once before its capture, which compiles and sets up what it needs.
-
-        Args:
-            pool: of ``torch.cuda.graph_pool_handle()``; graphs that share one take turns.
         """
-        stream = torch.cuda.Stream()
+        stream = memory.stream
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream), _no_collection():
             for size in sizes:
@@ -80,12 +99,14 @@ class StepGraphs(Generic[R]):
                 run()
                 graph = torch.cuda.CUDAGraph()
                 # NCCL's own thread asks for events meanwhile, which no other mode allows.
-                graph.capture_begin(pool=pool, capture_error_mode="thread_local")
+                graph.capture_begin(pool=memory.pool, capture_error_mode="thread_local")
                 step = run()
                 graph.capture_end()
                 self._graphs[size] = graph, step
         torch.cuda.current_stream().wait_stream(stream)
         torch.cuda.synchronize()
+        # What the runs before the captures took is the stream's own: no step would get it.
+        torch.cuda.empty_cache()
 
     def __bool__(self) -> bool:
         return bool(self._graphs)

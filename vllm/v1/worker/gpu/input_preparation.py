@@ -228,7 +228,7 @@ class DeviceInputPreparer(InputPreparer):
                 padded,
                 padded_tokens,
                 max_query_len,
-                starts,
+                ends,
                 seq_lens,
                 computed,
                 is_captured=bool(size or prompt_size),
@@ -245,19 +245,22 @@ class DeviceInputPreparer(InputPreparer):
         num_reqs: int,
         num_tokens: int,
         max_query_len: int,
-        starts: np.ndarray,
+        ends: np.ndarray,
         seq_lens: np.ndarray,
         computed: np.ndarray,
         *,
         is_captured: bool,
     ) -> list[CommonAttentionMetadata]:
-        """Metadata of ``num_reqs`` requests, those that fill a graph up included."""
+        """Metadata of ``num_reqs`` requests, those that fill a graph up included; the arrays are
+        of those that are there.
+        """
         if max_query_len == 1:
             host_starts = self._host_starts[: num_reqs + 1]
         else:
-            ends = np.full(num_reqs + 1, num_tokens, dtype=np.int32)
-            ends[: starts.size] = starts
-            host_starts = torch.from_numpy(ends)
+            starts = np.full(num_reqs + 1, ends[-1], dtype=np.int32)
+            starts[0] = 0
+            starts[1 : ends.size + 1] = ends
+            host_starts = torch.from_numpy(starts)
         host_lens, host_computed = (self._padded(array, num_reqs) for array in (seq_lens, computed))
         return [
             CommonAttentionMetadata(

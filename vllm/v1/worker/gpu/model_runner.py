@@ -39,6 +39,7 @@ from vllm.v1.sample.sampler import LogprobsTensors
 from vllm.v1.worker.gpu.block_table import DeviceBlockTable
 from vllm.v1.worker.gpu.cuda_graphs import (
     CapturedStep,
+    GraphMemory,
     StepGraphs,
     decode_graph_sizes,
     prompt_graph_sizes,
@@ -48,7 +49,7 @@ from vllm.v1.worker.gpu.input_batch import AwaitedTokens, DeviceInputBatch
 from vllm.v1.worker.gpu.input_preparation import DeviceInputPreparer, DeviceStepInputs
 from vllm.v1.worker.gpu.sleep import SleepMemory, weights_size
 from vllm.v1.worker.input_preparation import StepInputs
-from vllm.v1.worker.kv_hooks import ConnectorStep
+from vllm.v1.worker.kv_hooks import ConnectorStep, WriteWatch
 from vllm.v1.worker.model_runner import ModelRunner, OpenStep
 
 __all__ = ["GPUModelRunner"]
@@ -185,12 +186,18 @@ class GPUModelRunner(ModelRunner):
 
     @torch.inference_mode()
     def warm_up_kernels(self) -> None:
-        """Run a prompt, and decodes beside and without one, as requests would."""
-        connector, self._connector = self._connector, ConnectorStep()
+        """Run a prompt, and decodes beside and without one, as requests would; in graphs once these
+        are captured.
+        """
         limit = self.vllm_config.scheduler_config
-        length = min(_WARM_UP_PROMPT, limit.max_model_len - 3, limit.max_num_batched_tokens - 1)
+        # A graph holds the last prompt and the decode beside it.
+        most = self._preparer.prompt_graph_sizes[-1:] or [limit.max_num_batched_tokens]
+        length = min(_WARM_UP_PROMPT, limit.max_model_len - 3, *(size - 1 for size in most))
         if length < 1:
             return
+        # Nobody may own the null block, which these requests write to.
+        connector, self._connector = self._connector, ConnectorStep()
+        watch, self._write_watch = self._write_watch, WriteWatch()
         names = ["warm-up"] if limit.max_num_seqs == 1 else ["warm-up", "warm-up beside it"]
         computed: dict[str, int] = {}
         for name in names:
@@ -198,7 +205,8 @@ class GPUModelRunner(ModelRunner):
             self._run_by_hand(computed, scheduled, length)
         self._run_by_hand(computed, dict.fromkeys(names, 1), length)
         self._run_by_hand(computed, {}, length, finished=set(names))
-        self._connector = connector
+        self._connector, self._write_watch = connector, watch
+        self._caches.debugger.restart()
         self.device.synchronize()
 
     def _run_by_hand(
@@ -247,10 +255,10 @@ class GPUModelRunner(ModelRunner):
         prompts, decodes = self.prompt_graph_sizes, self.decode_graph_sizes
         if not decodes:
             return 0
-        pool = torch.cuda.graph_pool_handle()
+        memory = GraphMemory()
         # Those that need most memory first.
-        self._prompt_graphs.capture(prompts, self._prompts_of, pool)
-        self._graphs.capture(decodes, self._decode_of, pool)
+        self._prompt_graphs.capture(prompts, self._prompts_of, memory)
+        self._graphs.capture(decodes, self._decode_of, memory)
         self._preparer.largest_graph = decodes[0]
         self._preparer.prompt_graph_sizes = prompts[::-1]
         return len(prompts) + len(decodes)
