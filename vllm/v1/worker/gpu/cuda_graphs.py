@@ -15,7 +15,13 @@ from typing import Any, Generic, TypeVar
 
 import torch
 
-__all__ = ["CapturedStep", "StepGraphs", "decode_graph_sizes", "prompt_graph_sizes"]
+__all__ = [
+    "CapturedStep",
+    "StepGraphs",
+    "capturing",
+    "decode_graph_sizes",
+    "prompt_graph_sizes",
+]
 
 R = TypeVar("R")
 
@@ -70,22 +76,17 @@ class StepGraphs(Generic[R]):
         Each step runs once before its capture, which compiles and sets up what it needs.
 
         Args:
-            pool: of ``torch.cuda.graph_pool_handle()``; graphs that share one take turns.
+            pool: what ``capturing`` yields; graphs that share one take turns.
         """
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream), _no_collection():
-            for size in sizes:
-                run = make_step(size)
-                run()
-                graph = torch.cuda.CUDAGraph()
-                # NCCL's own thread asks for events meanwhile, which no other mode allows.
-                graph.capture_begin(pool=pool, capture_error_mode="thread_local")
-                step = run()
-                graph.capture_end()
-                self._graphs[size] = graph, step
-        torch.cuda.current_stream().wait_stream(stream)
-        torch.cuda.synchronize()
+        for size in sizes:
+            run = make_step(size)
+            run()
+            graph = torch.cuda.CUDAGraph()
+            # NCCL's own thread asks for events meanwhile, which no other mode allows.
+            graph.capture_begin(pool=pool, capture_error_mode="thread_local")
+            step = run()
+            graph.capture_end()
+            self._graphs[size] = graph, step
 
     def __bool__(self) -> bool:
         return bool(self._graphs)
@@ -97,6 +98,19 @@ class StepGraphs(Generic[R]):
 
     def clear(self) -> None:
         self._graphs.clear()
+
+
+@contextmanager
+def capturing() -> Iterator[Any]:
+    """On a stream for captures; yields the memory that graphs captured inside share."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream), _no_collection():
+        yield torch.cuda.graph_pool_handle()
+    torch.cuda.current_stream().wait_stream(stream)
+    torch.cuda.synchronize()
+    # What steps took on that stream before they were captured, no other stream could use.
+    torch.cuda.empty_cache()
 
 
 @contextmanager

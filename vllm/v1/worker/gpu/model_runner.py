@@ -40,6 +40,7 @@ from vllm.v1.worker.gpu.block_table import DeviceBlockTable
 from vllm.v1.worker.gpu.cuda_graphs import (
     CapturedStep,
     StepGraphs,
+    capturing,
     decode_graph_sizes,
     prompt_graph_sizes,
 )
@@ -247,10 +248,10 @@ class GPUModelRunner(ModelRunner):
         prompts, decodes = self.prompt_graph_sizes, self.decode_graph_sizes
         if not decodes:
             return 0
-        pool = torch.cuda.graph_pool_handle()
-        # Those that need most memory first.
-        self._prompt_graphs.capture(prompts, self._prompts_of, pool)
-        self._graphs.capture(decodes, self._decode_of, pool)
+        with capturing() as pool:
+            # Those that need most memory first.
+            self._prompt_graphs.capture(prompts, self._prompts_of, pool)
+            self._graphs.capture(decodes, self._decode_of, pool)
         self._preparer.largest_graph = decodes[0]
         self._preparer.prompt_graph_sizes = prompts[::-1]
         return len(prompts) + len(decodes)
