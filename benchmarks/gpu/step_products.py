@@ -31,7 +31,7 @@ from kernels import compile_linear, fits
 
 from vllm import LLM, SamplingParams, _cuda_ops
 from vllm._cuda_ops import SkinnyConfig
-from vllm.v1.worker.gpu.cuda_graphs import GraphMemory
+from vllm.v1.worker.gpu.cuda_graphs import capturing
 
 SHAPES = {
     "llama-3.1-8b": {
@@ -106,7 +106,8 @@ class Engine:
     @torch.inference_mode()
     def step_us(self, steps: int = 48) -> float:
         """The shorter of two runs' time of a step, at a context of about 200."""
-        self._runner._graphs.capture([self.rows], self._runner._decode_of, GraphMemory())
+        with capturing() as pool:
+            self._runner._graphs.capture([self.rows], self._runner._decode_of, pool)
         engine, rng, runs = self._llm.llm_engine, random.Random(0), []
         params = SamplingParams(
             temperature=0.6, ignore_eos=True, max_tokens=2 * steps + 24, detokenize=False

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 from tests.worker.driver import make_config
 from vllm.config import AttentionConfig, ParallelConfig, VllmConfig
 from vllm.v1.worker.cpu_worker import CPUWorker
+from vllm.v1.worker.gpu import model_runner
 from vllm.v1.worker.gpu.cuda_graphs import StepGraphs, decode_graph_sizes
 from vllm.v1.worker.gpu.device import CUDADeviceLayer
 from vllm.v1.worker.gpu.model_runner import GPUModelRunner
@@ -50,7 +53,7 @@ class RunAgain(StepGraphs):
         self.steps: dict[int, tuple[Callable[[], Any], Any]] = {}
         self.replayed: list[int] = []
 
-    def capture(self, sizes, make_step, memory) -> None:
+    def capture(self, sizes, make_step, pool) -> None:
         for size in sizes:
             run = make_step(size)
             self.steps[size] = run, run()
@@ -82,6 +85,11 @@ class CapturingRunner(GPUModelRunner):
     def __init__(self, *args, **options) -> None:
         super().__init__(*args, **options)
         self._graphs, self._prompt_graphs = RunAgain(), RunAgain()
+
+    def capture_graphs(self) -> int:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(model_runner, "capturing", nullcontext)
+            return super().capture_graphs()
 
     @property
     def decode_graph_sizes(self) -> list[int]:

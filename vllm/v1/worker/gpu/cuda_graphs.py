@@ -11,15 +11,14 @@ import gc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any, Generic, TypeVar
 
 import torch
 
 __all__ = [
     "CapturedStep",
-    "GraphMemory",
     "StepGraphs",
+    "capturing",
     "decode_graph_sizes",
     "prompt_graph_sizes",
 ]
@@ -60,21 +59,6 @@ def prompt_graph_sizes(max_num_tokens: int, weights_per_layer: float) -> list[in
     return [size for size in _PROMPT_SIZES if size <= largest]
 
 
-class GraphMemory:
-    """What graphs captured one after the other share, and take turns in.
-
-    Memory that a capture on one stream frees is not given to captures on another.
-    """
-
-    @cached_property
-    def pool(self) -> Any:
-        return torch.cuda.graph_pool_handle()
-
-    @cached_property
-    def stream(self) -> torch.cuda.Stream:
-        return torch.cuda.Stream()
-
-
 class StepGraphs(Generic[R]):
     """Captured on request, replayed on the current stream.
 
@@ -85,28 +69,24 @@ class StepGraphs(Generic[R]):
         self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, R]] = {}
 
     def capture(
-        self, sizes: list[int], make_step: Callable[[int], Callable[[], R]], memory: GraphMemory
+        self, sizes: list[int], make_step: Callable[[int], Callable[[], R]], pool: Any
     ) -> None:
         """Capture ``make_step(size)()`` for each size, largest first: the others fit in its memory.
 
         Each step runs once before its capture, which compiles and sets up what it needs.
+
+        Args:
+            pool: what ``capturing`` yields; graphs that share one take turns.
         """
-        stream = memory.stream
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream), _no_collection():
-            for size in sizes:
-                run = make_step(size)
-                run()
-                graph = torch.cuda.CUDAGraph()
-                # NCCL's own thread asks for events meanwhile, which no other mode allows.
-                graph.capture_begin(pool=memory.pool, capture_error_mode="thread_local")
-                step = run()
-                graph.capture_end()
-                self._graphs[size] = graph, step
-        torch.cuda.current_stream().wait_stream(stream)
-        torch.cuda.synchronize()
-        # What the runs before the captures took is the stream's own: no step would get it.
-        torch.cuda.empty_cache()
+        for size in sizes:
+            run = make_step(size)
+            run()
+            graph = torch.cuda.CUDAGraph()
+            # NCCL's own thread asks for events meanwhile, which no other mode allows.
+            graph.capture_begin(pool=pool, capture_error_mode="thread_local")
+            step = run()
+            graph.capture_end()
+            self._graphs[size] = graph, step
 
     def __bool__(self) -> bool:
         return bool(self._graphs)
@@ -118,6 +98,19 @@ class StepGraphs(Generic[R]):
 
     def clear(self) -> None:
         self._graphs.clear()
+
+
+@contextmanager
+def capturing() -> Iterator[Any]:
+    """On a stream for captures; yields the memory that graphs captured inside share."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream), _no_collection():
+        yield torch.cuda.graph_pool_handle()
+    torch.cuda.current_stream().wait_stream(stream)
+    torch.cuda.synchronize()
+    # What steps took on that stream before they were captured, no other stream could use.
+    torch.cuda.empty_cache()
 
 
 @contextmanager

@@ -39,8 +39,8 @@ from vllm.v1.sample.sampler import LogprobsTensors
 from vllm.v1.worker.gpu.block_table import DeviceBlockTable
 from vllm.v1.worker.gpu.cuda_graphs import (
     CapturedStep,
-    GraphMemory,
     StepGraphs,
+    capturing,
     decode_graph_sizes,
     prompt_graph_sizes,
 )
@@ -255,10 +255,10 @@ class GPUModelRunner(ModelRunner):
         prompts, decodes = self.prompt_graph_sizes, self.decode_graph_sizes
         if not decodes:
             return 0
-        memory = GraphMemory()
-        # Those that need most memory first.
-        self._prompt_graphs.capture(prompts, self._prompts_of, memory)
-        self._graphs.capture(decodes, self._decode_of, memory)
+        with capturing() as pool:
+            # Those that need most memory first.
+            self._prompt_graphs.capture(prompts, self._prompts_of, pool)
+            self._graphs.capture(decodes, self._decode_of, pool)
         self._preparer.largest_graph = decodes[0]
         self._preparer.prompt_graph_sizes = prompts[::-1]
         return len(prompts) + len(decodes)
