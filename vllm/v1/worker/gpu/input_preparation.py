@@ -63,6 +63,30 @@ class DeviceStepInputs(StepInputs):
     device_logits_indices: torch.Tensor | None
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Extent:
+    """How large a step is on the device, with what fills a graph up.
+
+    ``grid`` is that of ``prepare_inputs``, of no use where nothing is prepared.
+    """
+
+    num_reqs: int
+    num_tokens: int
+    max_query_len: int
+    grid: tuple[int, int] = (0, 0)
+    graph_size: int = 0
+    prompt_graph_size: int = 0
+
+
+@dataclass(slots=True)
+class _DrawPlaces:
+    """Where the upload has what ``DrawInputs`` shows."""
+
+    scales: int = 0
+    uniforms: int = 0
+    limits: tuple[int, int, int] | None = None
+
+
 def graph_size(num_reqs: int, largest: int) -> int:
     """Requests of the smallest graph for ``num_reqs``: 1, 2, 4, then multiples of 8; 0 for none."""
     if num_reqs > largest:
@@ -115,11 +139,9 @@ class DeviceInputPreparer(InputPreparer):
         seq_lens = computed + num_scheduled
         sample_rows = np.flatnonzero(seq_lens == batch.num_tokens[:num_reqs])
         logits_indices = ends[sample_rows] - 1
-
-        is_decode = num_tokens == num_reqs
-        size = graph_size(num_reqs, self.largest_graph) if is_decode else 0
-        prompt_size = 0 if is_decode else self._prompt_graph_size(num_tokens)
-        if is_decode:
+        extent = self._extent_of(num_scheduled, num_tokens)
+        size = extent.graph_size
+        if num_tokens == num_reqs:
             ids = batch.token_ids[self._arange[:num_reqs], computed]
         else:
             rows = np.repeat(self._arange[:num_reqs], num_scheduled)
@@ -137,83 +159,26 @@ class DeviceInputPreparer(InputPreparer):
         ids_at = upload.put(ids)
         changes_at = [(upload.put(places), upload.put(values)) for places, values in changes]
         indices_at = 0 if size else upload.put(logits_indices.astype(np.int32))
-        scales_at = uniforms_at = 0
-        limits_at = None
-        if draw_rows is not None:
-            numbers = uniform(batch.seeds[draw_rows], batch.num_tokens[draw_rows])
-            scales_at = upload.put(batch.scales(draw_rows))
-            uniforms_at = upload.put(np.minimum(numbers.astype(np.float32), _BELOW_ONE))
-            limits_at = (
-                (
-                    upload.put(batch.top_k[draw_rows].astype(np.int32)),
-                    upload.put(batch.top_p[draw_rows]),
-                    upload.put(batch.min_p[draw_rows]),
-                )
-                if batch.limits_draws
-                else None
-            )
+        draw_at = _DrawPlaces() if draw_rows is None else self._put_draw(batch, draw_rows)
         upload.send()
 
-        for table, (places, _), (places_at, values_at) in zip(
-            tables, changes, changes_at, strict=True
-        ):
+        for table, (places, _), at in zip(tables, changes, changes_at, strict=True):
             if places.size:
                 apply_table_changes[(triton.cdiv(places.size, _CHANGES_PER_PROGRAM),)](
-                    upload.device_words,
-                    table.device_table,
-                    places_at,
-                    values_at,
-                    places.size,
+                    upload.device_words, table.device_table, *at, places.size,
                     BLOCK=_CHANGES_PER_PROGRAM,
-                )
-        padded, padded_tokens = size or num_reqs, size or num_tokens
-        longest = max_query_len = 1 if is_decode else int(num_scheduled.max())
-        rows_of_programs = padded
-        if prompt_size:
-            padded, padded_tokens = self._requests_of_graph(prompt_size), prompt_size
-            max_query_len = prompt_size
-            longest = max(longest, prompt_size - num_tokens)
-            rows_of_programs = padded + 1
-        grid = (rows_of_programs, triton.cdiv(longest, _TOKENS_PER_PROGRAM))
+                )  # fmt: skip
         for group, table in enumerate(tables):
-            prepare_inputs[grid](
-                upload.device_words,
-                upload.device_words.view(torch.float32),
-                self.sampled,
-                table.device_table,
-                table.device_table.stride(0),
-                table.kernel_block_size,
-                self.input_ids,
-                self.positions,
-                self._device_starts,
-                self._device_lens,
-                self._slot_mappings[group],
-                self._graph_draw.scales,
-                self._graph_draw.uniforms,
-                starts_at,
-                computed_at,
-                ids_at,
-                scales_at,
-                uniforms_at,
-                num_reqs,
-                num_tokens,
-                padded_tokens,
-                FIRST_GROUP=group == 0,
+            prepare_inputs[extent.grid](
+                upload.device_words, upload.device_words.view(torch.float32), self.sampled,
+                table.device_table, table.device_table.stride(0), table.kernel_block_size,
+                self.input_ids, self.positions, self._device_starts, self._device_lens,
+                self._slot_mappings[group], self._graph_draw.scales, self._graph_draw.uniforms,
+                starts_at, computed_at, ids_at, draw_at.scales, draw_at.uniforms, num_reqs,
+                num_tokens, extent.num_tokens, FIRST_GROUP=group == 0,
                 COPIES_SAMPLING=bool(size) and draw_rows is not None,
-                HAS_PROMPTS=prompt_size > 0,
-                BLOCK=_TOKENS_PER_PROGRAM,
-                num_warps=2,
-            )
-        draw = None
-        if draw_rows is not None:
-            count = draw_rows.size
-            draw = DrawInputs(upload.floats(scales_at, count), upload.floats(uniforms_at, count))
-            if limits_at is not None:
-                draw.limits = (
-                    upload.words(limits_at[0], count),
-                    upload.floats(limits_at[1], count),
-                    upload.floats(limits_at[2], count),
-                )
+                HAS_PROMPTS=extent.prompt_graph_size > 0, BLOCK=_TOKENS_PER_PROGRAM, num_warps=2,
+            )  # fmt: skip
         return DeviceStepInputs(
             num_reqs=num_reqs,
             num_tokens=num_tokens,
@@ -223,38 +188,74 @@ class DeviceInputPreparer(InputPreparer):
             starts=starts,
             sample_rows=sample_rows,
             logits_indices=logits_indices,
-            attention=self._attention(
-                tables,
-                padded,
-                padded_tokens,
-                max_query_len,
-                ends,
-                seq_lens,
-                computed,
-                is_captured=bool(size or prompt_size),
-            ),
+            attention=self._attention(tables, extent, ends, seq_lens, computed),
             graph_size=size,
-            prompt_graph_size=prompt_size,
-            draw=draw,
+            prompt_graph_size=extent.prompt_graph_size,
+            draw=None if draw_rows is None else self._draw_inputs(draw_at, draw_rows.size),
             device_logits_indices=None if size else upload.words(indices_at, logits_indices.size),
         )
+
+    def _extent_of(self, num_scheduled: np.ndarray, num_tokens: int) -> _Extent:
+        num_reqs = num_scheduled.size
+        if num_tokens == num_reqs:
+            size = graph_size(num_reqs, self.largest_graph)
+            padded = size or num_reqs
+            return _Extent(
+                num_reqs=padded, num_tokens=padded, max_query_len=1, grid=(padded, 1),
+                graph_size=size,
+            )  # fmt: skip
+        longest = int(num_scheduled.max())
+        at = bisect.bisect_left(self.prompt_graph_sizes, num_tokens)
+        if at == len(self.prompt_graph_sizes):
+            return _Extent(
+                num_reqs=num_reqs, num_tokens=num_tokens, max_query_len=longest,
+                grid=(num_reqs, triton.cdiv(longest, _TOKENS_PER_PROGRAM)),
+            )  # fmt: skip
+        size = self.prompt_graph_sizes[at]
+        padded, longest = self._requests_of_graph(size), max(longest, size - num_tokens)
+        return _Extent(
+            num_reqs=padded, num_tokens=size, max_query_len=size,
+            # One row of programs is no request's, and fills the graph up.
+            grid=(padded + 1, triton.cdiv(longest, _TOKENS_PER_PROGRAM)), prompt_graph_size=size,
+        )  # fmt: skip
+
+    def _requests_of_graph(self, num_tokens: int) -> int:
+        return min(num_tokens, self._device_lens.shape[0])
+
+    def _put_draw(self, batch: DeviceInputBatch, rows: np.ndarray) -> _DrawPlaces:
+        upload = self._upload
+        numbers = uniform(batch.seeds[rows], batch.num_tokens[rows])
+        places = _DrawPlaces(
+            upload.put(batch.scales(rows)),
+            upload.put(np.minimum(numbers.astype(np.float32), _BELOW_ONE)),
+        )
+        if batch.limits_draws:
+            places.limits = (
+                upload.put(batch.top_k[rows].astype(np.int32)),
+                upload.put(batch.top_p[rows]),
+                upload.put(batch.min_p[rows]),
+            )
+        return places
+
+    def _draw_inputs(self, places: _DrawPlaces, count: int) -> DrawInputs:
+        words, floats = self._upload.words, self._upload.floats
+        draw = DrawInputs(floats(places.scales, count), floats(places.uniforms, count))
+        if places.limits is not None:
+            top_k, top_p, min_p = places.limits
+            draw.limits = words(top_k, count), floats(top_p, count), floats(min_p, count)
+        return draw
 
     def _attention(
         self,
         tables: list[DeviceBlockTable],
-        num_reqs: int,
-        num_tokens: int,
-        max_query_len: int,
+        extent: _Extent,
         ends: np.ndarray,
         seq_lens: np.ndarray,
         computed: np.ndarray,
-        *,
-        is_captured: bool,
     ) -> list[CommonAttentionMetadata]:
-        """Metadata of ``num_reqs`` requests, those that fill a graph up included; the arrays are
-        of those that are there.
-        """
-        if max_query_len == 1:
+        """Metadata of all that ``extent`` has; the arrays are of the requests that are there."""
+        num_reqs = extent.num_reqs
+        if extent.max_query_len == 1:
             host_starts = self._host_starts[: num_reqs + 1]
         else:
             starts = np.full(num_reqs + 1, ends[-1], dtype=np.int32)
@@ -270,12 +271,12 @@ class DeviceInputPreparer(InputPreparer):
                 seq_lens_cpu=host_lens,
                 num_computed_tokens_cpu=host_computed,
                 num_reqs=num_reqs,
-                num_actual_tokens=num_tokens,
-                max_query_len=max_query_len,
+                num_actual_tokens=extent.num_tokens,
+                max_query_len=extent.max_query_len,
                 max_seq_len=int(seq_lens.max()),
                 block_table_tensor=table.device_view(num_reqs),
-                slot_mapping=slots[:num_tokens],
-                is_captured=is_captured,
+                slot_mapping=slots[: extent.num_tokens],
+                is_captured=bool(extent.graph_size or extent.prompt_graph_size),
             )
             for table, slots in zip(tables, self._slot_mappings, strict=True)
         ]
@@ -288,7 +289,8 @@ class DeviceInputPreparer(InputPreparer):
     def capture_metadata(self, batch: InputBatch, size: int) -> list[CommonAttentionMetadata]:
         """Metadata of a decode of ``size`` requests, none of which is there."""
         self._device_starts[: size + 1].copy_(self._host_starts[: size + 1])
-        return self._metadata_of_nothing(batch, size, size, 1)
+        extent = _Extent(num_reqs=size, num_tokens=size, max_query_len=1, graph_size=size)
+        return self._metadata_of_nothing(batch, extent)
 
     def capture_prompt_metadata(
         self, batch: InputBatch, size: int
@@ -296,29 +298,21 @@ class DeviceInputPreparer(InputPreparer):
         """Metadata of a step of ``size`` tokens, none of which is there."""
         requests = self._requests_of_graph(size)
         self._device_starts[: requests + 1].zero_()
-        return self._metadata_of_nothing(batch, requests, size, size)
+        extent = _Extent(
+            num_reqs=requests, num_tokens=size, max_query_len=size, prompt_graph_size=size
+        )
+        return self._metadata_of_nothing(batch, extent)
 
     def _metadata_of_nothing(
-        self, batch: InputBatch, num_reqs: int, num_tokens: int, max_query_len: int
+        self, batch: InputBatch, extent: _Extent
     ) -> list[CommonAttentionMetadata]:
-        self._device_lens[:num_reqs].zero_()
-        self.input_ids[:num_tokens].zero_()
-        self.positions[:num_tokens].zero_()
+        self._device_lens[: extent.num_reqs].zero_()
+        self.input_ids[: extent.num_tokens].zero_()
+        self.positions[: extent.num_tokens].zero_()
         for slots in self._slot_mappings:
-            slots[:num_tokens].fill_(-1)
-        nothing = np.zeros(num_reqs, dtype=np.int64)
-        return self._attention(
-            _tables_of(batch), num_reqs, num_tokens, max_query_len, nothing, nothing + 1, nothing,
-            is_captured=True,
-        )  # fmt: skip
-
-    def _prompt_graph_size(self, num_tokens: int) -> int:
-        """Tokens of the smallest graph for ``num_tokens``; 0 for none."""
-        at = bisect.bisect_left(self.prompt_graph_sizes, num_tokens)
-        return self.prompt_graph_sizes[at] if at < len(self.prompt_graph_sizes) else 0
-
-    def _requests_of_graph(self, num_tokens: int) -> int:
-        return min(num_tokens, self._device_lens.shape[0])
+            slots[: extent.num_tokens].fill_(-1)
+        nothing = np.zeros(extent.num_reqs, dtype=np.int64)
+        return self._attention(_tables_of(batch), extent, nothing, nothing + 1, nothing)
 
 
 def _tables_of(batch: InputBatch) -> list[DeviceBlockTable]:
