@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
-from step_products import SHAPES
+from shapes import SHAPES
 
 from vllm import LLM, SamplingParams
 

@@ -21,17 +21,14 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+sys.path.insert(0, str(ROOT / "benchmarks" / "gpu"))
+sys.path.insert(0, str(ROOT / "benchmarks"))
+sys.path.insert(0, str(ROOT))
 
-VOCAB = 128256
-CONFIG = {
-    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 4096,
-    "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
-    "num_key_value_heads": 8, "head_dim": 128, "vocab_size": VOCAB,
-    "max_position_embeddings": 131072, "rms_norm_eps": 1e-5, "rope_theta": 500000.0,
-    "tie_word_embeddings": False, "hidden_act": "silu", "torch_dtype": "bfloat16",
-    "bos_token_id": 0, "eos_token_id": 1,
-}  # fmt: skip
+from shapes import SHAPES
+
+CONFIG = SHAPES["llama-3.1-8b"] | {"bos_token_id": 0, "eos_token_id": 1}
+VOCAB = CONFIG["vocab_size"]
 FLAGS = ("--load-format", "dummy", "--max-model-len", "4096", "--no-enable-prefix-caching")
 INPUT, OUTPUT = 128, 320
 

@@ -161,10 +161,8 @@ class Worker(WorkerBase):
         """What the captured steps keep: the outputs of each (1.1 GiB of logits for 128,256 tokens
         in bf16), and the memory that they share, which the largest one needs.
         """
-        decodes, prompts = (
-            self.model_runner.decode_graph_sizes,
-            self.model_runner.prompt_graph_sizes,
-        )
+        runner = self.model_runner
+        decodes, prompts = runner.decode_graph_sizes, runner.prompt_graph_sizes
         if not decodes:
             return 0
         config = self.model_config

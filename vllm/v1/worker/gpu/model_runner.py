@@ -190,9 +190,10 @@ class GPUModelRunner(ModelRunner):
         are captured.
         """
         limit = self.vllm_config.scheduler_config
-        # A graph holds the last prompt and the decode beside it.
-        most = self._preparer.prompt_graph_sizes[-1:] or [limit.max_num_batched_tokens]
-        length = min(_WARM_UP_PROMPT, limit.max_model_len - 3, *(size - 1 for size in most))
+        sizes = self._preparer.prompt_graph_sizes
+        most = sizes[-1] if sizes else limit.max_num_batched_tokens
+        # A step holds the last prompt and the decode beside it.
+        length = min(_WARM_UP_PROMPT, limit.max_model_len - 3, most - 1)
         if length < 1:
             return
         # Nobody may own the null block, which these requests write to.
