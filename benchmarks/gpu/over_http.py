@@ -20,13 +20,13 @@ import time
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "benchmarks" / "gpu"))
-sys.path.insert(0, str(ROOT / "benchmarks"))
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from shapes import SHAPES
 
+ROOT = Path(__file__).resolve().parents[2]
 CONFIG = SHAPES["llama-3.1-8b"] | {"bos_token_id": 0, "eos_token_id": 1}
 VOCAB = CONFIG["vocab_size"]
 FLAGS = ("--load-format", "dummy", "--max-model-len", "4096", "--no-enable-prefix-caching")
