@@ -135,20 +135,20 @@ class Server:
 
     def metric(self, name: str) -> float:
         """The value of a metric, summed over its labels."""
-        found = re.findall(
-            rf"^{re.escape(name)}(?:{{.*}})? (\S+)$", self.get("/metrics").text, re.M
-        )
+        found = self._values(name)
         assert found, f"no metric {name}"
-        return sum(map(float, found))
+        return sum(found)
+
+    def _values(self, name: str) -> list[float]:
+        text = self.get("/metrics").text
+        return [float(x) for x in re.findall(rf"^{re.escape(name)}(?:{{.*}})? (\S+)$", text, re.M)]
 
     def wait_until_idle(self) -> None:
+        """Until gauges are there, which one of several servers may be late to hear of, and 0."""
         deadline = time.monotonic() + PATIENCE
+        names = ("vllm:num_requests_running", "vllm:num_requests_waiting")
         while time.monotonic() < deadline:
-            if (
-                self.metric("vllm:num_requests_running")
-                == 0
-                == self.metric("vllm:num_requests_waiting")
-            ):
+            if all(values and not sum(values) for values in map(self._values, names)):
                 return
             time.sleep(0.05)
         raise AssertionError("requests are still running")
